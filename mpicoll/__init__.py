@@ -1,0 +1,57 @@
+"""Process groups in the style of PyTorch's `_dist2`, over MPI.
+
+    import numpy as np, mpicoll as mc
+    with mc.new_group() as pg:
+        x = np.full(4, pg.rank(), dtype=np.float32)
+        pg.allreduce(x, op=mc.ReduceOp.SUM, timeout=30).wait()
+
+Importing costs nothing and touches no MPI; the first `new_group` loads it.
+"""
+
+from .backends import register_backend
+from .calls import ANY_SOURCE
+from .errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    GroupBrokenError,
+    GroupClosedError,
+    InvalidCallError,
+    MpicollError,
+    RankFailedError,
+    RemoteRankError,
+    TransportError,
+    UnsupportedError,
+)
+from .group import ProcessGroup, current_process_group, new_group, process_group
+from .ops import ReduceOp
+from .stores import FileStore, PrefixStore, TCPStore
+from .work import Future, Work, wait_all
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANY_SOURCE",
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "FileStore",
+    "Future",
+    "GroupBrokenError",
+    "GroupClosedError",
+    "InvalidCallError",
+    "MpicollError",
+    "PrefixStore",
+    "ProcessGroup",
+    "RankFailedError",
+    "ReduceOp",
+    "RemoteRankError",
+    "TCPStore",
+    "TransportError",
+    "UnsupportedError",
+    "Work",
+    "__version__",
+    "current_process_group",
+    "new_group",
+    "process_group",
+    "register_backend",
+    "wait_all",
+]

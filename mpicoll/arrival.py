@@ -1,0 +1,169 @@
+"""Arrival: every rank says which call it makes, and data moves only if all say the same.
+
+Over MPI the records meet in one nonblocking allreduce of each field's minimum and maximum:
+constant size at any number of ranks.  Who called what is gathered only where they differ.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from .calls import KIND_CODES, PAIRWISE, UNEVEN, Call
+from .errors import CollectiveMismatchError, RemoteRankError
+from .library import MPI, Steps, until
+from .peers import Peers
+
+# The fields of a record that arrival compares.
+_SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _REFUSED = range(8)
+_FIELDS = 8
+
+_TEXT = 448  # bytes of a call's description, where descriptions are exchanged
+_DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
+
+
+def _record(call: Call, seq: int) -> tuple[int, ...]:
+    dtype = call.dtype
+    return (
+        seq,
+        KIND_CODES[call.kind],
+        -1 if dtype is None else dtype.code,
+        -1 if call.op is None else call.op.code,
+        call.root,
+        call.count,
+        call.digest,
+        1 if call.refused else 0,
+    )
+
+
+class Arrival:
+    """The exchange of records of one group, on the group's private communicator."""
+
+    def __init__(self, comm: MPI.Comm, peers: Peers) -> None:
+        self._comm = comm
+        self._peers = peers
+        self._size = comm.Get_size()
+        self._rank = comm.Get_rank()
+
+    def steps(self, call: Call, seq: int) -> Steps:
+        """Wait until every rank has arrived at a call, and compare.
+
+        Fills in `call.largest`, so that what depends on size is decided alike everywhere.
+
+        Raises:
+            CollectiveMismatchError: the calls differ, or a rank's call was refused.
+            RemoteRankError: a peer has left this call.
+        """
+        record = _record(call, seq)
+        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
+        both = np.array([*record, call.extent, *(-field for field in record)], dtype=np.int64)
+        yield from until(
+            self._comm.Iallreduce(MPI.IN_PLACE, [both, MPI.INT64_T], MPI.MAX)
+        )
+        self.check_left(seq)
+        highest = both[:_FIELDS].tolist()
+        call.largest = int(both[_FIELDS])
+        lowest = [-field for field in both[_FIELDS + 1 :].tolist()]
+        if highest == lowest and not highest[_REFUSED]:
+            if call.kind in PAIRWISE and call.count == UNEVEN:
+                yield from self._compare_pairs(call, seq)
+            return
+        differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
+        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_REFUSED]:
+            yield from self._compare_pairs(call, seq)
+            return
+        yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
+
+    def check_left(self, seq: int) -> None:
+        """Raise if a peer has said that it takes no part in call `seq`."""
+        self._peers.poll()
+        for rank, notice in self._peers.left.items():
+            if notice.seq <= seq:
+                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+
+    def _compare_pairs(self, call: Call, seq: int) -> Steps:
+        """Compare what each rank sends to each other with what that one expects."""
+        sends, expects = (np.array(c, dtype=np.int64) for c in self._pair_counts(call))
+        comes = np.empty(self._size, dtype=np.int64)
+        yield from until(
+            self._comm.Ialltoall([sends, MPI.INT64_T], [comes, MPI.INT64_T])
+        )
+        wrong = np.array([int((comes != expects).any())], dtype=np.int64)
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, [wrong, MPI.INT64_T], MPI.MAX))
+        if wrong[0]:
+            odd = np.flatnonzero(comes != expects).tolist()
+            said = "; ".join(
+                f"rank {self._rank} expects {expects[j]} elements from rank {j}, "
+                f"which sends {comes[j]}"
+                for j in odd
+            )
+            yield from self._mismatch(call, seq, order_lost=False, said=said)
+
+    def _pair_counts(self, call: Call) -> tuple[list[int], list[int]]:
+        """Return how many elements this rank sends to, and expects from, each rank."""
+        sends, expects = [0] * self._size, [0] * self._size
+        if call.kind == "gather":
+            assert call.send is not None
+            sends[call.root] = call.send.total
+            if call.recv is not None:
+                expects = list(call.recv.counts)
+        elif call.kind == "scatter":
+            assert call.recv is not None
+            expects[call.root] = call.recv.total
+            if call.send is not None:
+                sends = list(call.send.counts)
+        else:
+            assert call.send is not None and call.recv is not None
+            sends, expects = list(call.send.counts), list(call.recv.counts)
+        return sends, expects
+
+    def _mismatch(self, call: Call, seq: int, *, order_lost: bool, said: str = "") -> Steps:
+        """Gather who called what, and raise it on every rank."""
+        text = (said or call.describe()).encode()[:_TEXT]
+        mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
+        everyone = np.empty(self._size * _DETAIL.size, dtype=np.uint8)
+        yield from until(
+            self._comm.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE])
+        )
+        if call.refused:
+            return  # this rank has raised its own, more precise error
+        rows = [_DETAIL.unpack_from(everyone, r * _DETAIL.size) for r in range(self._size)]
+        raise CollectiveMismatchError(
+            _explain(seq, rows, order_lost=order_lost), breaks_group=order_lost
+        )
+
+
+def _explain(seq: int, rows: list[tuple[object, ...]], *, order_lost: bool) -> str:
+    """Say who called what, and name the odd ones out where there is a majority."""
+    same: dict[tuple[object, ...], list[int]] = {}
+    for rank, row in enumerate(rows):
+        same.setdefault(row, []).append(rank)
+    sentences = []
+    for row, ranks in same.items():
+        text = row[-1]
+        assert isinstance(text, bytes)
+        words = text.rstrip(b"\0").decode(errors="replace")
+        if not words.startswith("rank "):  # a pairwise comparison has said who already
+            words = f"{_ranks(ranks)} called {words}"
+        sentences.append(words + (f" as its call #{row[_SEQ]}" if order_lost else ""))
+    head = f"call #{seq} differs between the ranks"
+    largest = max(same.values(), key=len)
+    if 2 * len(largest) > len(rows):
+        odd = sorted(set(range(len(rows))) - set(largest))
+        head += f" ({_ranks(odd)} against the rest)" if odd else ""
+    tail = (
+        "The order of the calls is lost, so the group can't be used any more"
+        if order_lost
+        else "No data was moved; the group is still usable"
+    )
+    return f"{head}: {'; '.join(sentences)}. {tail}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"ranks {shown}"
+
+

@@ -1,0 +1,284 @@
+"""Any array becomes a `Buffer`: one flat NumPy view of the user's own memory, and its dtype.
+
+Nothing is ever copied here, so what cannot be viewed flat is refused, with the remedy.
+`Blocks` is the same for collectives with a part per rank: one array in parts, or an array each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import reprlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .dtypes import LAST_NATIVE, Array, DType, from_name, from_numpy
+from .errors import InvalidCallError, UnsupportedError
+
+_ACCEPTED = "a NumPy array, a CPU tensor, or an object with DLPack or the buffer protocol"
+_HOST_DEVICES = (1, 3, 11)  # DLPack's kDLCPU, kDLCUDAHost, kDLROCMHost
+
+
+class Buffer:
+    """A user's array, flat.
+
+    Attributes:
+        owner: the user's object, kept alive.
+        array: 1-D C-contiguous array of `dtype.storage` over the user's memory.
+        dtype: what the elements are.
+        shape: the user's shape.
+        count: number of elements.
+        nbytes: number of bytes.
+        writable: whether the memory may be written.
+    """
+
+    __slots__ = ("array", "count", "dtype", "nbytes", "owner", "shape", "writable")
+
+    def __init__(
+        self, owner: object, array: Array, dtype: DType, shape: tuple[int, ...], writable: bool
+    ) -> None:
+        self.owner = owner
+        self.array = array
+        self.dtype = dtype
+        self.shape = shape
+        self.count = array.size
+        self.nbytes = array.nbytes
+        self.writable = writable
+
+    @property
+    def address(self) -> int:
+        """Where the memory begins."""
+        if self.writable and self.nbytes:
+            return ctypes.addressof(ctypes.c_char.from_buffer(self.array.data))
+        return int(self.array.__array_interface__["data"][0])  # four times slower
+
+    def __repr__(self) -> str:
+        """Return dtype and shape."""
+        return f"Buffer({self.dtype.name}, shape={self.shape})"
+
+
+def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:
+    """View `obj` as a flat buffer; `name` is the argument that errors speak of.
+
+    Takes NumPy arrays, PyTorch CPU tensors, objects with `__array_interface__`, DLPack or the
+    buffer protocol, and a list or tuple holding one of these.  `write` says that results will
+    land in it.
+
+    Raises:
+        InvalidCallError: not an array, not C-contiguous, or read-only where `write`.
+        UnsupportedError: its dtype or its device can't be handled.
+    """
+    if type(obj) is np.ndarray:
+        return _from_array(obj, obj, name, write)
+    if isinstance(obj, (list, tuple)):
+        if len(obj) != 1 or isinstance(obj[0], (list, tuple)):
+            raise InvalidCallError(
+                f"{name} must be one array, but got a {type(obj).__name__} of {len(obj)}: "
+                f"pass np.asarray({name}), or one array per call"
+            )
+        return as_buffer(obj[0], name, write=write)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(obj, getattr(torch, "Tensor", ())):
+        return _from_tensor(obj, torch, name)
+    return _from_array(obj, _as_array(obj, name), name, write)
+
+
+def overlaps(a: Buffer, b: Buffer) -> bool:
+    """Whether the two share any byte; empty ones never do."""
+    return np.may_share_memory(a.array, b.array)  # bounds: exact, as both are contiguous
+
+
+def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
+    dtype = from_numpy(array.dtype, name)
+    flags = array.flags
+    if not flags.c_contiguous:
+        raise InvalidCallError(_not_contiguous(array, name, write))
+    writable = flags.writeable
+    if write and not writable:
+        raise InvalidCallError(
+            f"{name} must be writable, as the result lands in it, but got a read-only "
+            f"{type(owner).__name__}: pass a copy, such as np.array({name})"
+        )
+    flat = array.ravel()
+    if flat.dtype is not dtype.storage:
+        flat = flat.view(dtype.storage)
+    return Buffer(owner, flat, dtype, array.shape, writable)
+
+
+def _not_contiguous(array: Array, name: str, write: bool) -> str:
+    got = f"{name} must be C-contiguous, but got "
+    shape = f"of shape {array.shape} with strides {array.strides}"
+    then = f", then copy the result back into {name}" if write else ""
+    if array.flags.f_contiguous:
+        return (
+            f"{got}a Fortran-ordered array {shape}: pass np.ascontiguousarray({name}){then}; "
+            f"or pass {name}.T if every rank's array is laid out so"
+        )
+    return f"{got}a strided array {shape}: pass np.ascontiguousarray({name}){then}"
+
+
+def _as_array(obj: Any, name: str) -> Array:
+    """Return a NumPy array over the memory of `obj`, which is neither ndarray nor tensor."""
+    if isinstance(obj, np.ma.MaskedArray):
+        raise InvalidCallError(
+            f"{name} must not be a masked array, as masks would be lost: "
+            f"pass {name}.filled(value), or {name}.data and {name}.mask in a call each"
+        )
+    if isinstance(obj, np.ndarray):
+        return obj.view(np.ndarray)
+    if obj is None or isinstance(obj, (np.generic, str, int, float, complex)):
+        raise _no_array(obj, name)
+    if hasattr(obj, "__cuda_array_interface__"):
+        raise _on_device(name, f"a {type(obj).__name__} in GPU memory")
+    try:
+        if hasattr(obj, "__array_interface__"):
+            return np.asarray(obj)
+        if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
+            device = int(obj.__dlpack_device__()[0])
+            if device not in _HOST_DEVICES:
+                raise _on_device(name, f"a {type(obj).__name__} on DLPack device type {device}")
+            return np.from_dlpack(obj)
+        return np.asarray(memoryview(obj))
+    except TypeError as error:
+        if isinstance(error, UnsupportedError):
+            raise
+        raise _no_array(obj, name) from error
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{name} is a {type(obj).__name__} whose memory NumPy can't view ({error}): "
+            f"pass a NumPy array"
+        ) from error
+
+
+def _no_array(obj: object, name: str) -> InvalidCallError:
+    return InvalidCallError(
+        f"{name} must be {_ACCEPTED}, but got {reprlib.repr(obj)} ({type(obj).__name__}): "
+        f"pass np.asarray({name}) or an array that holds it"
+    )
+
+
+def _on_device(name: str, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} must lie in host memory, but got {what}: copy it to the host first "
+        f"(.cpu() in PyTorch, .get() in CuPy, np.asarray in JAX)"
+    )
+
+
+def _from_tensor(tensor: Any, torch: Any, name: str) -> Buffer:
+    if not tensor.is_cpu:
+        if tensor.is_meta:
+            raise InvalidCallError(f"{name} is a meta tensor, which holds no data: materialize it")
+        raise _on_device(name, f"a tensor on {tensor.device}")
+    if tensor.layout is not torch.strided:
+        raise _refused_tensor(name, f"a tensor of layout {tensor.layout}", "to_dense()")
+    if tensor.is_quantized:
+        raise _refused_tensor(name, "a quantized tensor", "int_repr() or .dequantize()")
+    if tensor.is_conj():
+        raise _refused_tensor(name, "a lazily conjugated tensor", "resolve_conj()")
+    if tensor.is_neg():
+        raise _refused_tensor(name, "a lazily negated tensor", "resolve_neg()")
+    if not tensor.is_contiguous():
+        got = f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise _refused_tensor(name, got, "contiguous()")
+    dtype = from_name(str(tensor.dtype), name)
+    bits = tensor.detach() if tensor.requires_grad else tensor
+    try:
+        if dtype.code > LAST_NATIVE:  # NumPy lacks it; torch lends us its bits
+            bits = bits.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
+        array = bits.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"{name} is a {type(tensor).__name__} without plain memory ({error}): "
+            f"pass a plain tensor, such as its .to_local()"
+        ) from error
+    flat = array.ravel().view(dtype.storage)
+    return Buffer(tensor, flat, dtype, tuple(tensor.shape), True)
+
+
+def _refused_tensor(name: str, got: str, remedy: str) -> InvalidCallError:
+    return InvalidCallError(
+        f"{name} must be a plain contiguous tensor, but got {got}: pass {name}.{remedy}"
+    )
+
+
+class Blocks:
+    """One block of elements per rank, in one array or in an array each.
+
+    Attributes:
+        dtype: what the elements are.
+        counts: elements in each block.
+        displs: where each block begins when they lie one after the other, in elements.
+        total: elements in all.
+        nbytes: bytes in all.
+        buffers: the arrays: one, or one per block.
+    """
+
+    __slots__ = ("_whole", "buffers", "counts", "displs", "dtype", "nbytes", "total")
+
+    def __init__(
+        self, buffers: tuple[Buffer, ...], counts: tuple[int, ...], whole: Array | None
+    ) -> None:
+        ends = (0, *itertools.accumulate(counts))
+        self.buffers = buffers
+        self.counts = counts
+        self.displs = ends[:-1]
+        self.total = ends[-1]
+        self.dtype = buffers[0].dtype
+        self.nbytes = self.total * self.dtype.itemsize
+        self._whole = whole  # the array that holds all blocks in a row, where there is one
+
+    @classmethod
+    def single(cls, buffer: Buffer) -> Blocks:
+        """One block: the whole buffer."""
+        return cls((buffer,), (buffer.count,), buffer.array)
+
+    @classmethod
+    def split(cls, buffer: Buffer, counts: Sequence[int]) -> Blocks:
+        """Consecutive blocks of one buffer, which they must fill."""
+        counts = tuple(counts)
+        if sum(counts) != buffer.count or min(counts, default=0) < 0:
+            raise InvalidCallError(
+                f"counts must be at least 0 and add up to the buffer's {buffer.count} elements, "
+                f"but got {reprlib.repr(counts)} with sum {sum(counts)}"
+            )
+        return cls((buffer,), counts, buffer.array)
+
+    @classmethod
+    def each(cls, buffers: Sequence[Buffer]) -> Blocks:
+        """One block per buffer; all have one dtype."""
+        buffers = tuple(buffers)
+        names = {buffer.dtype.name for buffer in buffers}
+        if len(names) != 1:
+            raise InvalidCallError(
+                f"the arrays must be at least one and of one dtype, but got {sorted(names)}"
+            )
+        whole = buffers[0].array if len(buffers) == 1 else None
+        return cls(buffers, tuple(buffer.count for buffer in buffers), whole)
+
+    def block(self, i: int) -> Array:
+        """Return block `i`, a view."""
+        if self._whole is None:
+            return self.buffers[i].array
+        return self._whole[self.displs[i] : self.displs[i] + self.counts[i]]
+
+    def flat(self) -> Array:
+        """Return all blocks in a row, for reading: the array itself, else a packed copy."""
+        if self._whole is not None:
+            return self._whole
+        return np.concatenate([buffer.array for buffer in self.buffers])
+
+    def landing(self) -> Array:
+        """Return room for all blocks in a row: the array itself, else scratch for `unpack`."""
+        if self._whole is not None:
+            return self._whole
+        return np.empty(self.total, self.dtype.storage)
+
+    def unpack(self, flat: Array) -> None:
+        """Copy `flat` into the blocks; does nothing where it is the array itself."""
+        if flat is self._whole:
+            return
+        for i, (start, count) in enumerate(zip(self.displs, self.counts, strict=True)):
+            self.block(i)[:] = flat[start : start + count]

@@ -1,0 +1,637 @@
+"""One record per call, and one pure checker per collective.
+
+A checker turns a user's arguments into a `Call`, or refuses them with an error that names
+argument, value and remedy.  It touches no MPI and sends nothing: what is refused here is
+refused before anything is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import pickle
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .buffers import Blocks, Buffer, as_buffer
+from .dtypes import DType, Reduction, reduction
+from .errors import InvalidCallError, UnsupportedError
+from .ops import ReduceOp, as_reduce_op
+
+ANY_SOURCE = -1
+"""For `recv`: take a message from whichever peer sends first."""
+
+KINDS = (
+    "allreduce",
+    "broadcast",
+    "reduce",
+    "barrier",
+    "allgather",
+    "all_gather_single",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "alltoall",
+    "all_to_all_single",
+    "allreduce_coalesced",
+    "allgather_coalesced",
+    "all_gather_single_coalesced",
+    "reduce_scatter_single_coalesced",
+    "scan",
+    "exscan",
+    "monitored_barrier",
+    "broadcast_object",
+    "allgather_object",
+    "gather_object",
+    "scatter_object",
+    "split_group",
+    "split",
+    "merge_remote_group",
+    "new_group",
+    "shutdown",
+    "send",
+    "recv",
+)
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
+
+# Of these kinds each rank may have a count of its own; what one sends is compared with what
+# the other expects, pair by pair, where the counts are not all equal.
+PAIRWISE = frozenset({"gather", "scatter", "alltoall", "all_to_all_single"})
+UNEVEN = -1  # the `count` of a rank whose own blocks differ in size
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of one rank, checked and normalised.
+
+    Attributes:
+        kind: one of `KINDS`.
+        send, recv: what is read and what is written; the same object where in place.
+        count: elements of one block; arrival compares it between ranks.
+        digest: whatever else must be equal on all ranks, in 63 bits.
+        refused: why this rank's arguments were refused; such a call only arrives.
+        parts: the members of a coalesced call.
+        payload: pickled objects, in the object collectives.
+        result: what the call returns, where it isn't in the user's buffers.
+        largest: the largest `extent` of all ranks, filled in by arrival.
+    """
+
+    kind: str
+    send: Blocks | None = None
+    recv: Blocks | None = None
+    op: ReduceOp | None = None
+    reduction: Reduction | None = None
+    root: int = -1
+    peer: int = -1
+    tag: int = 0
+    count: int = 0
+    digest: int = 0
+    refused: str = ""
+    parts: tuple[Call, ...] = ()
+    payload: Any = None
+    result: Any = None
+    largest: int = 0
+    outputs: tuple[object, ...] = field(default=())
+
+    @property
+    def dtype(self) -> DType | None:
+        blocks = self.send if self.send is not None else self.recv
+        if blocks is not None:
+            return blocks.dtype
+        return self.parts[0].dtype if self.parts else None
+
+    @property
+    def extent(self) -> int:
+        """Elements that this rank sends or receives, whichever is more."""
+        here = max((b.total for b in (self.send, self.recv) if b is not None), default=0)
+        return max([here, *(part.extent for part in self.parts)])
+
+    def describe(self) -> str:
+        """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""
+        if self.refused:
+            return f"{self.kind}, refused there: {self.refused}"
+        said = []
+        if self.dtype is not None:
+            blocks = self.send if self.send is not None else self.recv
+            size = "uneven" if self.count == UNEVEN else str(self.count)
+            if blocks is not None and len(blocks.counts) > 1:
+                size += f" x {len(blocks.counts)}"
+                if len(set(blocks.counts)) > 1:
+                    size = ", ".join(map(str, blocks.counts))
+            if self.parts:
+                size = ", ".join(str(part.count) for part in self.parts)
+            said.append(f"{self.dtype.name}[{size}]")
+        if self.op is not None:
+            said.append(f"op={self.op.name}")
+        if self.root >= 0:
+            said.append(f"root={self.root}")
+        if self.kind == "send":
+            said.append(f"dst={self.peer}, tag={self.tag}")
+        if self.kind == "recv":
+            source = "ANY_SOURCE" if self.peer == ANY_SOURCE else str(self.peer)
+            said.append(f"src={source}, tag={self.tag}")
+        return f"{self.kind}({', '.join(said)})"
+
+    def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the address ranges that the call reads and those that it writes."""
+        reads = _spans(self.send)
+        writes = _spans(self.recv)
+        for part in self.parts:
+            more = part.spans()
+            reads += more[0]
+            writes += more[1]
+        return reads, writes
+
+
+def _spans(blocks: Blocks | None) -> list[tuple[int, int]]:
+    if blocks is None:
+        return []
+    return [(b.address, b.address + b.nbytes) for b in blocks.buffers if b.nbytes]
+
+
+def overlapping(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+    """Return whether any address range of `some` meets one of `others`."""
+    return any(a < d and c < b for a, b in some for c, d in others)
+
+
+def digest(*numbers: int) -> int:
+    """Condense integers to 63 bits, equal in every process (unlike `hash`)."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+# ---- the pieces of a check ----
+
+
+def integer(value: object, name: str) -> int:
+    """Return an integer argument as an int."""
+    if isinstance(value, bool):
+        raise InvalidCallError(f"{name} must be an integer, but got {value!r}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidCallError(f"{name} must be an integer, but got {value!r}") from None
+
+
+def rank_in(value: object, name: str, size: int) -> int:
+    """Return a rank argument as an int inside the group."""
+    rank = integer(value, name)
+    if not 0 <= rank < size:
+        raise InvalidCallError(f"{name} must be a rank in [0, {size}), but got {rank}")
+    return rank
+
+
+def _tag(value: object, highest: int) -> int:
+    tag = integer(value, "tag")
+    if not 0 <= tag <= highest:
+        raise InvalidCallError(f"tag must be in [0, {highest}], but got {tag}")
+    return tag
+
+
+def _list(value: object, name: str, length: int) -> Sequence[object]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidCallError(
+            f"{name} must be a list of {length} arrays, one per rank, "
+            f"but got {type(value).__name__}"
+        )
+    if len(value) == 1 and length != 1 and isinstance(value[0], (list, tuple)):
+        value = value[0]  # c10d's list-of-lists form
+    if len(value) != length:
+        raise InvalidCallError(
+            f"{name} must have {length} arrays, one per rank of the group, but has {len(value)}"
+        )
+    return value
+
+
+def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buffer]:
+    arrays = _list(value, name, length)
+    if length == 1 and isinstance(arrays[0], (list, tuple)):
+        arrays = _list(arrays[0], name, 1)
+    found = [as_buffer(x, f"{name}[{i}]", write=write) for i, x in enumerate(arrays)]
+    for i, buffer in enumerate(found):
+        _same_dtype(found[0], f"{name}[0]", buffer, f"{name}[{i}]")
+    return found
+
+
+def _same_dtype(a: Buffer, a_name: str, b: Buffer, b_name: str) -> None:
+    if a.dtype is not b.dtype and a.dtype != b.dtype:
+        raise InvalidCallError(
+            f"{a_name} and {b_name} must have one dtype, "
+            f"but are {a.dtype.name} and {b.dtype.name}: convert one of them"
+        )
+
+
+def _disjoint(writes: Sequence[tuple[str, Buffer]], reads: Sequence[tuple[str, Buffer]]) -> None:
+    """Refuse memory that is written while something else of the call uses it."""
+    used = [(b.address, b.address + b.nbytes, name, True) for name, b in writes if b.nbytes]
+    used += [(b.address, b.address + b.nbytes, name, False) for name, b in reads if b.nbytes]
+    used.sort()
+    reach, reach_name = -1, ""  # the furthest byte used so far
+    written, written_name = -1, ""  # the furthest byte written so far
+    for start, end, name, write in used:
+        if start < written or (write and start < reach):
+            other = written_name if start < written else reach_name
+            raise InvalidCallError(
+                f"{other} and {name} overlap in memory and one of them is written: "
+                "give them memory of their own, for instance by .copy()"
+            )
+        if end > reach:
+            reach, reach_name = end, name
+        if write and end > written:
+            written, written_name = end, name
+
+
+def _named(name: str, buffers: Sequence[Buffer]) -> list[tuple[str, Buffer]]:
+    return [(f"{name}[{i}]", buffer) for i, buffer in enumerate(buffers)]
+
+
+def _even(counts: Sequence[int]) -> int:
+    return counts[0] if counts and min(counts) == max(counts) else UNEVEN
+
+
+# ---- one checker per collective ----
+
+
+def _in_place(kind: str, tensor: object, *, write: bool = True) -> Call:
+    buffer = as_buffer(tensor, "tensor", write=write)
+    blocks = Blocks.single(buffer)
+    return Call(kind, blocks, blocks if write else None, count=buffer.count, outputs=(tensor,))
+
+
+def _reducing(call: Call, op: object, size: int) -> Call:
+    call.op = as_reduce_op(op)
+    assert call.dtype is not None
+    call.reduction = reduction(call.dtype, call.op, size)
+    return call
+
+
+def allreduce(rank: int, size: int, tensor: object, op: object) -> Call:
+    return _reducing(_in_place("allreduce", tensor), op, size)
+
+
+def broadcast(rank: int, size: int, tensor: object, root: object) -> Call:
+    root = rank_in(root, "root", size)
+    call = _in_place("broadcast", tensor, write=rank != root)
+    call.root = root
+    return call
+
+
+def reduce(rank: int, size: int, tensor: object, root: object, op: object) -> Call:
+    root = rank_in(root, "root", size)
+    call = _reducing(_in_place("reduce", tensor, write=rank == root), op, size)
+    call.root = root
+    return call
+
+
+def scan(kind: str, rank: int, size: int, tensor: object, op: object) -> Call:
+    call = _reducing(_in_place(kind, tensor), op, size)
+    assert call.op is not None
+    if call.op.name == "AVG":
+        raise UnsupportedError(
+            f"op=ReduceOp.AVG has no agreed meaning in {kind}: use ReduceOp.SUM, then divide"
+        )
+    return call
+
+
+def allgather(rank: int, size: int, output_tensors: object, input_tensor: object) -> Call:
+    outputs = _buffers(output_tensors, "output_tensors", size, write=True)
+    source = as_buffer(input_tensor, "input_tensor", write=False)
+    _same_dtype(outputs[0], "output_tensors[0]", source, "input_tensor")
+    if outputs[rank].count != source.count:
+        raise InvalidCallError(
+            f"output_tensors[{rank}] must have as many elements as this rank's input_tensor, "
+            f"{source.count}, but has {outputs[rank].count}"
+        )
+    _disjoint(_named("output_tensors", outputs), [("input_tensor", source)])
+    recv = Blocks.each(outputs)
+    return Call(
+        "allgather",
+        Blocks.single(source),
+        recv,
+        count=_even(recv.counts),
+        digest=digest(*recv.counts),
+        outputs=tuple(b.owner for b in outputs),
+    )
+
+
+def all_gather_single(rank: int, size: int, output: object, source: object) -> Call:
+    into = as_buffer(output, "output", write=True)
+    taken = as_buffer(source, "input", write=False)
+    _same_dtype(into, "output", taken, "input")
+    if into.count != size * taken.count:
+        raise InvalidCallError(
+            f"output must have {size} x {taken.count} = {size * taken.count} elements "
+            f"(the group's size times input's), but has {into.count}"
+        )
+    _disjoint([("output", into)], [("input", taken)])
+    return Call(
+        "all_gather_single",
+        Blocks.single(taken),
+        Blocks.split(into, (taken.count,) * size),
+        count=taken.count,
+        outputs=(output,),
+    )
+
+
+def gather(
+    rank: int, size: int, output_tensors: object, input_tensor: object, root: object
+) -> Call:
+    root = rank_in(root, "root", size)
+    source = as_buffer(input_tensor, "input_tensor", write=False)
+    call = Call("gather", Blocks.single(source), root=root, count=source.count)
+    if rank != root:
+        _nothing(output_tensors, "output_tensors", rank, root)
+        return call
+    outputs = _buffers(output_tensors, "output_tensors", size, write=True)
+    _same_dtype(outputs[0], "output_tensors[0]", source, "input_tensor")
+    if outputs[rank].count != source.count:
+        raise InvalidCallError(
+            f"output_tensors[{rank}] must have as many elements as the root's own input_tensor, "
+            f"{source.count}, but has {outputs[rank].count}"
+        )
+    _disjoint(_named("output_tensors", outputs), [("input_tensor", source)])
+    call.recv = Blocks.each(outputs)
+    call.count = _even(call.recv.counts)
+    call.outputs = tuple(b.owner for b in outputs)
+    return call
+
+
+def scatter(
+    rank: int, size: int, output_tensor: object, input_tensors: object, root: object
+) -> Call:
+    root = rank_in(root, "root", size)
+    into = as_buffer(output_tensor, "output_tensor", write=True)
+    call = Call(
+        "scatter",
+        None,
+        Blocks.single(into),
+        root=root,
+        count=into.count,
+        outputs=(output_tensor,),
+    )
+    if rank != root:
+        _nothing(input_tensors, "input_tensors", rank, root)
+        return call
+    sources = _buffers(input_tensors, "input_tensors", size, write=False)
+    _same_dtype(sources[0], "input_tensors[0]", into, "output_tensor")
+    if sources[rank].count != into.count:
+        raise InvalidCallError(
+            f"input_tensors[{rank}] must have as many elements as the root's own output_tensor, "
+            f"{into.count}, but has {sources[rank].count}"
+        )
+    _disjoint([("output_tensor", into)], _named("input_tensors", sources))
+    call.send = Blocks.each(sources)
+    call.count = _even(call.send.counts)
+    return call
+
+
+def _nothing(value: object, name: str, rank: int, root: int) -> None:
+    """Only the root has a list; elsewhere it is empty (or None, or [[]] as c10d writes it)."""
+    if value is None or (isinstance(value, (list, tuple)) and value in ([], (), [[]])):
+        return
+    raise InvalidCallError(f"{name} must be [] on rank {rank}, which is not the root ({root})")
+
+
+def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
+    into = as_buffer(output, "output", write=True)
+    sources = _buffers(source, "input", size, write=False)
+    _same_dtype(sources[0], "input[0]", into, "output")
+    if sources[rank].count != into.count:
+        raise InvalidCallError(
+            f"input[{rank}] must have as many elements as this rank's output, {into.count}, "
+            f"but has {sources[rank].count}"
+        )
+    _disjoint([("output", into)], _named("input", sources))
+    send = Blocks.each(sources)
+    call = Call(
+        "reduce_scatter",
+        send,
+        Blocks.single(into),
+        count=_even(send.counts),
+        digest=digest(*send.counts),
+        outputs=(output,),
+    )
+    return _reducing(call, op, size)
+
+
+def reduce_scatter_single(
+    rank: int, size: int, output: object, source: object, op: object
+) -> Call:
+    into = as_buffer(output, "output", write=True)
+    taken = as_buffer(source, "input", write=False)
+    _same_dtype(into, "output", taken, "input")
+    if taken.count != size * into.count:
+        raise InvalidCallError(
+            f"input must have {size} x {into.count} = {size * into.count} elements "
+            f"(the group's size times output's), but has {taken.count}"
+        )
+    _disjoint([("output", into)], [("input", taken)])
+    call = Call(
+        "reduce_scatter_single",
+        Blocks.split(taken, (into.count,) * size),
+        Blocks.single(into),
+        count=into.count,
+        outputs=(output,),
+    )
+    return _reducing(call, op, size)
+
+
+def alltoall(rank: int, size: int, output_tensors: object, input_tensors: object) -> Call:
+    outputs = _buffers(output_tensors, "output_tensors", size, write=True)
+    sources = _buffers(input_tensors, "input_tensors", size, write=False)
+    _same_dtype(outputs[0], "output_tensors[0]", sources[0], "input_tensors[0]")
+    _disjoint(_named("output_tensors", outputs), _named("input_tensors", sources))
+    send, recv = Blocks.each(sources), Blocks.each(outputs)
+    if send.counts[rank] != recv.counts[rank]:
+        raise InvalidCallError(
+            f"output_tensors[{rank}] must have as many elements as input_tensors[{rank}], "
+            f"{send.counts[rank]}, but has {recv.counts[rank]}"
+        )
+    return Call(
+        "alltoall",
+        send,
+        recv,
+        count=_even(send.counts + recv.counts),
+        outputs=tuple(b.owner for b in outputs),
+    )
+
+
+def all_to_all_single(
+    rank: int,
+    size: int,
+    output: object,
+    source: object,
+    output_split_sizes: object,
+    input_split_sizes: object,
+) -> Call:
+    into = as_buffer(output, "output", write=True)
+    taken = as_buffer(source, "input", write=False)
+    _same_dtype(into, "output", taken, "input")
+    out_row, out_counts = _splits(into, output_split_sizes, "output", size)
+    in_row, in_counts = _splits(taken, input_split_sizes, "input", size)
+    if out_row != in_row and into.count and taken.count:
+        raise InvalidCallError(
+            "output and input must have rows of one size (elements per entry of dimension 0), "
+            f"but have {out_row} and {in_row}"
+        )
+    if out_counts[rank] != in_counts[rank]:
+        raise InvalidCallError(
+            f"output_split_sizes[{rank}] must equal input_split_sizes[{rank}], what this rank "
+            f"sends itself: {in_counts[rank]} elements against {out_counts[rank]}"
+        )
+    _disjoint([("output", into)], [("input", taken)])
+    return Call(
+        "all_to_all_single",
+        Blocks.split(taken, in_counts),
+        Blocks.split(into, out_counts),
+        count=_even(in_counts + out_counts),
+        outputs=(output,),
+    )
+
+
+def _splits(
+    buffer: Buffer, sizes: object, side: str, size: int
+) -> tuple[int, tuple[int, ...]]:
+    """Return elements per row, and elements per peer, of one side of all_to_all_single."""
+    name = f"{side}_split_sizes"
+    if not buffer.shape:
+        raise InvalidCallError(f"{side} must have a dimension 0 to split, but is 0-dimensional")
+    rows = buffer.shape[0]
+    row = 1
+    for extent in buffer.shape[1:]:
+        row *= extent
+    if sizes is None or (isinstance(sizes, (list, tuple)) and not sizes):
+        if rows % size:
+            raise InvalidCallError(
+                f"{side} has {rows} rows, which {size} ranks can't share equally: give {name}"
+            )
+        return row, (rows // size * row,) * size
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+        raise InvalidCallError(f"{name} must be a list of integers, but got {sizes!r}")
+    given = [integer(n, f"{name}[{i}]") for i, n in enumerate(sizes)]
+    if len(given) != size:
+        raise InvalidCallError(
+            f"{name} must have {size} entries, one per rank, but has {len(given)}"
+        )
+    for i, n in enumerate(given):
+        if n < 0:
+            raise InvalidCallError(f"{name}[{i}] must not be negative, but is {n}")
+    if sum(given) != rows:
+        raise InvalidCallError(
+            f"{name} must add up to {side}'s {rows} rows, but adds up to {sum(given)}"
+        )
+    return row, tuple(n * row for n in given)
+
+
+def coalesced(kind: str, parts: Sequence[Call], names: str) -> Call:
+    """Bundle checked calls of one kind into one."""
+    if not parts:
+        raise InvalidCallError(f"{names} must hold at least one array, but is empty")
+    reads: list[tuple[str, Buffer]] = []
+    writes: list[tuple[str, Buffer]] = []
+    numbers: list[int] = []
+    for i, part in enumerate(parts):
+        if part.recv is not None:
+            writes += [(f"{names}[{i}]", b) for b in part.recv.buffers]
+        if part.send is not None and part.send is not part.recv:
+            reads += [(f"{names}[{i}]", b) for b in part.send.buffers]
+        assert part.dtype is not None
+        numbers += [part.dtype.code, part.count, part.digest]
+    _disjoint(writes, reads)
+    return Call(
+        kind,
+        parts=tuple(parts),
+        op=parts[0].op,
+        count=len(parts),
+        digest=digest(*numbers),
+        outputs=tuple(out for part in parts for out in part.outputs),
+    )
+
+
+def several(value: object, name: str) -> Sequence[object]:
+    """Return the list argument of a coalesced call."""
+    if not isinstance(value, (list, tuple)):
+        raise InvalidCallError(f"{name} must be a list, but got {type(value).__name__}")
+    return value
+
+
+def pairs(outputs: object, inputs: object, out_name: str, in_name: str) -> list[tuple[Any, Any]]:
+    """Return the outputs and inputs of a coalesced call, two by two."""
+    outs, ins = several(outputs, out_name), several(inputs, in_name)
+    if len(outs) != len(ins):
+        raise InvalidCallError(
+            f"{out_name} and {in_name} must have one length, but have {len(outs)} and {len(ins)}"
+        )
+    return list(zip(outs, ins, strict=True))
+
+
+def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) -> Call:
+    buffer = as_buffer(tensor, "tensor", write=False)
+    return Call(
+        "send",
+        Blocks.single(buffer),
+        peer=rank_in(dst, "dst", size),
+        tag=_tag(tag, highest_tag),
+        count=buffer.count,
+        outputs=(tensor,),
+    )
+
+
+def recv(size: int, highest_tag: int, tensor: object, src: object, tag: object) -> Call:
+    buffer = as_buffer(tensor, "tensor", write=True)
+    source = integer(src, "src")
+    if source != ANY_SOURCE:
+        source = rank_in(source, "src", size)
+    return Call(
+        "recv",
+        None,
+        Blocks.single(buffer),
+        peer=source,
+        tag=_tag(tag, highest_tag),
+        count=buffer.count,
+        outputs=(tensor,),
+    )
+
+
+def object_call(
+    kind: str, rank: int, size: int, obj: object, root: object | None = None
+) -> Call:
+    """Check an object collective; `obj` is pickled here, on the ranks that give one."""
+    at = -1 if root is None else rank_in(root, "root", size)
+    call = Call(kind, root=at)
+    if kind == "scatter_object":
+        if rank == at:
+            if not isinstance(obj, (list, tuple)) or len(obj) != size:
+                raise InvalidCallError(
+                    f"objs must be a list of {size} objects, one per rank, on the root; got "
+                    f"{type(obj).__name__}"
+                    + (f" of {len(obj)}" if isinstance(obj, (list, tuple)) else "")
+                )
+            call.payload = [_pickled(x) for x in obj]
+    elif kind != "broadcast_object" or rank == at:
+        call.payload = _pickled(obj)
+    return call
+
+
+def _pickled(obj: object) -> bytes:
+    try:
+        return pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise InvalidCallError(
+            f"obj of type {type(obj).__name__} can't be pickled: {error}"
+        ) from error
+
+
+def split_ranks(size: int, ranks: object) -> tuple[int, ...]:
+    """Check the argument of split_group: distinct ranks of the group, at least one."""
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
+        raise InvalidCallError(f"ranks must be a list of ranks, but got {ranks!r}")
+    given = tuple(rank_in(r, f"ranks[{i}]", size) for i, r in enumerate(ranks))
+    if not given:
+        raise InvalidCallError("ranks must name at least one rank, but is empty")
+    if len(set(given)) != len(given):
+        raise InvalidCallError(f"ranks must not name a rank twice, but is {list(given)}")
+    return given

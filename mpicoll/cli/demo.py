@@ -1,0 +1,175 @@
+"""Check every collective against NumPy, then train a classifier on all ranks.
+
+Start it under MPI:
+
+    mpiexec -n 4 python -m mpicoll demo
+
+First comes a table of every collective: whether its result was NumPy's on every rank, every time,
+and the time it took (the median of some calls, each as long as on its slowest rank).  Then a small
+network learns to read handwritten digits, its gradients averaged through mpicoll; rank 0 does the
+same once more alone, and both must read the test images equally well.  A picture of the loss
+curves goes to out/demo.png.  The exit status is 0 if everything agreed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from ..group import ProcessGroup
+    from .trials import Maker
+
+SIZES = {"1 KiB": (1 << 10, 20), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
+TOLERANCE = 1e-8  # between the two loss curves; rounding alone makes far less
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/demo.png"),
+        metavar="FILE",
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--progress",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="the progress bar; auto: if standard error is a terminal",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo on this rank; every rank returns the same exit status."""
+    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        print(
+            f"The demo needs {' and '.join(missing)}: pip install 'mpicoll[demo]'", file=sys.stderr
+        )
+        return 2
+
+    import mpicoll
+
+    with mpicoll.new_group() as pg:
+        say = print_now if pg.rank() == 0 else keep_quiet
+        say(f"mpicoll {__version__}: {pg!r}")
+        collectives_agree = show_collectives(pg, say)
+        training_agrees = show_training(pg, say, args)
+    return 0 if collectives_agree and training_agrees else 1
+
+
+def print_now(text: str) -> None:
+    """Print a line at once: standard output is a pipe to mpiexec."""
+    print(text, flush=True)
+
+
+def keep_quiet(text: str) -> None:
+    """Print nothing: this is not rank 0."""
+
+
+# ----------------------------------------------------------------------------------- collectives
+
+
+def show_collectives(pg: ProcessGroup, say: Callable[[str], None]) -> bool:
+    """Print the table; return whether every collective agreed with NumPy on every rank."""
+    from .trials import TRIALS
+
+    say("\nEvery collective, checked against NumPy. Columns: what each rank hands in.\n")
+    say(f"  {'collective':<34}{'result':<10}" + "".join(f"{name:>12}" for name in SIZES))
+    agreeing = 0
+    for name, make in TRIALS.items():
+        outcomes = [try_out(pg, make, nbytes // 4, calls) for nbytes, calls in SIZES.values()]
+        agrees = all(correct for correct, _ in outcomes)
+        agreeing += agrees
+        say(
+            f"  {name:<34}{'correct' if agrees else 'WRONG':<10}"
+            + "".join(f"{in_words(seconds):>12}" for _, seconds in outcomes)
+        )
+    say(f"\n  {agreeing} of {len(TRIALS)} agree with NumPy on all {pg.size()} ranks")
+    return agreeing == len(TRIALS)
+
+
+def try_out(pg: ProcessGroup, make: Maker, count: int, calls: int) -> tuple[bool, float]:
+    """Make a call several times; return whether all ranks agree each time, and the seconds."""
+    seconds = np.empty(calls + 1)  # the first call warms up
+    correct = np.ones(1, dtype=np.uint8)
+    for i in range(len(seconds)):
+        trial = make(pg, count)
+        pg.barrier().wait()
+        begin = time.perf_counter()
+        trial.call()
+        seconds[i] = time.perf_counter() - begin
+        correct[0] &= trial.agrees()
+
+    from ..ops import ReduceOp
+
+    pg.allreduce(seconds, op=ReduceOp.MAX).wait()
+    pg.allreduce(correct, op=ReduceOp.MIN).wait()
+    return bool(correct[0]), float(np.median(seconds[1:]))
+
+
+def in_words(seconds: float) -> str:
+    """Return a time with three digits and a unit."""
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def show_training(pg: ProcessGroup, say: Callable[[str], None], args: argparse.Namespace) -> bool:
+    """Train together and on rank 0 alone; print and draw both; return whether they agree."""
+    from . import digits as classifier
+
+    digits = classifier.load()
+    tested = len(digits.test_labels)
+    say(f"\nTraining on {len(digits.labels):,} handwritten digits, testing on {tested}:\n")
+    bar = progress_bar(pg, classifier.EPOCHS, args.progress)
+    together = classifier.train(pg, digits, bar)
+
+    verdict = np.zeros(1, dtype=np.uint8)
+    if pg.rank() == 0:
+        alone = classifier.train(None, digits, lambda epoch, loss: None)
+        difference = float(np.max(np.abs(together.losses - alone.losses) / alone.losses))
+        agrees = together.correct == alone.correct and difference <= TOLERANCE
+        verdict[0] = agrees
+        together_is = f"{classifier.ranks(pg.size())}, averaging gradients"
+        for who, outcome in ((together_is, together), ("one process", alone)):
+            say(
+                f"  {who:<34}loss {outcome.losses[-1]:.6f}, test accuracy "
+                f"{outcome.correct / tested:.2%} ({outcome.correct} of {tested})"
+            )
+        if agrees:
+            say(f"  The accuracies are equal; the loss curves differ by {difference:.0e} at most.")
+        else:
+            say(f"  THEY DIFFER: the loss curves by {difference:.1e}; {TOLERANCE:g} is allowed.")
+        classifier.draw(args.out, pg.size(), together, alone, tested)
+        say(f"\nThe loss curves are in {args.out.resolve()}")
+    pg.broadcast(verdict, root=0).wait()
+    return bool(verdict[0])
+
+
+def progress_bar(pg: ProcessGroup, epochs: int, when: str) -> Callable[[int, float], None]:
+    """Return what draws the progress bar: nothing, unless on rank 0 and wanted."""
+    wanted = when == "always" or (when == "auto" and sys.stderr.isatty())
+
+    def draw(epoch: int, loss: float) -> None:
+        done = 30 * epoch // epochs
+        line = f"  [{'#' * done:.<30}] epoch {epoch} of {epochs}, loss {loss:.4f}"
+        end = "\r" if epoch < epochs else f"\r{'':<{len(line)}}\r"
+        print(f"\r{line}", end=end, file=sys.stderr, flush=True)
+
+    return draw if wanted and pg.rank() == 0 else lambda epoch, loss: None

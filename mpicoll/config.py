@@ -1,0 +1,62 @@
+"""What the environment says: the only module that reads `os.environ`."""
+
+from __future__ import annotations
+
+import math
+import os
+from datetime import timedelta
+
+from .errors import InvalidCallError
+
+DEFAULT_TIMEOUT = 1800.0  # seconds, as in torch.distributed
+
+
+def default_timeout() -> float:
+    """Seconds a call may take where nobody said otherwise: MPICOLL_TIMEOUT, else 1800."""
+    text = os.environ.get("MPICOLL_TIMEOUT")
+    if text is None:
+        return DEFAULT_TIMEOUT
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise InvalidCallError(
+            f"MPICOLL_TIMEOUT must be a number of seconds above 0, but is {text!r}"
+        )
+    return value
+
+
+def ranks_on_node() -> int | None:
+    """How many ranks the launcher says it started on this machine, if it says so."""
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        text = os.environ.get(name, "").split("(")[0]
+        if text.isdigit():
+            return int(text)
+    return None
+
+
+def store_secret() -> str | None:
+    """The secret shared by the members of a `TCPStore`: MPICOLL_STORE_SECRET."""
+    return os.environ.get("MPICOLL_STORE_SECRET")
+
+
+def seconds(timeout: object, default: float) -> float:
+    """Return a timeout argument as seconds; None means `default`.
+
+    Raises:
+        InvalidCallError: not a `timedelta`, int or float, or not above zero and finite.
+    """
+    if timeout is None:
+        return default
+    if isinstance(timeout, timedelta):
+        value = timeout.total_seconds()
+    elif isinstance(timeout, (int, float)) and not isinstance(timeout, bool):
+        value = float(timeout)
+    else:
+        raise InvalidCallError(
+            f"timeout must be a timedelta or a number of seconds, but got {timeout!r}"
+        )
+    if not (0 < value < math.inf):
+        raise InvalidCallError(f"timeout must be above 0 and finite, but got {timeout!r}")
+    return value

@@ -1,0 +1,356 @@
+"""Two tables: what can be moved (`DType`), and what can be reduced (`Reduction`).
+
+They are two because moving needs only an element's size, while reducing needs an exact rule.
+Each rank encodes its elements into the wire type, MPI reduces that, and each rank decodes once.
+What has no exact rule is refused, with the remedy; nothing is ever approximated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UnsupportedError
+from .ops import ReduceOp
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+# ---- what can be moved ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DType:
+    """One kind of element.  There is one instance of each, so compare by `is` or `==`.
+
+    Attributes:
+        name: such as ``"float32"`` or ``"bfloat16"``.
+        code: a small number, the same in every process.
+        storage: how the bits lie in the arrays that are passed around: the dtype itself where
+            NumPy knows it, else an unsigned integer of its size.
+    """
+
+    name: str
+    code: int
+    storage: np.dtype[Any]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.storage.itemsize
+
+
+# Codes travel between processes: never renumber, only add.
+_CODES = {
+    "bool": 1, "int8": 2, "uint8": 3, "int16": 4, "uint16": 5, "int32": 6, "uint32": 7,
+    "int64": 8, "uint64": 9, "float16": 10, "float32": 11, "float64": 12, "longdouble": 13,
+    "complex64": 14, "complex128": 15, "clongdouble": 16, "bfloat16": 17,
+    "float8_e4m3fn": 18, "float8_e4m3fnuz": 19, "float8_e4m3b11fnuz": 20, "float8_e4m3": 21,
+    "float8_e5m2": 22, "float8_e5m2fnuz": 23, "float8_e3m4": 24, "float8_e8m0fnu": 25,
+    "float6_e2m3fn": 26, "float6_e3m2fn": 27, "float4_e2m1fn": 28, "float4_e2m1fn_x2": 29,
+    "int4": 30, "uint4": 31, "int2": 32, "uint2": 33, "int1": 34, "uint1": 35,
+}  # fmt: skip
+
+LAST_NATIVE = 16  # the dtypes up to this code are NumPy's own
+
+
+def _storage(name: str, code: int) -> np.dtype[Any]:
+    if code <= LAST_NATIVE:
+        return np.dtype(name)
+    return np.dtype(np.uint16 if name == "bfloat16" else np.uint8)
+
+
+BY_NAME = {name: DType(name, code, _storage(name, code)) for name, code in _CODES.items()}
+BY_CODE = {dtype.code: dtype for dtype in BY_NAME.values()}
+
+_BY_NUMPY = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.code <= LAST_NATIVE}
+
+_REMEDY_BY_KIND = {
+    "O": "use broadcast_object, allgather_object, gather_object or scatter_object",
+    "S": "pass its bytes, x.view(np.uint8), or use broadcast_object",
+    "U": "pass its code points, x.view(np.uint32), or use broadcast_object",
+    "T": "use broadcast_object",
+    "M": "pass x.view(np.int64)",
+    "m": "pass x.view(np.int64)",
+    "V": "pass one field at a time, or for moves its bytes, x.view(np.uint8)",
+}
+
+
+def from_numpy(dtype: np.dtype[Any], name: str) -> DType:
+    """Return the `DType` of a NumPy dtype; `name` is the argument that errors speak of.
+
+    Raises:
+        UnsupportedError: strings, objects, dates, structures, swapped bytes, unknown extensions.
+    """
+    found = _BY_NUMPY.get(dtype)
+    if found is not None:
+        return found
+    if not dtype.isnative:
+        raise UnsupportedError(
+            f"{name} must have this machine's byte order, but its dtype is {dtype!r}: "
+            f"pass x.astype(x.dtype.newbyteorder('='))"
+        )
+    # With metadata; then NumPy's second names (longlong), and the types of ml_dtypes.
+    found = _BY_NUMPY.get(np.dtype(dtype.type)) or BY_NAME.get(dtype.name)
+    if found is not None and found.itemsize == dtype.itemsize:
+        return found
+    remedy = _REMEDY_BY_KIND.get(dtype.kind, "convert it, or for moves pass x.view(np.uint8)")
+    raise UnsupportedError(f"{name} has dtype {dtype!r}, which can't be sent: {remedy}")
+
+
+def from_name(text: str, name: str) -> DType:
+    """Return the `DType` that PyTorch writes as `text`, such as ``"torch.bfloat16"``.
+
+    Raises:
+        UnsupportedError: a dtype that we don't know.
+    """
+    found = BY_NAME.get(text.removeprefix("torch."))
+    if found is None:
+        remedy = "view_as_real" if text.endswith("complex32") else "view(torch.uint8)"
+        raise UnsupportedError(
+            f"{name} has dtype {text}, which can't be sent: convert it, or for moves pass "
+            f"its bits (torch's {remedy})"
+        )
+    return found
+
+
+# ---- what can be reduced -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How one dtype is reduced under one operator.
+
+    Attributes:
+        wire: what MPI reduces.
+        mpi_op: the MPI operator on `wire`: SUM, PROD, MIN, MAX, LAND, LOR, LXOR, BAND, BOR, BXOR.
+        direct: nothing is converted either way: MPI may read and write the user's arrays.
+        encode: storage (1-D) -> a fresh array of `wire`; the source stays as it is.
+        decode: (array of `wire`, destination of storage) -> None; the wire array stays as it is.
+    """
+
+    wire: np.dtype[Any]
+    mpi_op: str
+    direct: bool
+    encode: Callable[[Array], Array]
+    decode: Callable[[Array, Array], None]
+
+
+_ARITHMETIC = {"SUM": "SUM", "AVG": "SUM", "PREMUL_SUM": "SUM", "PRODUCT": "PROD"}
+_BITWISE = {"BAND": "BAND", "BOR": "BOR", "BXOR": "BXOR"}
+_INTEGER = {"SUM": "SUM", "PRODUCT": "PROD", "MIN": "MIN", "MAX": "MAX", **_BITWISE}
+_LOGICAL = {
+    "SUM": "LOR", "MAX": "LOR", "BOR": "LOR",
+    "PRODUCT": "LAND", "MIN": "LAND", "BAND": "LAND",
+    "BXOR": "LXOR",
+}  # fmt: skip
+
+
+def reduction(dtype: DType, op: ReduceOp, size: int) -> Reduction:
+    """Return the plan for reducing `dtype` under `op` over `size` ranks.
+
+    Raises:
+        UnsupportedError: there is no exact rule; the message says what to do instead.
+    """
+    # Factors come in any number, so plans with one are not kept.
+    return _kept(dtype, op, size) if op.factor is None else _plan(dtype, op, size)
+
+
+def _plan(dtype: DType, op: ReduceOp, size: int) -> Reduction:
+    if dtype.code > BY_NAME["bfloat16"].code:
+        raise _refused(dtype, op, "it can only be moved; cast to float32 and reduce that")
+    if dtype.name == "bool" or (dtype.storage.kind in "iu" and dtype.name not in _HALF):
+        mpi_op = (_LOGICAL if dtype.name == "bool" else _INTEGER).get(op.name)
+        if mpi_op is None:
+            raise _refused(dtype, op, "cast to a float dtype, or use SUM and scale the result")
+        return Reduction(dtype.storage, mpi_op, True, _fresh, _copy)
+    if op.name in _ARITHMETIC:
+        return _arithmetic(dtype, op, size)
+    if op.name in _BITWISE:
+        raise _refused(dtype, op, "view the bits as integers of the same width, or cast to int64")
+    if dtype.name in _ORDERED:
+        return _ordered(dtype, op)
+    if dtype.storage.kind == "c":
+        raise _refused(dtype, op, "complex numbers have no order; reduce abs(x), or x.real, x.imag")
+    raise _refused(dtype, op, "cast to float64, for which NaN give one answer on every rank")
+
+
+_kept = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _refused(dtype: DType, op: ReduceOp, remedy: str) -> UnsupportedError:
+    return UnsupportedError(f"op {op!r} can't be done exactly on dtype {dtype.name}: {remedy}")
+
+
+# A kernel reads its first array and fills its second.  Kernels of many passes run over pieces
+# that stay in the cache.
+
+Kernel: TypeAlias = Callable[[Array, Array], None]
+_PIECE = 1 << 15  # elements
+
+
+def _in_pieces(kernel: Kernel) -> Kernel:
+    def run(src: Array, dst: Array) -> None:
+        if src.size <= _PIECE:
+            return kernel(src, dst)
+        for start in range(0, src.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            kernel(src[piece], dst[piece])
+
+    return run
+
+
+def _encoder(kernel: Kernel, wire: np.dtype[Any]) -> Callable[[Array], Array]:
+    fill = _in_pieces(kernel)
+
+    def encode(src: Array) -> Array:
+        encoded: Array = np.empty(src.size, wire)
+        fill(src, encoded)
+        return encoded
+
+    return encode
+
+
+def _fresh(src: Array) -> Array:
+    return src.copy()
+
+
+def _copy(src: Array, dst: Array) -> None:
+    np.copyto(dst, src)
+
+
+# Sums, products and averages: half precision is widened to float32 and rounded once, at the end.
+
+
+def _arithmetic(dtype: DType, op: ReduceOp, size: int) -> Reduction:
+    wire, mpi_op = dtype.storage, _ARITHMETIC[op.name]
+    widen: Kernel = _copy
+    narrow: Kernel = _copy
+    if dtype.name in _HALF:
+        wire = np.dtype(np.float32)
+        widen, narrow = _HALF[dtype.name]
+    elif op.name in ("SUM", "PRODUCT"):
+        return Reduction(wire, mpi_op, True, _fresh, _copy)
+    if op.name == "AVG":
+        narrow = _divided(size, wire, narrow)
+    elif op.name == "PREMUL_SUM":
+        widen = _multiplied(_fitting(dtype, op, wire), widen)
+    return Reduction(wire, mpi_op, False, _encoder(widen, wire), _in_pieces(narrow))
+
+
+def _fitting(dtype: DType, op: ReduceOp, wire: np.dtype[Any]) -> Any:
+    """Return the factor of PREMUL_SUM as a scalar that multiplies `wire` without promoting it."""
+    if isinstance(op.factor, complex) and wire.kind != "c":
+        raise _refused(dtype, op, "a real dtype takes a real factor; cast to a complex dtype")
+    scalar = wire.type if isinstance(op.factor, complex) else _part(wire).type
+    with np.errstate(all="ignore"):
+        factor = scalar(op.factor)
+    if not np.isfinite(factor):
+        raise _refused(dtype, op, f"the factor does not fit {wire.name}; cast to a wider dtype")
+    return factor
+
+
+def _part(wire: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of the real and imaginary parts, or `wire` itself where it is real."""
+    return np.empty(0, wire).real.dtype
+
+
+def _divided(size: int, wire: np.dtype[Any], narrow: Kernel) -> Kernel:
+    # Complex numbers are divided part by part: NumPy's complex division turns inf into NaN.
+    divisor = _part(wire).type(size)
+
+    def divide_and_narrow(total: Array, dst: Array) -> None:
+        with np.errstate(all="ignore"):
+            mean = total.view(divisor.dtype) / divisor
+        narrow(mean.view(wire), dst)
+
+    return divide_and_narrow
+
+
+def _multiplied(factor: Any, widen: Kernel) -> Kernel:
+    def widen_and_multiply(src: Array, encoded: Array) -> None:
+        widen(src, encoded)
+        parts = encoded.view(factor.dtype)  # those of complex numbers, where the factor is real
+        with np.errstate(all="ignore"):
+            np.multiply(parts, factor, out=parts)
+
+    return widen_and_multiply
+
+
+def _widen_float16(src: Array, wide: Array) -> None:
+    with np.errstate(all="ignore"):
+        np.copyto(wide, src)
+
+
+def _narrow_float16(wide: Array, dst: Array) -> None:
+    with np.errstate(all="ignore"):  # what is too large becomes inf, rightly
+        np.copyto(dst, wide, casting="same_kind")
+
+
+def _widen_bfloat16(src: Array, wide: Array) -> None:
+    bits = wide.view(np.uint32)
+    np.copyto(bits, src)
+    bits <<= 16
+
+
+def _narrow_bfloat16(wide: Array, dst: Array) -> None:
+    bits = wide.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF  # half a unit of the last kept bit, less one where that bit is even
+    rounded += bits
+    rounded >>= 16
+    np.copyto(dst, rounded, casting="unsafe")
+    nan = np.isnan(wide)
+    if nan.any():
+        dst[nan] = (bits[nan] >> 16) | 0x40  # quiet; rounding could have carried it out of NaN
+
+
+_HALF: dict[str, tuple[Kernel, Kernel]] = {
+    "float16": (_widen_float16, _narrow_float16),
+    "bfloat16": (_widen_bfloat16, _narrow_bfloat16),
+}
+
+
+# MIN and MAX of floats: MPI's comparisons leave NaN to chance, which then differs between ranks.
+# So the bits become signed integers in the order of the floats, -0.0 below +0.0, and a NaN
+# becomes the integer that always wins.
+
+_ORDERED = {  # dtype -> (integer of its width, bits of +inf, bits of the quiet NaN)
+    "float16": (np.int16, 0x7C00, 0x7E00),
+    "bfloat16": (np.int16, 0x7F80, 0x7FC0),
+    "float32": (np.int32, 0x7F800000, 0x7FC00000),
+    "float64": (np.int64, 0x7FF0000000000000, 0x7FF8000000000000),
+}
+
+
+def _ordered(dtype: DType, op: ReduceOp) -> Reduction:
+    integer, *specials = _ORDERED[dtype.name]
+    wire: np.dtype[Any] = np.dtype(integer)
+    limits = np.iinfo(wire)
+    winning = limits.max if op.name == "MAX" else limits.min
+    constants = (*specials, limits.max, winning, limits.bits - 1)
+    # As arrays, because NumPy converts Python's numbers anew each time, 0.3 us each.
+    infinity, quiet_nan, magnitude, winner, sign_shift = (np.array(c, wire) for c in constants)
+
+    def flip_negatives(bits: Array, flipped: Array) -> None:  # its own inverse
+        np.right_shift(bits, sign_shift, out=flipped)
+        np.bitwise_and(flipped, magnitude, out=flipped)
+        np.bitwise_xor(flipped, bits, out=flipped)
+
+    def encode(src: Array, keys: Array) -> None:
+        bits = src.view(wire)
+        flip_negatives(bits, keys)
+        np.copyto(keys, winner, where=(bits & magnitude) > infinity)
+
+    def decode(keys: Array, dst: Array) -> None:
+        bits = dst.view(wire)
+        flip_negatives(keys, bits)
+        np.copyto(bits, quiet_nan, where=keys == winner)
+
+    return Reduction(wire, op.name, False, _encoder(encode, wire), _in_pieces(decode))

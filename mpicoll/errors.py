@@ -1,0 +1,129 @@
+"""What can go wrong, by name: one class per kind of failure.
+
+A message names the argument, its value and the remedy.  Each class says whether the
+group is still usable afterwards.  MPI's own exceptions become ours in `translate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MpicollError(Exception):
+    """Base class of every error that mpicoll raises on purpose.
+
+    Attributes:
+        breaks_group: whether the group is unusable afterwards.
+    """
+
+    breaks_group = True
+
+
+class InvalidCallError(MpicollError, ValueError):
+    """Your arguments are wrong.
+
+    Raised on this rank at once, before anything is sent.  Peers in the same collective
+    hear of it as a `CollectiveMismatchError`.  Buffers are untouched; the group stays usable.
+    """
+
+    breaks_group = False
+
+
+class UnsupportedError(MpicollError, TypeError):
+    """This dtype, operator and transport can't be combined exactly.
+
+    Refused, never approximated.  Peers hear of it as a `CollectiveMismatchError`.
+    Buffers are untouched; the group stays usable.
+    """
+
+    breaks_group = False
+
+
+class GroupClosedError(MpicollError):
+    """The group was used after `shutdown` or `abort`, or after MPI was finalized."""
+
+
+class GroupBrokenError(MpicollError):
+    """An earlier failure left the group unusable; the message says which one."""
+
+
+class CollectiveTimeoutError(MpicollError, TimeoutError):
+    """A call did not finish before its deadline.
+
+    After a collective or a send the group is broken, and the buffers stay alive inside
+    mpicoll: outputs may still be written.  An expired `recv` is cancelled and leaves the
+    group usable.
+
+    Attributes:
+        op: name of the call, such as ``"allreduce"``.
+        seq: the call's number in its group.
+        elapsed: seconds since the call.
+        missing: ranks of the group that had not arrived when the deadline passed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        op: str = "",
+        seq: int = 0,
+        elapsed: float = 0.0,
+        missing: Sequence[int] = (),
+        breaks_group: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.breaks_group = breaks_group
+        self.op = op
+        self.seq = seq
+        self.elapsed = elapsed
+        self.missing = tuple(missing)
+
+
+class CollectiveMismatchError(MpicollError):
+    """The ranks called different things, or one rank's call was refused.
+
+    Raised on every rank whose own arguments were right, a broadcast's root included.
+    No data was moved.  The group stays usable, unless the call numbers differ (program
+    order is lost): then it is broken.
+    """
+
+    def __init__(self, message: str, *, breaks_group: bool = False) -> None:
+        super().__init__(message)
+        self.breaks_group = breaks_group
+
+
+class RankFailedError(MpicollError):
+    """A peer died.  The group is broken."""
+
+
+class RemoteRankError(MpicollError):
+    """A peer raised, or left the call early.  The group is broken.
+
+    Attributes:
+        rank: the peer, as a rank of the group.
+    """
+
+    def __init__(self, message: str, *, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class TransportError(MpicollError):
+    """The MPI library reported a failure.  The group is broken; `code` is MPI's error class."""
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def translate(error: Exception, what: str) -> MpicollError:
+    """Turn an exception of mpi4py, or of a step, into ours; `what` says what was being done."""
+    if isinstance(error, MpicollError):
+        return error
+    get_class = getattr(error, "Get_error_class", None)
+    if get_class is None:
+        ours = TransportError(f"{what} failed: {error!r}")
+    else:
+        ours = TransportError(f"MPI failed in {what}: {error}", code=int(get_class()))
+    ours.__cause__ = error
+    return ours

@@ -1,0 +1,920 @@
+"""`ProcessGroup`: the user's object, and how one comes to be.
+
+A public method checks, starts and returns.  Unless said otherwise, every rank of the group
+must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
+from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous host arrays:
+NumPy, torch CPU tensors, or anything with the buffer protocol or DLPack; a list of one array
+is accepted where an array is.
+
+What a `Work` may raise, besides the errors that a method names:
+
+- `InvalidCallError`, `UnsupportedError` at the call, before anything is sent;
+- `CollectiveMismatchError`: peers called something else, or were refused; no data was moved;
+- `CollectiveTimeoutError`: the deadline passed; names the ranks that had not arrived;
+- `RemoteRankError`, `TransportError`: a peer left, or MPI failed.
+
+After the last two lines the group is broken, its outputs are undefined, and every further
+call raises `GroupBrokenError`; after the others it is usable and no array has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+from . import backends, calls, rendezvous
+from .arrival import Arrival
+from .calls import ANY_SOURCE, Call
+from .config import default_timeout, ranks_on_node, seconds
+from .errors import (
+    GroupBrokenError,
+    GroupClosedError,
+    InvalidCallError,
+    MpicollError,
+    UnsupportedError,
+)
+from .library import MPI, Steps, highest_tag
+from .ops import ReduceOp
+from .peers import Peers
+from .progress import Lane, crowded, engine
+from .recorder import Recorder
+from .stores import Store, TCPStore
+from .work import Work
+
+SUM = ReduceOp.SUM
+
+
+class ProcessGroup:
+    """A group of ranks that call collectives together.  Made by `new_group` and its kin.
+
+    ``with new_group() as pg:`` shuts the group down at the end, or aborts it if the body raises.
+
+    Attributes:
+        comm: the group's mpi4py communicator.  It is private: mpicoll's own calls run on it,
+            so use it while no Work is under way, or `Dup` it.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        *,
+        timeout: float,
+        device: str,
+        name: str,
+        desc: str = "",
+        progress: str = "caller",
+    ) -> None:
+        self.comm = comm
+        self._rank = comm.Get_rank()
+        self._size = comm.Get_size()
+        self._timeout = timeout
+        self._device = device
+        self._desc = desc
+        self._progress = progress
+        self._highest_tag = highest_tag()
+        self._recorder = Recorder()
+        self._lane = Lane(name, comm)
+        self._transport = backends.choose(comm)
+        self._arrival = Arrival(comm, self._lane.peers)
+        engine.enlist(self._lane)
+        if progress == "thread":
+            engine.background()
+
+    # ---- what it is ----
+
+    def __repr__(self) -> str:
+        state = self._lane.closed or ("broken" if self._lane.broken else "")
+        return (
+            f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
+            f"transport {self._transport.name}{', ' + state if state else ''}>"
+        )
+
+    def rank(self) -> int:
+        """Return this process's rank in the group, from 0."""
+        return self._rank
+
+    def size(self) -> int:
+        """Return the number of ranks in the group."""
+        return self._size
+
+    def name(self) -> str:
+        """Return the name of the group's transport, as `_dist2` names its backend."""
+        return self._transport.name
+
+    @property
+    def group_name(self) -> str:
+        """The group's name."""
+        return self._lane.name
+
+    @property
+    def group_desc(self) -> str:
+        """What the group is for, in its maker's words."""
+        return self._desc
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a call may take where it doesn't say otherwise."""
+        return timedelta(seconds=self._timeout)
+
+    @property
+    def device(self) -> str:
+        """The device whose memory the group moves."""
+        return self._device
+
+    @property
+    def ranks(self) -> list[int]:
+        """The members, in order, as ranks of MPI.COMM_WORLD."""
+        return rendezvous.world_ranks(self.comm)
+
+    def set_timeout(self, timeout: object) -> None:
+        """Set how long a call may take where it doesn't say otherwise.  Local."""
+        self._timeout = seconds(timeout, self._timeout)
+
+    def _get_backend(self, device: object = None) -> Any:
+        return SimpleNamespace(
+            name=self.name, options=SimpleNamespace(_timeout=self.timeout, backend=self.name())
+        )
+
+    def dump(self) -> str:
+        """Return the flight recorder as JSON: the group's last calls on this rank.  Local."""
+        return json.dumps(
+            {
+                "group": self.group_name,
+                "rank": self._rank,
+                "size": self._size,
+                "pid": os.getpid(),
+                "calls": self._recorder.entries(),
+            }
+        )
+
+    # ---- collectives on arrays ----
+
+    def allreduce(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
+        """Reduce an array over all ranks, in place on each.
+
+        Args:
+            tensor: of one dtype and number of elements on all ranks.
+            op: a `ReduceOp`, the same on all ranks (a PREMUL_SUM factor is each rank's own).
+        """
+        return self._call("allreduce", timeout, calls.allreduce, tensor, op)
+
+    def broadcast(self, tensor: object, root: int, timeout: object = None) -> Work:
+        """Copy the root's array to all other ranks, in place.
+
+        Args:
+            tensor: of one dtype and number of elements on all ranks.
+            root: the rank that gives; the same on all ranks.
+        """
+        return self._call("broadcast", timeout, calls.broadcast, tensor, root)
+
+    def reduce(
+        self, tensor: object, root: int, op: object = SUM, timeout: object = None
+    ) -> Work:
+        """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
+
+        Args:
+            tensor: of one dtype and number of elements on all ranks.
+            root: the rank that gets the result; the same on all ranks.
+            op: a `ReduceOp`, the same on all ranks.
+        """
+        return self._call("reduce", timeout, calls.reduce, tensor, root, op)
+
+    def barrier(self, timeout: object = None) -> Work:
+        """Wait for all ranks."""
+        return self._call("barrier", timeout, lambda rank, size: Call("barrier"))
+
+    def allgather(
+        self, output_tensors: object, input_tensor: object, timeout: object = None
+    ) -> Work:
+        """Gather an array from every rank, on every rank.
+
+        Args:
+            output_tensors: a list of `size` arrays; the i-th gets rank i's input and is as
+                large as that.  Sizes may differ between entries, the same way on all ranks.
+            input_tensor: this rank's contribution.
+        """
+        return self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
+
+    def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:  # noqa: A002
+        """Gather equal arrays from every rank into one array, on every rank.
+
+        Args:
+            output: of `size` times input's elements; rank i's input comes i-th.
+            input: of one dtype and number of elements on all ranks.
+        """
+        return self._call("all_gather_single", timeout, calls.all_gather_single, output, input)
+
+    def gather(
+        self, output_tensors: object, input_tensor: object, root: int, timeout: object = None
+    ) -> Work:
+        """Gather an array from every rank, on the root.
+
+        Args:
+            output_tensors: on the root a list of `size` arrays, the i-th as large as rank i's
+                input; [] elsewhere.
+            input_tensor: this rank's contribution; sizes may differ between ranks.
+            root: the rank that gets; the same on all ranks.
+        """
+        return self._call("gather", timeout, calls.gather, output_tensors, input_tensor, root)
+
+    def scatter(
+        self, output_tensor: object, input_tensors: object, root: int, timeout: object = None
+    ) -> Work:
+        """Give each rank one array of the root's list.
+
+        Args:
+            output_tensor: as large as the root's entry for this rank.
+            input_tensors: on the root a list of `size` arrays; [] elsewhere.
+            root: the rank that gives; the same on all ranks.
+        """
+        return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
+
+    def reduce_scatter(
+        self,
+        output: object,
+        input: object,  # noqa: A002
+        op: object = SUM,
+        timeout: object = None,
+    ) -> Work:
+        """Reduce a list of arrays over all ranks, and give the i-th result to rank i.
+
+        Args:
+            output: as large as `input[rank]`.
+            input: a list of `size` arrays; sizes may differ between entries, the same way on
+                all ranks.
+            op: a `ReduceOp`, the same on all ranks.
+        """
+        return self._call("reduce_scatter", timeout, calls.reduce_scatter, output, input, op)
+
+    def reduce_scatter_single(
+        self,
+        output: object,
+        input: object,  # noqa: A002
+        op: object = SUM,
+        timeout: object = None,
+    ) -> Work:
+        """Reduce an array over all ranks, and give the i-th equal part of it to rank i.
+
+        Args:
+            output: of one number of elements on all ranks.
+            input: of `size` times output's elements.
+            op: a `ReduceOp`, the same on all ranks.
+        """
+        return self._call(
+            "reduce_scatter_single", timeout, calls.reduce_scatter_single, output, input, op
+        )
+
+    def alltoall(
+        self, output_tensors: object, input_tensors: object, timeout: object = None
+    ) -> Work:
+        """Send the j-th array to rank j, and get one from each rank.
+
+        Args:
+            output_tensors: a list of `size` arrays; the i-th is as large as what rank i sends here.
+            input_tensors: a list of `size` arrays of any sizes.
+        """
+        return self._call("alltoall", timeout, calls.alltoall, output_tensors, input_tensors)
+
+    def all_to_all_single(
+        self,
+        output: object,
+        input: object,  # noqa: A002
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        timeout: object = None,
+    ) -> Work:
+        """Send consecutive rows of one array to the ranks in turn, and get rows from each.
+
+        Args:
+            output, input: arrays of one dtype, whose rows (entries of dimension 0) are of one size.
+            output_split_sizes: rows that come from each rank; None or []: equal parts.
+            input_split_sizes: rows that go to each rank; None or []: equal parts.
+        """
+        return self._call(
+            "all_to_all_single",
+            timeout,
+            calls.all_to_all_single,
+            output,
+            input,
+            output_split_sizes,
+            input_split_sizes,
+        )
+
+    def scan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
+        """Reduce, on each rank, the arrays of ranks 0 to this one, in place.
+
+        Args:
+            tensor: of one dtype and number of elements on all ranks.
+            op: a `ReduceOp` other than AVG, the same on all ranks.
+        """
+        return self._call("scan", timeout, self._prefix("scan"), tensor, op)
+
+    def exscan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
+        """Reduce, on each rank, the arrays of the ranks below this one, in place.
+
+        Rank 0's array stays as it is.  Arguments as in `scan`.
+        """
+        return self._call("exscan", timeout, self._prefix("exscan"), tensor, op)
+
+    @staticmethod
+    def _prefix(kind: str) -> Callable[..., Call]:
+        return lambda rank, size, tensor, op: calls.scan(kind, rank, size, tensor, op)
+
+    # ---- several arrays in one call ----
+
+    def allreduce_coalesced(
+        self, tensors: Sequence[object], op: object = SUM, timeout: object = None
+    ) -> Work:
+        """`allreduce` of each array of a list, as one call."""
+
+        def check(rank: int, size: int) -> Call:
+            arrays = calls.several(tensors, "tensors")
+            parts = [calls.allreduce(rank, size, x, op) for x in arrays]
+            return calls.coalesced("allreduce_coalesced", parts, "tensors")
+
+        return self._call("allreduce_coalesced", timeout, check)
+
+    def allgather_coalesced(
+        self,
+        output_lists: Sequence[Sequence[object]],
+        input_list: Sequence[object],
+        timeout: object = None,
+    ) -> Work:
+        """`allgather` of each array of `input_list` into a list of `output_lists`, as one call."""
+
+        def check(rank: int, size: int) -> Call:
+            found = calls.pairs(output_lists, input_list, "output_lists", "input_list")
+            parts = [calls.allgather(rank, size, outs, x) for outs, x in found]
+            return calls.coalesced("allgather_coalesced", parts, "output_lists")
+
+        return self._call("allgather_coalesced", timeout, check)
+
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[object], inputs: Sequence[object], timeout: object = None
+    ) -> Work:
+        """`all_gather_single` of each pair of two lists, as one call."""
+
+        def check(rank: int, size: int) -> Call:
+            found = calls.pairs(outputs, inputs, "outputs", "inputs")
+            parts = [calls.all_gather_single(rank, size, out, x) for out, x in found]
+            return calls.coalesced("all_gather_single_coalesced", parts, "outputs")
+
+        return self._call("all_gather_single_coalesced", timeout, check)
+
+    def reduce_scatter_single_coalesced(
+        self,
+        outputs: Sequence[object],
+        inputs: Sequence[object],
+        op: object = SUM,
+        timeout: object = None,
+    ) -> Work:
+        """`reduce_scatter_single` of each pair of two lists, as one call."""
+
+        def check(rank: int, size: int) -> Call:
+            found = calls.pairs(outputs, inputs, "outputs", "inputs")
+            parts = [calls.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
+            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs")
+
+        return self._call("reduce_scatter_single_coalesced", timeout, check)
+
+    # ---- point to point ----
+
+    def send(self, tensor: object, dst: int, tag: int = 0, timeout: object = None) -> Work:
+        """Send an array to one rank, which must `recv` it.
+
+        Messages between two ranks with one tag are taken in the order in which they were sent.
+        An expired send breaks the group: its message can't be called back.
+
+        Args:
+            tensor: stays untouched until the Work is done.
+            dst: the receiving rank.
+            tag: from 0; lets the receiver choose.
+        """
+        return self._message(
+            "send", timeout, lambda: calls.send(self._size, self._highest_tag, tensor, dst, tag)
+        )
+
+    def recv(
+        self, tensor: object, src: int = ANY_SOURCE, tag: int = 0, timeout: object = None
+    ) -> Work:
+        """Receive an array from one rank, or from any.
+
+        An expired receive is cancelled; the group stays usable, and so does the message.
+
+        Args:
+            tensor: of the dtype and number of elements that were sent.
+            src: the sending rank, or `ANY_SOURCE`; `Work.source_rank()` tells which it was.
+            tag: as the sender gave it.
+
+        Raises:
+            CollectiveMismatchError: the message is of another dtype or size; it is lost, the
+                array is undefined, and the group stays usable.
+        """
+        return self._message(
+            "recv", timeout, lambda: calls.recv(self._size, self._highest_tag, tensor, src, tag)
+        )
+
+    def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
+        """`recv` from whichever rank sends first."""
+        return self.recv(tensor, ANY_SOURCE, tag, timeout)
+
+    # ---- barriers and objects: these wait, and return values ----
+
+    def monitored_barrier(self, timeout: object = None, wait_all_ranks: bool = False) -> None:
+        """Wait for all ranks; if some don't come, raise on every rank that did, naming them.
+
+        Args:
+            wait_all_ranks: accepted as in torch; all missing ranks are named either way.
+        """
+        self._call(
+            "monitored_barrier", timeout, lambda rank, size: Call("monitored_barrier")
+        ).wait()
+
+    def broadcast_object(self, obj: object, root: int, timeout: object = None) -> Any:
+        """Return the root's object on every rank.  Pickle: among trusted peers only."""
+        call = self._objects("broadcast_object", obj, root, timeout)
+        return obj if self._rank == call.root else pickle.loads(call.result)
+
+    def allgather_object(self, obj: object, timeout: object = None) -> list[Any]:
+        """Return the list of all ranks' objects on every rank.  Pickle: trusted peers only."""
+        call = self._objects("allgather_object", obj, None, timeout)
+        return [pickle.loads(piece) for piece in call.result]
+
+    def gather_object(self, obj: object, root: int, timeout: object = None) -> list[Any] | None:
+        """Return the list of all ranks' objects on the root, None elsewhere.  Pickle."""
+        call = self._objects("gather_object", obj, root, timeout)
+        return [pickle.loads(p) for p in call.result] if self._rank == call.root else None
+
+    def scatter_object(
+        self, objs: Sequence[object] | None, root: int, timeout: object = None
+    ) -> Any:
+        """Return, on each rank, its entry of the root's list of `size` objects.  Pickle."""
+        call = self._objects("scatter_object", objs, root, timeout)
+        return pickle.loads(call.result)
+
+    def _objects(self, kind: str, obj: object, root: int | None, timeout: object) -> Call:
+        work = self._call(
+            kind, timeout, lambda rank, size: calls.object_call(kind, rank, size, obj, root)
+        )
+        work.wait()
+        return work.call
+
+    # ---- groups out of groups: these wait, and return groups ----
+
+    def split_group(
+        self,
+        ranks: Sequence[int],
+        timeout: object = None,
+        opts: Any = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+    ) -> ProcessGroup | None:
+        """Make a group of some of the ranks; every rank of this group must call.
+
+        Args:
+            ranks: members of the new group; the i-th becomes rank i.  Disjoint lists may be given
+                in one call, each by its members; a rank that is in no list gives any of them.
+            timeout: how long the making may take, and the new group's default.
+            opts: where it has a `_timeout`, that counts if `timeout` is None (torch's options).
+
+        Returns:
+            The new group, or None on a rank that is not in `ranks`.
+
+        Raises:
+            CollectiveMismatchError: lists overlap without being equal; raised on all ranks.
+        """
+        if timeout is None:
+            timeout = getattr(opts, "_timeout", None)
+
+        def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            return rendezvous.split_by_lists(self.comm, call.payload, deadline)
+
+        def check(rank: int, size: int) -> Call:
+            return Call("split_group", payload=calls.split_ranks(size, ranks))
+
+        comm = self._comm("split_group", timeout, check, make)
+        name = group_name or f"{self.group_name}:split:{list(ranks)}"
+        return self._child(comm, name, group_desc, timeout)
+
+    def split(
+        self, color: int | None, key: int = 0, timeout: object = None
+    ) -> ProcessGroup | None:
+        """Split the group as `Comm.Split` does: ranks of one color form a group.
+
+        Args:
+            color: at least 0, or None to be in no new group.
+            key: ranks of a new group are ordered by key, then by their rank here.
+            timeout: how long the making may take, and the new group's default.
+        """
+
+        def check(rank: int, size: int) -> Call:
+            chosen = None if color is None else calls.integer(color, "color")
+            if chosen is not None and not 0 <= chosen < 2**31:
+                raise InvalidCallError(f"color must be None or in [0, 2**31), but got {chosen}")
+            return Call("split", payload=(chosen, calls.integer(key, "key")))
+
+        def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            return rendezvous.split(self.comm, *call.payload, deadline)
+
+        comm = self._comm("split", timeout, check, make)
+        return self._child(comm, f"{self.group_name}:split:{color}", None, timeout)
+
+    def local_group(self, timeout: object = None) -> ProcessGroup:
+        """Make the group of the ranks on this rank's node (by host name), in order."""
+        group = self.split(self._nodes(timeout)[0], self._rank, timeout)
+        assert group is not None
+        return group
+
+    def cross_node_group(self, timeout: object = None) -> ProcessGroup:
+        """Make the group of the ranks that have this rank's local rank on their nodes."""
+        group = self.split(self._nodes(timeout)[1], self._rank, timeout)
+        assert group is not None
+        return group
+
+    def _nodes(self, timeout: object) -> tuple[int, int]:
+        """Return the number of this rank's node, and its place among the node's ranks."""
+        names = self.allgather_object(MPI.Get_processor_name(), timeout)
+        mine = names[self._rank]
+        return names.index(mine), names[: self._rank].count(mine)
+
+    def merge_remote_group(
+        self,
+        store: Store,
+        size: int,
+        timeout: object = 1800.0,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+    ) -> ProcessGroup:
+        """Merge this group with others that meet it in a store.
+
+        Every rank of every group calls; only rank 0 of each uses the store.  Any number of
+        groups of one MPI world can merge, if they share no rank and a group over the world
+        was made before.  The groups are ordered by their lowest world rank, and each keeps its
+        inner order.
+
+        Args:
+            store: anything with c10d's set, get and add, the same for all groups.  What an
+                earlier run left in it does no harm.
+            size: ranks of all groups together.
+            timeout: how long the making may take, and the new group's default.
+
+        Raises:
+            CollectiveTimeoutError: not all groups came; names those that did.  This group stays
+                usable.
+            InvalidCallError: sizes that don't add up, or groups that share a rank.
+        """
+
+        def check(rank: int, own: int) -> Call:
+            total = calls.integer(size, "size")
+            if total < own:
+                raise InvalidCallError(
+                    f"size must be at least this group's {own} ranks, but got {total}"
+                )
+            for method in ("set", "get", "add"):
+                if rank == 0 and not callable(getattr(store, method, None)):
+                    raise InvalidCallError(
+                        f"store must have {method}(), as c10d's stores do, but got "
+                        f"{type(store).__name__}: use FileStore or TCPStore"
+                    )
+            return Call("merge_remote_group", root=0, count=total)
+
+        def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            if self._rank == 0:
+                plan = yield from rendezvous.meet(
+                    store, self.group_name, self.ranks, call.count, deadline
+                )
+                call.payload = json.dumps(plan).encode()
+            yield from self._transport.broadcast_object(call)
+            plan = json.loads(bytes(call.result))
+            call.payload = plan
+            made = yield from rendezvous.merge(self.comm, plan, deadline)
+            return made
+
+        box: list[Call] = []
+        comm = self._comm("merge_remote_group", timeout, check, make, box)
+        first = box[0].payload["groups"][0][0]
+        group = self._child(comm, group_name or f"{first}:merge", group_desc, timeout)
+        assert group is not None
+        return group
+
+    def _comm(
+        self,
+        kind: str,
+        timeout: object,
+        check: Callable[..., Call],
+        make: Callable[[Call, float], rendezvous.MakesComm],
+        box: list[Call] | None = None,
+    ) -> MPI.Intracomm | None:
+        """Run a call that makes a communicator, and wait for it."""
+
+        def then(work: Work) -> Steps:
+            work.call.result = yield from make(work.call, work.deadline)
+
+        work = self._call(kind, timeout, check, then=then)
+        work.wait()
+        if box is not None:
+            box.append(work.call)
+        made: MPI.Intracomm | None = work.call.result
+        return made
+
+    def _child(
+        self, comm: MPI.Intracomm | None, name: str, desc: str | None, timeout: object
+    ) -> ProcessGroup | None:
+        if comm is None:
+            return None
+        return ProcessGroup(
+            comm,
+            timeout=seconds(timeout, self._timeout),
+            device=self._device,
+            name=name,
+            desc=desc or "",
+            progress=self._progress,
+        )
+
+    # ---- the end ----
+
+    def shutdown(self, timeout: object = None) -> None:
+        """Finish what is under way, wait for all ranks, and give the communicator back.
+
+        Afterwards the group raises `GroupClosedError`.  A second call does nothing.  On a
+        broken group it only closes this rank's side.
+        """
+        lane = self._lane
+        if lane.closed:
+            return
+        if lane.broken is None:
+            for work in list(lane.beside):
+                engine.wait(work, seconds(timeout, self._timeout))
+            lane.unfetched = None
+
+            def then(work: Work) -> Steps:
+                yield from rendezvous.free(self.comm, work.deadline)
+
+            try:
+                self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
+            finally:
+                lane.closed = "shut down"
+        lane.closed = "shut down"
+
+    def abort(self) -> None:
+        """Give up everything under way, at once and on this rank alone; peers hear of it."""
+        self._abort("aborted the group")
+
+    def _abort(self, why: str) -> None:
+        lane = self._lane
+        if lane.closed:
+            return
+        engine.fail_all(lane, GroupClosedError(f"rank {self._rank} {why}"))
+        lane.closed = "aborted"
+
+    def __enter__(self) -> ProcessGroup:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.shutdown()
+        else:
+            self._abort(f"left its with-block: {type(error).__name__}: {error}")
+
+    # ---- the way of one call ----
+
+    def _call(
+        self,
+        kind: str,
+        timeout: object,
+        check: Callable[..., Call],
+        *arguments: object,
+        then: Callable[[Work], Steps] | None = None,
+    ) -> Work:
+        """Take a number, check the arguments, and launch arrival followed by the data."""
+        lane = self._lane
+        self._usable()
+        lane.seq += 1
+        seq = lane.seq
+        try:
+            limit = seconds(timeout, self._timeout)
+            self._raise_unfetched()
+            call = check(self._rank, self._size, *arguments)
+            _refuse_busy(call)
+        except Exception as error:
+            self._arrive_refused(kind, seq, error)
+            raise
+        work = Work(lane, call, seq, iter(()), limit, self._recorder)  # type: ignore[arg-type]
+        work.steps = self._steps(work, then)
+        engine.launch(work)
+        return work
+
+    def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+        yield from self._arrival.steps(work.call, work.seq)
+        yield from self._transport.steps(work.call) if then is None else then(work)
+
+    def _message(self, kind: str, timeout: object, check: Callable[[], Call]) -> Work:
+        """Launch a send or recv: it takes no number and waits for no queue."""
+        self._usable()
+        limit = seconds(timeout, self._timeout)
+        self._raise_unfetched()
+        call = check()
+        _refuse_busy(call)
+        move = self._transport.send if kind == "send" else self._transport.recv
+        work = Work(self._lane, call, 0, move(call), limit, self._recorder)
+        engine.launch(work)
+        return work
+
+    def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:
+        """Let the peers hear in this call that this rank's arguments were refused."""
+        call = Call(kind, refused=f"{type(error).__name__}: {error}")
+        steps = self._arrival.steps(call, seq)
+        engine.launch(Work(self._lane, call, seq, steps, self._timeout, self._recorder))
+        if self._size > 1:
+            with contextlib.suppress(MpicollError):
+                engine.background()
+
+    def _usable(self) -> None:
+        engine.check_process()
+        lane = self._lane
+        if lane.closed:
+            raise GroupClosedError(
+                f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
+            )
+        if lane.broken is not None:
+            if lane.unfetched is not None:
+                self._raise_unfetched()
+            raise GroupBrokenError(
+                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
+            ) from lane.broken
+
+    def _raise_unfetched(self) -> None:
+        failed = self._lane.unfetched
+        if failed is not None:
+            self._lane.unfetched = None
+            failed.fetched = True
+            assert failed.error is not None
+            raise failed.error
+
+
+def _refuse_busy(call: Call) -> None:
+    """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
+    reads, writes = call.spans()
+    for task in engine.unfinished():
+        their_reads, their_writes = task.call.spans()
+        if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(reads, their_writes):
+            raise InvalidCallError(
+                f"an array of this call overlaps one that an unfinished Work is using, "
+                f"{task.call.describe()}: wait() for that first, or use memory of its own"
+            )
+
+
+# ---- making groups ----
+
+_creations: dict[int, tuple[Lane, Recorder]] = {}  # by communicator: how its groups are made
+
+
+def new_group(
+    backend: str = "auto",
+    timeout: object = None,
+    device: object = "cpu",
+    *,
+    comm: MPI.Intracomm | None = None,
+    group_name: str | None = None,
+    progress: str = "caller",
+    **options: object,
+) -> ProcessGroup:
+    """Make a group over MPI.COMM_WORLD, or over a communicator of yours.
+
+    Every rank of the communicator must call.
+
+    Args:
+        backend: "auto", "mpi", or a name given to `register_backend`; "gloo" means "auto".
+        timeout: seconds or `timedelta`: how long the making may take, and how long each call
+            may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
+        device: "cpu" (or a `torch.device`).
+        comm: an mpi4py intracommunicator; the group works on a duplicate of it.
+        group_name: for messages, and to tell merging groups apart.
+        progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
+        options: for a registered backend's factory.
+
+    Raises:
+        InvalidCallError, UnsupportedError: an argument is wrong.
+        CollectiveTimeoutError: not all ranks came; names those that are missing.
+        CollectiveMismatchError: the ranks ask for different backends, or one was refused.
+        TransportError: there is no MPI library, or it failed.
+    """
+    engine.check_process()
+    parent = MPI.COMM_WORLD if comm is None else comm
+    if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
+        raise InvalidCallError(
+            f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
+            "Merge() an intercommunicator first; ranks outside a communicator make no group"
+        )
+    lane, recorder = _creation_lane(parent)
+    if lane.broken is not None:
+        raise GroupBrokenError(
+            f"an earlier new_group over this communicator failed: {lane.broken}"
+        ) from lane.broken
+    lane.seq += 1
+    limit, call, refusal = default_timeout(), Call("new_group"), None
+    try:
+        limit = seconds(timeout, limit)
+        factory = backends.factory_of(backend)
+        kind = backends.check_device(device) if factory is None else str(device)
+        if progress not in ("caller", "thread"):
+            raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
+        if options and factory is None:
+            raise InvalidCallError(
+                f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
+                "comm, group_name and progress"
+            )
+        call.digest = calls.digest(*("auto" if backend == "gloo" else backend).encode())
+    except (InvalidCallError, UnsupportedError) as error:
+        refusal = error
+        call.refused = f"{type(error).__name__}: {error}"
+    work = Work(lane, call, lane.seq, _create(parent, lane, call), limit, recorder)
+    engine.launch(work)
+    if refusal is not None:
+        if parent.Get_size() > 1:
+            engine.background()
+        raise refusal
+    work.wait()
+    name = group_name or ("world" if comm is None else "comm")
+    group = ProcessGroup(call.result, timeout=limit, device=kind, name=name, progress=progress)
+    return group if factory is None else _from_factory(group, factory, limit, kind, options)
+
+
+def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
+    """Return the lane on which groups over `parent` are made, one after the other."""
+    handle = MPI._handleof(parent)
+    if handle not in _creations:
+        crowded(ranks_on_node() or MPI.COMM_WORLD.Get_size())
+        lane = Lane("new_group", parent)
+        engine.enlist(lane)
+        _creations[handle] = lane, Recorder()
+    return _creations[handle]
+
+
+def _create(parent: MPI.Intracomm, lane: Lane, call: Call) -> Steps:
+    made = yield from rendezvous.duplicate(parent)
+    assert made is not None
+    yield from Arrival(made, lane.peers).steps(call, lane.seq)
+    yield from rendezvous.name_job(made)
+    call.result = made
+
+
+def _from_factory(
+    base: ProcessGroup,
+    factory: backends.Factory,
+    limit: float,
+    device: str,
+    options: dict[str, object],
+) -> Any:
+    """Give a registered factory the store it expects, and return what it makes."""
+    host = MPI.Get_processor_name() if len(set(base.allgather_object(_host()))) > 1 else "localhost"
+    secret = os.urandom(16).hex()
+    store = TCPStore(host, 0, is_master=True, secret=secret) if base.rank() == 0 else None
+    address = (store.host, store.port, secret) if store is not None else None
+    host, port, secret = base.broadcast_object(address, 0)
+    if store is None:
+        store = TCPStore(host, port, secret=secret)
+    timeout, where = backends.factory_arguments(limit, device)
+    return factory(store, base.rank(), base.size(), timeout, where, **options)
+
+
+def _host() -> str:
+    return str(MPI.Get_processor_name())
+
+
+# ---- the current group ----
+
+
+class _Current(threading.local):
+    group: ProcessGroup | None = None
+
+
+_current = _Current()
+
+
+def current_process_group() -> ProcessGroup | None:
+    """Return the group of the innermost `process_group` block of this thread, or None."""
+    return _current.group
+
+
+@contextlib.contextmanager
+def process_group(pg: ProcessGroup) -> Iterator[ProcessGroup]:
+    """Make a group the current one of this thread, inside a with-block.  Blocks nest."""
+    before = _current.group
+    _current.group = pg
+    try:
+        yield pg
+    finally:
+        _current.group = before

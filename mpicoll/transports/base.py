@@ -1,0 +1,167 @@
+"""The protocol of a transport, and what can be composed from its primitives.
+
+A transport is a set of generators, one per collective, that take a checked `Call` whose
+arrival is over on every rank.  Coalesced and object collectives are the same over every
+transport: they are composed here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..buffers import Blocks, as_buffer
+from ..calls import UNEVEN, Call
+from ..library import Steps
+
+
+class Transport(ABC):
+    """What moves the data of one group's calls.  Each method yields while it waits."""
+
+    name: str
+    rank: int
+    size: int
+
+    def steps(self, call: Call) -> Steps:
+        """Carry out a call."""
+        if call.parts:
+            for part in call.parts:
+                part.largest = call.largest
+                yield from self.steps(part)
+            return
+        move: Callable[[Call], Steps] = getattr(self, call.kind)
+        yield from move(call)
+
+    @abstractmethod
+    def allreduce(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def broadcast(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def reduce(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def allgather(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def gather(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def scatter(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def reduce_scatter(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def alltoall(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def scan(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def exscan(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def send(self, call: Call) -> Steps: ...
+    @abstractmethod
+    def recv(self, call: Call) -> Steps: ...
+
+    def all_gather_single(self, call: Call) -> Steps:
+        return self.allgather(call)
+
+    def reduce_scatter_single(self, call: Call) -> Steps:
+        return self.reduce_scatter(call)
+
+    def all_to_all_single(self, call: Call) -> Steps:
+        return self.alltoall(call)
+
+    def barrier(self, call: Call) -> Steps:
+        """Nothing is left to do: arrival was the barrier."""
+        yield from ()
+
+    monitored_barrier = barrier
+
+    # ---- objects: lengths first, then the pickled bytes ----
+
+    def broadcast_object(self, call: Call) -> Steps:
+        length = np.array([len(call.payload or b"")], dtype=np.int64)
+        yield from self.broadcast(_inner("broadcast", call.root, length, length))
+        data = _bytes(call.payload, int(length[0]))
+        yield from self.broadcast(_inner("broadcast", call.root, data, data))
+        call.result = data
+
+    def allgather_object(self, call: Call) -> Steps:
+        lengths = yield from self._all_lengths(call)
+        mine = _bytes(call.payload, len(call.payload))
+        everyone = np.empty(sum(lengths), dtype=np.uint8)
+        inner = _inner("allgather", -1, mine, everyone, recv_counts=lengths)
+        inner.largest = sum(lengths)
+        yield from self.allgather(inner)
+        call.result = _cut(everyone, lengths)
+
+    def gather_object(self, call: Call) -> Steps:
+        lengths = yield from self._all_lengths(call)
+        mine = _bytes(call.payload, len(call.payload))
+        everyone = np.empty(sum(lengths), dtype=np.uint8) if self.rank == call.root else None
+        inner = _inner("gather", call.root, mine, everyone, recv_counts=lengths)
+        inner.largest = sum(lengths)
+        yield from self.gather(inner)
+        if everyone is not None:
+            call.result = _cut(everyone, lengths)
+
+    def scatter_object(self, call: Call) -> Steps:
+        pieces: list[bytes] = call.payload or []
+        lengths = [len(piece) for piece in pieces]
+        # Each rank hears its own length, and the total, on which the way of moving depends.
+        table = np.array([[n, sum(lengths)] for n in lengths], dtype=np.int64).reshape(-1)
+        row = np.empty(2, dtype=np.int64)
+        at_root = self.rank == call.root
+        yield from self.scatter(
+            _inner("scatter", call.root, table if at_root else None, row, [2] * self.size)
+        )
+        mine = np.empty(int(row[0]), dtype=np.uint8)
+        data = _bytes(b"".join(pieces), sum(lengths)) if at_root else None
+        inner = _inner("scatter", call.root, data, mine, lengths)
+        inner.largest = int(row[1])
+        inner.count = UNEVEN
+        yield from self.scatter(inner)
+        call.result = mine
+
+    def _all_lengths(self, call: Call) -> LengthSteps:
+        lengths = np.empty(self.size, dtype=np.int64)
+        mine = np.array([len(call.payload)], dtype=np.int64)
+        yield from self.allgather(
+            _inner("allgather", -1, mine, lengths, recv_counts=[1] * self.size)
+        )
+        found: list[int] = lengths.tolist()
+        return found
+
+
+LengthSteps = Any  # a generator that returns a list: Steps with a value
+
+
+def _inner(
+    kind: str,
+    root: int,
+    send: np.ndarray[Any, Any] | None,
+    recv: np.ndarray[Any, Any] | None,
+    send_counts: list[int] | None = None,
+    recv_counts: list[int] | None = None,
+) -> Call:
+    """Make a call that is part of another one."""
+    return Call(
+        kind,
+        None if send is None else _blocks(send, send_counts),
+        None if recv is None else _blocks(recv, recv_counts),
+        root=root,
+    )
+
+
+def _blocks(array: np.ndarray[Any, Any], counts: list[int] | None) -> Blocks:
+    buffer = as_buffer(array, "array", write=False)
+    return Blocks.single(buffer) if counts is None else Blocks.split(buffer, tuple(counts))
+
+
+def _bytes(payload: bytes | None, length: int) -> np.ndarray[Any, Any]:
+    if payload is None:
+        return np.empty(length, dtype=np.uint8)
+    return np.frombuffer(payload, dtype=np.uint8)
+
+
+def _cut(data: np.ndarray[Any, Any], lengths: list[int]) -> list[np.ndarray[Any, Any]]:
+    ends = np.cumsum(lengths)
+    return [data[end - n : end] for n, end in zip(lengths, ends.tolist(), strict=True)]

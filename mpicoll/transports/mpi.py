@@ -1,0 +1,329 @@
+"""Collectives by the MPI library itself, always in their nonblocking form.
+
+What only moves is moved as elements of the right width, whatever they mean.  What reduces
+goes through a `Reduction`: in place where MPI computes exactly what is promised, else by way
+of a wire array that is encoded before and decoded after.
+
+MPI's counts and displacements are C ints.  A call in which any rank touches more than
+`MAX_COUNT` elements is cut in pieces, or moved point to point, block by block.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..buffers import Blocks
+from ..calls import ANY_SOURCE, UNEVEN, Call
+from ..dtypes import BY_CODE, Reduction
+from ..errors import CollectiveMismatchError
+from ..library import MPI, Steps, exchange_tag, until, until_all
+from ..progress import Expired
+from .base import Transport
+
+Array = np.ndarray[Any, Any]
+
+MAX_COUNT = 2**30  # elements that one MPI call is given at most
+
+_HEADER = struct.Struct("<4sIqq8x")  # magic, (unused), dtype code, elements
+_MAGIC = b"mpc1"
+
+
+class MpiTransport(Transport):
+    """The collectives of one communicator, which is private to its group."""
+
+    name = "mpi"
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+
+    # ---- what reduces ----
+
+    def allreduce(self, call: Call) -> Steps:
+        plan, array, wire = _wire(call)
+        for piece in _pieces(wire):
+            yield from until(
+                self.comm.Iallreduce(MPI.IN_PLACE, [piece, _number(plan)], _op(plan))
+            )
+        if not plan.direct:
+            plan.decode(wire, array)
+
+    def reduce(self, call: Call) -> Steps:
+        plan, array, wire = _wire(call)
+        for piece in _pieces(wire):
+            spec = [piece, _number(plan)]
+            if self.rank == call.root:
+                request = self.comm.Ireduce(MPI.IN_PLACE, spec, _op(plan), call.root)
+            else:
+                request = self.comm.Ireduce(spec, None, _op(plan), call.root)
+            yield from until(request)
+        if self.rank == call.root and not plan.direct:
+            plan.decode(wire, array)
+
+    def reduce_scatter(self, call: Call) -> Steps:
+        plan = _plan(call)
+        send, recv = _two(call)
+        wire = send.flat() if plan.direct else plan.encode(send.flat())
+        array = recv.flat()
+        out = array if plan.direct else np.empty(array.size, dtype=plan.wire)
+        if call.largest > MAX_COUNT:
+            yield from self._reduce_to_each(wire, out, send, plan)
+        elif call.count == UNEVEN:
+            yield from until(
+                self.comm.Ireduce_scatter(
+                    [wire, _number(plan)], [out, _number(plan)], list(send.counts), _op(plan)
+                )
+            )
+        else:
+            yield from until(
+                self.comm.Ireduce_scatter_block(
+                    [wire, _number(plan)],
+                    [out, _number(plan)],
+                    _op(plan),
+                )
+            )
+        if not plan.direct:
+            plan.decode(out, array)
+
+    def _reduce_to_each(self, wire: Array, out: Array, send: Blocks, plan: Reduction) -> Steps:
+        """A reduce_scatter too large for one call: a reduce to each rank, in pieces."""
+        for root, (start, count) in enumerate(zip(send.displs, send.counts, strict=True)):
+            block = wire[start : start + count]
+            pieces = zip(_pieces(block), _pieces(out if self.rank == root else block), strict=True)
+            for piece, into in pieces:
+                target = [into, _number(plan)] if self.rank == root else None
+                yield from until(
+                    self.comm.Ireduce([piece, _number(plan)], target, _op(plan), root)
+                )
+
+    def scan(self, call: Call) -> Steps:
+        plan, array, wire = _wire(call)
+        for piece in _pieces(wire):
+            yield from until(self.comm.Iscan(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
+        if not plan.direct:
+            plan.decode(wire, array)
+
+    def exscan(self, call: Call) -> Steps:
+        """Reduce what the lower ranks gave.  Rank 0's array stays as it is."""
+        plan, array, wire = _wire(call)
+        out = np.empty_like(wire)  # MPI leaves rank 0's output undefined: not the user's memory
+        for piece, into in zip(_pieces(wire), _pieces(out), strict=True):
+            yield from until(
+                self.comm.Iexscan([piece, _number(plan)], [into, _number(plan)], _op(plan))
+            )
+        if self.rank > 0 and not plan.direct:
+            plan.decode(out, array)
+        elif self.rank > 0:
+            array[...] = out
+
+    # ---- what only moves ----
+
+    def broadcast(self, call: Call) -> Steps:
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        for piece in _pieces(blocks.flat()):
+            yield from until(self.comm.Ibcast([piece, _element(piece)], call.root))
+
+    def allgather(self, call: Call) -> Steps:
+        send, recv = _two(call)
+        if call.largest > MAX_COUNT:
+            mine = send.flat()
+            yield from self._exchange([mine] * self.size, _each(recv))
+            return
+        wire, into = send.flat(), recv.landing()
+        yield from until(self.comm.Iallgatherv([wire, _element(wire)], _spread(into, recv)))
+        recv.unpack(into)
+
+    def gather(self, call: Call) -> Steps:
+        assert call.send is not None
+        wire = call.send.flat()
+        none: list[Array | None] = [None] * self.size
+        if call.largest > MAX_COUNT:
+            outgoing = none.copy()
+            outgoing[call.root] = wire
+            yield from self._exchange(outgoing, _each(call.recv) if call.recv else none)
+        elif call.recv is None:
+            yield from until(self.comm.Igatherv([wire, _element(wire)], None, call.root))
+        else:
+            into = call.recv.landing()
+            yield from until(
+                self.comm.Igatherv([wire, _element(wire)], _spread(into, call.recv), call.root)
+            )
+            call.recv.unpack(into)
+
+    def scatter(self, call: Call) -> Steps:
+        assert call.recv is not None
+        into = call.recv.flat()
+        none: list[Array | None] = [None] * self.size
+        if call.largest > MAX_COUNT:
+            incoming = none.copy()
+            incoming[call.root] = into
+            yield from self._exchange(_each(call.send) if call.send else none, incoming)
+            return
+        wire = None if call.send is None else _spread(call.send.flat(), call.send)
+        yield from until(self.comm.Iscatterv(wire, [into, _element(into)], call.root))
+
+    def alltoall(self, call: Call) -> Steps:
+        send, recv = _two(call)
+        if call.largest > MAX_COUNT:
+            yield from self._exchange(_each(send), _each(recv))
+            return
+        wire, into = send.flat(), recv.landing()
+        yield from until(self.comm.Ialltoallv(_spread(wire, send), _spread(into, recv)))
+        recv.unpack(into)
+
+    def _exchange(
+        self, outgoing: list[Array | None] | list[Array], incoming: list[Array | None] | list[Array]
+    ) -> Steps:
+        """Move one block to and from each rank, point to point; None: no such block."""
+        mine, yours = outgoing[self.rank], incoming[self.rank]
+        if mine is not None and yours is not None:
+            yours[...] = mine
+        requests = []
+        tag = exchange_tag()
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            into, wire = incoming[rank], outgoing[rank]
+            for piece in () if into is None else _pieces(into):
+                requests.append(self.comm.Irecv([piece, _element(piece)], rank, tag))
+            for piece in () if wire is None else _pieces(wire):
+                requests.append(self.comm.Isend([piece, _element(piece)], rank, tag))
+        yield from until_all(requests)
+
+    # ---- point to point: a header of 32 bytes and the payload, in one message ----
+
+    def send(self, call: Call) -> Steps:
+        assert call.send is not None
+        payload = call.send.flat()
+        header = np.frombuffer(_header(call.send), dtype=np.uint8)
+        message = _message(header, payload)
+        try:
+            yield from until(self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag))
+        finally:
+            message.Free()
+
+    def recv(self, call: Call) -> Steps:
+        """Receive one message; when the deadline passes, cancel (`Expired` is thrown in)."""
+        assert call.recv is not None
+        payload = call.recv.flat()
+        header = np.zeros(_HEADER.size, dtype=np.uint8)
+        message = _message(header, payload)
+        source = MPI.ANY_SOURCE if call.peer == ANY_SOURCE else call.peer
+        status = MPI.Status()
+        try:
+            request = self.comm.Irecv([MPI.BOTTOM, 1, message], source, call.tag)
+            try:
+                yield True
+                while not request.Test(status):
+                    yield False
+            except Expired:
+                request.Cancel()
+                request.Wait(status)
+                if status.Is_cancelled():
+                    raise
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            raise CollectiveMismatchError(
+                f"{call.describe()}: the message that came is longer than the array. "
+                "Receive into an array of the sender's size; the message is lost"
+            ) from error
+        finally:
+            message.Free()
+        call.result = status.Get_source()
+        _check_header(call, header, status.Get_source())
+
+
+def _wire(call: Call) -> tuple[Reduction, Array, Array]:
+    """Return an in-place reduction's plan, the user's array, and the array that MPI gets."""
+    plan = _plan(call)
+    assert call.send is not None
+    array = call.send.flat()
+    return plan, array, array if plan.direct else plan.encode(array)
+
+
+def _plan(call: Call) -> Reduction:
+    assert call.reduction is not None
+    return call.reduction
+
+
+def _two(call: Call) -> tuple[Blocks, Blocks]:
+    assert call.send is not None and call.recv is not None
+    return call.send, call.recv
+
+
+def _pieces(array: Array) -> Iterator[Array]:
+    """Cut an array in pieces that one MPI call can take; an empty one is one empty piece."""
+    for start in range(0, max(array.size, 1), MAX_COUNT):
+        yield array[start : start + MAX_COUNT]
+
+
+def _each(blocks: Blocks) -> list[Array]:
+    return [blocks.block(i) for i in range(len(blocks.counts))]
+
+
+def _spread(array: Array, blocks: Blocks) -> list[Any]:
+    return [array, (blocks.counts, blocks.displs), _element(array)]
+
+
+def _element(array: Array) -> MPI.Datatype:
+    """Return an MPI type of the right width: what only moves needs no more."""
+    return _ELEMENTS[array.itemsize]()
+
+
+_ELEMENTS = {
+    1: lambda: MPI.BYTE,
+    2: lambda: MPI.INT16_T,
+    4: lambda: MPI.INT32_T,
+    8: lambda: MPI.INT64_T,
+    16: lambda: MPI.C_DOUBLE_COMPLEX,
+    32: lambda: MPI.C_LONG_DOUBLE_COMPLEX,
+}
+
+
+def _number(plan: Reduction) -> MPI.Datatype:
+    """Return the MPI type in which a plan's wire is reduced."""
+    return MPI.Datatype.fromcode(plan.wire.char)
+
+
+def _op(plan: Reduction) -> MPI.Op:
+    op: MPI.Op = getattr(MPI, plan.mpi_op)
+    return op
+
+
+def _header(blocks: Blocks) -> bytes:
+    return _HEADER.pack(_MAGIC, 0, blocks.dtype.code, blocks.total)
+
+
+def _check_header(call: Call, header: Array, source: int) -> None:
+    """Refuse a message that isn't of the array's dtype and size.  The group stays usable."""
+    assert call.recv is not None
+    magic, _, code, count = _HEADER.unpack(header.tobytes())
+    if magic != _MAGIC:
+        raise CollectiveMismatchError(
+            f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
+            "Use another tag for your own messages on pg.comm"
+        )
+    if code != call.recv.dtype.code or count != call.recv.total:
+        sent = BY_CODE[code].name
+        raise CollectiveMismatchError(
+            f"{call.describe()}: rank {source} sent {sent}[{count}], but the array is "
+            f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost"
+        )
+
+
+def _message(header: Array, payload: Array) -> MPI.Datatype:
+    """Describe header and payload as one MPI datatype of absolute addresses."""
+    lengths, places, types = [header.size], [MPI.Get_address(header)], [MPI.BYTE]
+    for piece in _pieces(payload):
+        if piece.size:
+            lengths.append(piece.size)
+            places.append(MPI.Get_address(piece))
+            types.append(_element(piece))
+    return MPI.Datatype.Create_struct(lengths, places, types).Commit()

@@ -1,0 +1,178 @@
+"""`Work`: the user's handle on one call."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+from .calls import Call
+from .config import seconds
+from .errors import InvalidCallError
+from .library import Steps
+from .progress import Lane, Task, engine
+from .recorder import Entry, Recorder
+
+
+class Work(Task):
+    """One call under way.  It owns the arrays of the call until the call is done.
+
+    Works of one group run in program order.  Dropping a Work drops nothing else: the call
+    goes on, and an error that nobody fetched is raised by the group's next call.
+    """
+
+    __slots__ = ("_entry", "_recorder")
+
+    def __init__(
+        self,
+        lane: Lane,
+        call: Call,
+        seq: int,
+        steps: Steps,
+        timeout: float,
+        recorder: Recorder,
+    ) -> None:
+        super().__init__(lane, call, seq, steps, timeout)
+        self._recorder = recorder
+        dtype = call.dtype
+        self._entry: Entry = recorder.note(
+            seq,
+            call.kind,
+            "" if dtype is None else dtype.name,
+            call.count,
+            "" if call.op is None else call.op.name,
+            call.root,
+        )
+
+    def __repr__(self) -> str:
+        state = "under way" if not self.done else "done" if self.error is None else "failed"
+        return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
+
+    def ended(self) -> None:
+        self._recorder.end(self._entry, self.error)
+
+    def wait(self, timeout: object = None) -> bool:
+        """Wait until the call is done, and return True.
+
+        Waiting advances everything that was launched in this process.
+
+        Args:
+            timeout: seconds or a `timedelta`; where it ends before the call's own deadline
+                it becomes the call's.
+
+        Raises:
+            MpicollError: what became of the call; its class says in which state the group is.
+        """
+        engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
+        error = self.exception()
+        if error is not None:
+            raise error
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the call is over, well or not.  Makes one pass of progress."""
+        if not self.done:
+            engine.test()
+        return self.done
+
+    def is_success(self) -> bool:
+        """Return whether the call is over and went well."""
+        return self.is_completed() and self.error is None
+
+    def exception(self) -> BaseException | None:
+        """Return the call's error, if it is over and failed."""
+        if self.error is not None:
+            self.fetched = True
+            if self.lane.unfetched is self:
+                self.lane.unfetched = None
+        return self.error
+
+    def result(self) -> list[object]:
+        """Return the arrays that the call writes, as they were given.  The call must be over.
+
+        Raises:
+            InvalidCallError: the call is still under way.
+        """
+        if not self.done:
+            raise InvalidCallError(f"result() of a call under way, {self!r}: wait() first")
+        error = self.exception()
+        if error is not None:
+            raise error
+        return list(self.call.outputs)
+
+    def source_rank(self) -> int:
+        """Return the rank that a finished receive took its message from."""
+        if self.call.kind != "recv":
+            raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
+        if not self.done:
+            raise InvalidCallError("source_rank() of a recv under way: wait() first")
+        return int(self.call.result if self.call.result is not None else -1)
+
+    def synchronize(self) -> None:
+        """Block until the call is done, as `wait` does."""
+        self.wait()
+
+    def get_future(self) -> Future:
+        """Return a future of `result()`.  It completes without wait(), from a thread."""
+        future = Future()
+
+        def settle() -> None:
+            error = self.exception()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(self.result())
+
+        if not engine.when_done(self, settle):
+            settle()
+        engine.background()
+        return future
+
+    def __await__(self) -> Generator[Any, None, bool]:
+        yield from asyncio.wrap_future(self.get_future()).__await__()
+        return True
+
+
+class Future(concurrent.futures.Future[Any]):
+    """A `concurrent.futures.Future` that also answers to torch.futures' names."""
+
+    def wait(self) -> Any:
+        """Block until done, and return the value."""
+        return self.result()
+
+    def value(self) -> Any:
+        """Return the value of a future that is done."""
+        return self.result(0)
+
+    def then(self, callback: Callable[[Future], Any]) -> Future:
+        """Return a future of what `callback` makes of this one, once it is done."""
+        after = Future()
+
+        def run(_: object) -> None:
+            try:
+                after.set_result(callback(self))
+            except BaseException as error:
+                after.set_exception(error)
+
+        self.add_done_callback(run)
+        return after
+
+
+def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
+    """Wait for several Works, and return True.
+
+    All of them are waited for; then the first error, in the order given, is raised.
+    """
+    errors: list[BaseException] = []
+    listed: Sequence[Work] = list(works)
+    for work in listed:
+        try:
+            work.wait(timeout)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return True
+
+

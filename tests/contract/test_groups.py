@@ -1,0 +1,266 @@
+"""Groups: what they say of themselves, splits, nesting, threads, other people's communicators."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll as mc
+from mpicoll.errors import GroupClosedError, InvalidCallError
+from tests.contract.arrays import NUMPY, data, reduced
+
+pytestmark = pytest.mark.mpi
+
+
+def total(pg):
+    """Allreduce the members' world ranks, distinct per position, and check the sum."""
+    me = MPI.COMM_WORLD.rank
+    x = data(me, 100)
+    pg.allreduce(x).wait()
+    assert NUMPY.same(x, reduced("SUM", [data(r, 100) for r in pg.ranks]))
+
+
+def test_what_a_group_says_of_itself(pg):
+    world = MPI.COMM_WORLD
+    assert (pg.rank(), pg.size()) == (world.rank, world.size)
+    assert list(pg.ranks) == list(range(world.size))
+    assert str(pg.rank()) in repr(pg) and str(pg.size()) in repr(pg)
+    assert isinstance(pg.name(), str) and pg.group_name and isinstance(pg.group_desc, str)
+    assert pg.timeout == timedelta(seconds=20) == pg._get_backend("cpu").options._timeout
+    assert str(pg.device) == "cpu"
+    assert isinstance(mc.__version__, str)
+
+
+def test_set_timeout(fresh):
+    for given in (7, 7.0, timedelta(seconds=7)):
+        fresh.set_timeout(given)
+        assert fresh.timeout == timedelta(seconds=7)
+    with pytest.raises(InvalidCallError, match="timeout"):
+        fresh.set_timeout(0)
+
+
+def test_the_communicator_is_a_private_duplicate(pg, world):
+    assert MPI.Comm.Compare(pg.comm, MPI.COMM_WORLD) == MPI.CONGRUENT
+    x = data(pg.rank(), 1000)
+    work = pg.allreduce(x)
+    mine = np.array([pg.rank() + 1.0])
+    world.Allreduce(MPI.IN_PLACE, mine)  # not mixed up with the library's traffic
+    work.wait()
+    assert NUMPY.same(x, reduced("SUM", [data(r, 1000) for r in range(pg.size())]))
+    assert mine[0] == pg.size() * (pg.size() + 1) / 2
+    own = np.array([pg.rank()])
+    pg.comm.Bcast(own, root=pg.size() - 1)  # mpi4py on pg.comm, while nothing is in flight
+    assert own[0] == pg.size() - 1
+
+
+def test_new_group_from_a_communicator(world):
+    reverse = world.Split(0, key=-world.rank)
+    pg = mc.new_group(comm=reverse, timeout=20, group_name="backwards")
+    reverse.Free()  # it was duplicated
+    assert pg.rank() == world.size - 1 - world.rank
+    assert list(pg.ranks) == list(range(world.size))[::-1]
+    assert pg.group_name == "backwards"
+    total(pg)
+    x = np.array([world.rank])
+    pg.broadcast(x, 0).wait()
+    assert x[0] == world.size - 1
+    pg.shutdown()
+
+
+def test_new_group_of_some_ranks(world):
+    part = world.Split(world.rank % 2)
+    pg = mc.new_group(comm=part, timeout=20)
+    assert list(pg.ranks) == [r for r in range(world.size) if r % 2 == world.rank % 2]
+    total(pg)
+    pg.shutdown()
+    part.Free()
+
+
+def test_split_group_keeps_the_order_of_the_list(pg):
+    n, me = pg.size(), pg.rank()
+    backwards = pg.split_group(list(reversed(range(n))))
+    assert backwards.rank() == n - 1 - me and list(backwards.ranks) == list(range(n))[::-1]
+    assert backwards.timeout == pg.timeout
+    total(backwards)
+    backwards.shutdown()
+
+
+def test_only_members_get_a_group(pg):
+    for root in range(pg.size()):
+        alone = pg.split_group((root,), timeout=9, group_name="alone", group_desc="one rank")
+        if pg.rank() == root:
+            assert (alone.size(), alone.rank(), list(alone.ranks)) == (1, 0, [root])
+            assert (alone.group_name, alone.group_desc) == ("alone", "one rank")
+            assert alone.timeout == timedelta(seconds=9)
+            total(alone)
+        else:
+            assert alone is None
+    total(pg)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_disjoint_lists_in_one_call(pg):
+    n, me = pg.size(), pg.rank()
+    lists = [list(range(0, n, 2)), list(range(1, n, 2))]
+    half = pg.split_group(lists[me % 2])
+    assert list(half.ranks) == lists[me % 2]
+    total(half)
+    again = half.split_group([half.size() - 1])  # a split of a split
+    assert (again is None) == (half.rank() != half.size() - 1)
+    if again is not None:
+        assert list(again.ranks) == [me]
+
+
+def test_default_names_differ(pg):
+    names = [pg.split_group(list(range(pg.size()))).group_name for _ in range(3)]
+    assert len(set(names)) == 3 and pg.group_name not in names
+    assert pg.allgather_object(names) == [names] * pg.size()
+
+
+def test_split_by_color_and_key(pg):
+    n, me = pg.size(), pg.rank()
+    mine = pg.split(me % 2, key=-me)
+    assert list(mine.ranks) == [r for r in range(n) if r % 2 == me % 2][::-1]
+    total(mine)
+    same = pg.split(7)
+    assert list(same.ranks) == list(range(n))
+    nobody = pg.split(None if me == 0 else 1)
+    assert (nobody is None) == (me == 0)
+    if nobody is not None:
+        total(nobody)
+
+
+def test_groups_of_a_node(pg):
+    """All ranks of a test run share one node."""
+    local, across = pg.local_group(), pg.cross_node_group()
+    assert list(local.ranks) == list(range(pg.size()))
+    assert list(across.ranks) == [pg.rank()]
+    total(local)
+    total(across)
+
+
+def test_the_current_group_nests_and_is_the_threads_own(pg, fresh):
+    seen = []
+    with mc.process_group(pg):
+        with mc.process_group(fresh), pytest.raises(KeyError), mc.process_group(pg):
+            raise KeyError
+        assert mc.current_process_group() is pg
+        thread = threading.Thread(target=lambda: seen.append(mc.current_process_group()))
+        thread.start()
+        thread.join()
+    assert mc.current_process_group() is None and seen == [None]
+
+
+def test_one_split_per_thread(pg):
+    """Threads that each use a group of their own, in no common order between ranks."""
+    groups = [pg.split_group(list(range(pg.size()))) for _ in range(3)]
+    failures = []
+
+    def use(group, i):
+        try:
+            time.sleep(0.005 * ((i + pg.rank()) % 3))
+            for seed in range(20):
+                parts = [data(r, 50 * seed, seed=seed + i) for r in range(pg.size())]
+                x = parts[pg.rank()].copy()
+                group.allreduce(x).wait()
+                assert NUMPY.same(x, reduced("SUM", parts)), (i, seed)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(group, i)) for i, group in enumerate(groups)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    for group in groups:
+        group.shutdown()
+
+
+def test_with_statement_closes():
+    with mc.new_group(timeout=20) as pg:
+        total(pg)
+    with pytest.raises(GroupClosedError):
+        pg.barrier()
+    with pytest.raises(ZeroDivisionError), mc.new_group(timeout=20) as pg:
+        raise ZeroDivisionError
+
+
+USES = {
+    "allreduce": lambda g: g.allreduce(np.ones(3)),
+    "barrier": lambda g: g.barrier(),
+    "send": lambda g: g.send(np.ones(3), 0),
+    "recv": lambda g: g.recv(np.ones(3), 0),
+    "allgather_object": lambda g: g.allgather_object(1),
+    "monitored_barrier": lambda g: g.monitored_barrier(),
+    "split_group": lambda g: g.split_group([0]),
+    "split": lambda g: g.split(0),
+    "bad input": lambda g: g.allreduce("text"),
+}
+
+
+@pytest.mark.parametrize("close", ["shutdown", "abort"])
+def test_a_closed_group_says_so(close):
+    pg = mc.new_group(timeout=20)
+    total(pg)
+    getattr(pg, close)()
+    for name, use in USES.items():
+        with pytest.raises(GroupClosedError):
+            use(pg)
+            pytest.fail(f"{name} after {close}")
+    pg.shutdown()
+    pg.abort()
+    assert close in repr(pg) or "closed" in repr(pg)
+
+
+def test_shutdown_finishes_what_is_in_flight(fresh):
+    x = data(fresh.rank(), 70_001)
+    work = fresh.allreduce(x)
+    fresh.shutdown(timeout=10)
+    assert work.is_success()
+    assert NUMPY.same(x, reduced("SUM", [data(r, 70_001) for r in range(fresh.size())]))
+
+
+def test_groups_can_be_made_and_closed_again_and_again():
+    """MPICH has about 2,000 communicators: closing gives them back."""
+    import os
+
+    for _ in range(2200 if os.environ.get("MPICOLL_SOAK") == "1" else 60):
+        with mc.new_group(timeout=20) as pg:
+            pg.barrier().wait()
+
+
+def test_registered_backends_are_called_as_dist2_calls_them(world, request):
+    seen = {}
+
+    def factory(store, rank, world_size, timeout, device, **options):
+        store.set(f"here {rank}", b"yes")
+        store.wait([f"here {r}" for r in range(world_size)])
+        seen.update(rank=rank, size=world_size, timeout=timeout, device=device, **options)
+        seen["count"] = store.add("count", 1)
+        return mc.new_group("mpi", timeout, device)
+
+    name = f"mine-{abs(hash(request.node.name))}" if world.size == 1 else "mine"
+    mc.register_backend(name, factory)
+    with pytest.raises(ValueError, match="registered"):
+        mc.register_backend(name, factory)
+    pg = mc.new_group(name, timeout=timedelta(seconds=20), device="cpu", flavour="plain")
+    assert (seen["rank"], seen["size"]) == (world.rank, world.size)
+    assert seen["timeout"] == timedelta(seconds=20) and str(seen["device"]) == "cpu"
+    assert seen["flavour"] == "plain"
+    assert sorted(world.allgather(seen["count"])) == list(range(1, world.size + 1))
+    total(pg)
+    pg.shutdown()
+
+
+def test_every_backend_name_of_the_host_works():
+    for name in ("auto", "gloo", "mpi"):
+        with mc.new_group(backend=name, timeout=20, checks="full", progress="caller") as pg:
+            total(pg)
+    with mc.new_group(checks="node", timeout=20) as pg:
+        total(pg)

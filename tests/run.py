@@ -1,0 +1,122 @@
+"""Run every test and count: `python -m tests.run --mpi mpich|openmpi [--soak] [-k EXPR]`.
+
+A stage is one program under a hard time limit.  One that hangs, is killed, leaves processes
+behind or ends non-zero without a failed test to show for it counts as a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.harness import Ended, environment, installed_mpi, mpiexec, run_bounded
+
+NO_TESTS_COLLECTED = 5  # pytest's exit status, as with -k
+
+
+@dataclass
+class Stage:
+    name: str
+    ranks: int  # 0: plain pytest
+    paths: list[str]
+    limit: float  # seconds
+
+    def argv(self, keyword: str) -> list[str]:
+        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
+        options += ["--color=no"]
+        if self.ranks:
+            options += ["--with-mpi", "--no-summary"]
+        if keyword:
+            options += ["-k", keyword]
+        launcher = mpiexec(self.ranks) if self.ranks else []
+        return [*launcher, sys.executable, "-m", "pytest", *options, *self.paths]
+
+
+def stages(soak: bool) -> list[Stage]:
+    slower = 20 if soak else 1
+    return [
+        Stage("unit", 0, ["tests/unit"], 60),
+        *(
+            Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 150 * slower)
+            for n in (1, 2, 3, 4)
+        ),
+        Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 120 * slower),
+        Stage("scenarios", 0, ["tests/scenarios"], 240 * slower),
+    ]
+
+
+def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str]]]:
+    """Count a stage's tests; return its failures as (title, text) too."""
+    worst: dict[str, str] = {}
+    failures: list[tuple[str, str]] = []
+    rank = {"passed": 0, "skipped": 1, "failed": 2}
+    running = ""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        event = json.loads(line)
+        test, outcome = event["test"], event["event"]
+        if outcome == "start":
+            running = test
+            continue
+        running = ""
+        worst[test] = max(worst.get(test, "passed"), outcome, key=rank.__getitem__)
+        if outcome == "failed":
+            failures.append((f"{test} ({event['when']})", event["text"]))
+    count = Counter(worst.values())
+
+    trouble = ""
+    if ended.timed_out:
+        trouble = f"killed at its limit, after {ended.seconds:.0f} s"
+    elif running:
+        trouble = f"died with exit code {ended.code}"
+    elif ended.code not in (0, NO_TESTS_COLLECTED) and not failures:
+        trouble = f"exit code {ended.code}, though no test failed"
+    if ended.leftovers and not ended.timed_out:
+        trouble += f" left processes {ended.leftovers} behind"
+    if trouble:
+        count["failed"] += 1
+        where = f" in {running}" if running else ""
+        stacks = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.stack*"))]
+        failures.append(
+            (f"the stage itself{where}: {trouble}", "\n".join([ended.output[-6000:], *stacks]))
+        )
+    return count, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.run", description=__doc__)
+    parser.add_argument("--mpi", choices=("mpich", "openmpi"), default=installed_mpi())
+    parser.add_argument("--soak", action="store_true", help="also the large counts (slow)")
+    parser.add_argument("-k", dest="keyword", default="", help="as in pytest")
+    options = parser.parse_args()
+    if options.mpi != installed_mpi():
+        parser.error(f"--mpi {options.mpi}, but {sys.prefix} holds {installed_mpi()}")
+
+    total: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mpicoll-tests-") as folder:
+        for number, stage in enumerate(stages(options.soak)):
+            log = Path(folder) / f"{number}.jsonl"
+            extra = {"MPICOLL_TEST_LOG": str(log)}
+            if options.soak or os.environ.get("MPICOLL_SOAK") == "1":
+                extra["MPICOLL_SOAK"] = "1"
+            ended = run_bounded(stage.argv(options.keyword), stage.limit, environment(extra))
+            count, failures = outcomes(log, ended)
+            for title, text in failures:
+                print(f"\n{'=' * 8} [{stage.name}] {title}\n{text.rstrip()}\n")
+            print(
+                f"{options.mpi}: {stage.name}: {count['passed']} passed, "
+                f"{count['failed']} failed, {count['skipped']} skipped in {ended.seconds:.0f} s",
+                flush=True,
+            )
+            total += count
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 1 if total["failed"] or not total["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

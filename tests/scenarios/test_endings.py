@@ -1,0 +1,159 @@
+"""A rank that raises, leaves, is interrupted or forks: the job ends, soon, and says why."""
+
+from __future__ import annotations
+
+import pytest
+
+SOON = 6.0  # seconds from the cause to the end of the job
+
+CAUSES = {
+    "uncaught exception": "raise ValueError('boom')",
+    "sys.exit": "sys.exit(4)",
+    "killed": "os.kill(os.getpid(), 9)",
+    "exception in a with statement": "with pg:\n        raise ValueError('boom')",
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_rank_that_leaves_ends_the_job(job, cause):
+    script = f"""
+pg = mc.new_group(timeout=60)
+pg.barrier().wait()
+if RANK == 1:
+    report(cause=True)
+    {CAUSES[cause]}
+try:
+    pg.allreduce(np.ones(70_001)).wait()
+except MpicollError as error:
+    report(error=type(error).__name__, text=str(error))
+    raise
+"""
+    ended = job(3, script, fails=True)
+    assert ended.at - ended.ranks[1]["wall"] <= SOON
+    if "exception" in cause:
+        assert "boom" in ended.output
+        told = [rank for rank in (ended.ranks[0], ended.ranks[2]) if rank]
+        assert told and all(rank["error"] == "RemoteRankError" for rank in told), ended.output
+        assert all("rank 1" in rank["text"] and "boom" in rank["text"] for rank in told)
+
+
+def test_keyboard_interrupt_while_waiting(job):
+    script = """
+import signal
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+if RANK == 1:
+    time.sleep(60)
+timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+timer.start()
+start = time.monotonic()
+try:
+    pg.allreduce(np.ones(3)).wait()
+except KeyboardInterrupt:
+    report(took=time.monotonic() - start)
+"""
+    ended = job(2, script, fails=True)
+    assert ended.ranks[0] is not None, ended.output
+    assert ended.ranks[0]["took"] < 0.6
+    assert ended.at - ended.ranks[0]["wall"] <= SOON
+
+
+def test_a_signal_handler_may_launch_and_the_lock_survives(job):
+    """Many alarms whose handler launches a barrier, while the main program is in the engine."""
+    script = """
+import signal
+pg = mc.new_group(timeout=20)
+side = pg.split(0)
+launched = []
+signal.signal(signal.SIGALRM, lambda *_: len(launched) < 50 and launched.append(side.barrier()))
+signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+x = np.ones(3)
+for _ in range(2000):
+    x[:] = 1
+    pg.allreduce(x).wait()
+while len(launched) < 50:
+    time.sleep(0.001)
+signal.setitimer(signal.ITIMER_REAL, 0)
+mc.wait_all(launched)
+report(right=bool((x == 2).all()), count=len(launched))
+"""
+    ended = job(2, script)
+    assert ended["right"] == [True, True] and ended["count"] == [50, 50]
+
+
+def test_a_forked_child_is_not_a_rank(job):
+    script = """
+pg = mc.new_group(timeout=20)
+child = os.fork()
+if child == 0:
+    refused = 0
+    for use in (lambda: pg.barrier(), lambda: pg.allreduce(np.ones(3)), lambda: mc.new_group()):
+        try:
+            use()
+        except GroupClosedError as error:
+            refused += "fork" in str(error)
+    sys.exit(40 + refused)  # an ordinary exit, with all its hooks
+_, status = os.waitpid(child, 0)
+x = np.full(3, RANK + 1.0)
+pg.allreduce(x).wait()
+report(code=os.waitstatus_to_exitcode(status), total=x[0])
+"""
+    ended = job(2, script)
+    assert ended["code"] == [43, 43] and ended["total"] == [3.0, 3.0]
+
+
+def test_after_mpi_finalize(job):
+    """The bare call would kill the process."""
+    script = """
+from mpi4py import MPI
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+MPI.Finalize()
+errors = []
+for use in (lambda: pg.barrier(), lambda: pg.allreduce(np.ones(3)), lambda: mc.new_group(),
+            lambda: pg.send(np.ones(3), 0), lambda: pg.split_group([0])):
+    try:
+        use()
+    except GroupClosedError as error:
+        errors.append(str(error))
+pg.shutdown()
+pg.abort()
+report(errors=errors)
+"""
+    for errors in job(2, script)["errors"]:
+        assert len(errors) == 5 and all("inalize" in text for text in errors), errors
+
+
+def test_groups_left_open_end_quietly(job):
+    """No shutdown, Works dropped, groups in reference cycles: success is still success."""
+    script = """
+pg = mc.new_group(timeout=20)
+pg.self = pg
+more = [pg.split(0) for _ in range(3)]
+works = [g.allreduce(np.ones(1000)) for g in more]
+del pg
+report(done=True)
+"""
+    ended = job(3, script)
+    assert ended["done"] == [True] * 3 and not ended.output, ended.output
+
+
+def test_an_exception_outside_any_group_keeps_its_exit_code_and_message(job):
+    ended = job(2, "raise RuntimeError('before any group')", fails=True)
+    assert "before any group" in ended.output
+
+
+def test_a_thread_that_raises_does_not_end_the_job(job):
+    script = """
+pg = mc.new_group(timeout=20)
+def fail():
+    raise ValueError("in a thread")
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+x = np.full(3, RANK + 1.0)
+pg.allreduce(x).wait()
+report(total=x[0])
+"""
+    ended = job(2, script)
+    assert ended["total"] == [3.0, 3.0] and "in a thread" in ended.output

@@ -1,0 +1,54 @@
+"""Every example, as a user starts it; each checks its own result and says so from rank 0."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, Ended, environment, mpiexec, run_bounded
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+NEEDS = {"dist2_script.py": "torch", "kmeans.py": "sklearn"}
+
+
+def need(name: str) -> None:
+    module = NEEDS.get(name)
+    if module and importlib.util.find_spec(module) is None:
+        pytest.skip(f"{name} needs {module}, which is not installed")
+
+
+def check(ended: Ended) -> None:
+    assert ended.code == 0 and not ended.timed_out, ended.output
+    assert not ended.leftovers
+    verdicts = [line for line in ended.output.splitlines() if "correct:" in line.lower()]
+    assert len(verdicts) == 1, f"rank 0, and no other, says that it is correct:\n{ended.output}"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, ranks: int) -> None:
+    need(name)
+    check(run_bounded([*mpiexec(ranks), sys.executable, f"examples/{name}"], 60, environment()))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_alone(name: str) -> None:
+    """Without mpiexec there is one rank, and the same result."""
+    need(name)
+    check(run_bounded([sys.executable, f"examples/{name}"], 60, environment()))
+
+
+def test_dist2_script_is_one(tmp_path: Path) -> None:
+    """With its original import line the script runs under torchrun: nothing else was changed."""
+    need("dist2_script.py")
+    ours = (ROOT / "examples" / "dist2_script.py").read_text()
+    line = "import mpicoll as dist2\n"
+    assert ours.count("mpicoll as") == ours.count("\n" + line) == 1
+    original = ours.replace(line, "import torch.distributed._dist2 as dist2\n")
+    script = tmp_path / "original.py"
+    script.write_text(original)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    check(run_bounded([*torchrun, str(script)], 90, environment()))

@@ -1,0 +1,265 @@
+"""Deadlines: kept to a tenth of a second, naming who is missing; and how the process then ends."""
+
+from __future__ import annotations
+
+import pytest
+
+LATE = 0.1  # seconds that an error may come after its deadline
+ENDS = 5.0  # seconds from leaving until the job is over
+
+
+def keeps_deadlines(job, calls, timeout, setup=""):
+    """Make each call on a group of its own while rank 2 stays away; check error and time."""
+    script = f"""
+CALLS = {list(calls)!r}
+groups = [mc.new_group(timeout=20) for _ in CALLS]
+{setup}
+for pg in groups:
+    pg.barrier().wait()
+if RANK == 2:
+    time.sleep(60)
+found = {{}}
+for text, pg in zip(CALLS, groups):
+    start = time.monotonic()
+    try:
+        result = eval(text, globals() | {{"pg": pg, "T": {timeout}}})
+        if isinstance(result, mc.Work):
+            result.wait()
+        outcome = "returned"
+    except CollectiveTimeoutError as error:
+        outcome = str(error)
+        missing = list(error.missing)
+    except Exception as error:
+        outcome = repr(error)
+    took = time.monotonic() - start
+    again = ""
+    try:
+        pg.barrier()
+    except GroupBrokenError as error:
+        again = str(error)
+    found[text] = [outcome, missing, took, again]
+report(found=found)
+time.sleep(1)
+"""
+    ended = job(3, script, timeout=60, fails=True)
+    for rank in (0, 1):
+        assert ended.ranks[rank] is not None, ended.output
+        for text, (outcome, missing, took, again) in ended.ranks[rank]["found"].items():
+            where = f"rank {rank}, {text}: {outcome}"
+            assert missing == [2] and "[2]" in outcome, where
+            assert timeout <= took + 0.001 and took <= timeout + LATE, f"{where} after {took} s"
+            assert again, f"{where}: the next call did not say that the group is broken"
+    assert ended.at - max(ended.ranks[r]["wall"] for r in (0, 1)) <= 1 + ENDS
+
+
+CALLS = [
+    "pg.allreduce(np.ones(3), timeout=T)",
+    "pg.allreduce(np.ones(70_001)).wait(T)",
+    "pg.broadcast(np.ones(3), 0, timeout=T)",
+    "pg.broadcast(np.ones(3), 2, timeout=T)",
+    "pg.barrier(T)",
+    "pg.scan(np.ones(3), timeout=T)",
+    "pg.allgather_object('x', timeout=T)",
+    "pg.monitored_barrier(T)",
+    "pg.monitored_barrier(T, True)",
+]
+
+
+def test_calls_at_half_a_second(job):
+    keeps_deadlines(job, CALLS, 0.5)
+
+
+def test_calls_at_one_second(job):
+    keeps_deadlines(job, CALLS[:4], 1.0)
+
+
+def test_making_groups(job):
+    calls = ["pg.split_group([0, 1], timeout=T)", "pg.split(0, timeout=T)"]
+    keeps_deadlines(job, calls, 0.5)
+
+
+def test_a_new_group_that_not_all_make(job):
+    script = """
+if RANK == 2:
+    time.sleep(60)
+start = time.monotonic()
+try:
+    mc.new_group(timeout=0.5)
+except CollectiveTimeoutError as error:
+    report(took=time.monotonic() - start, text=str(error), missing=list(error.missing))
+"""
+    # The clock starts after MPI has: its own start-up is not under our deadline.
+    ended = job(3, "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\n" + script, fails=True)
+    for rank in (0, 1):
+        told = ended.ranks[rank]
+        assert told is not None, ended.output
+        assert 0.499 <= told["took"] <= 0.5 + LATE, told
+        assert told["missing"] == [2] and "[2]" in told["text"], told
+        assert ended.at - told["wall"] <= ENDS
+
+
+def test_a_merge_whose_other_side_stays_away(job, tmp_path):
+    script = f"""
+pg = mc.new_group(timeout=20)
+mine = pg.split(int(RANK == 2))
+if RANK == 2:
+    time.sleep(60)
+start = time.monotonic()
+try:
+    mine.merge_remote_group(mc.FileStore({str(tmp_path)!r}), 3, timeout=0.5)
+except CollectiveTimeoutError as error:
+    report(took=time.monotonic() - start, text=str(error))
+"""
+    ended = launch_then_stop(job, script)
+    for rank in (0, 1):
+        assert ended.ranks[rank] is not None, ended.output
+        assert ended.ranks[rank]["took"] <= 0.5 + LATE, ended.ranks[rank]
+
+
+def launch_then_stop(job, script):
+    """Run three ranks of which the last stays away; the others end the job by failing."""
+    return job(3, script + "\nraise SystemExit(3)\n", fails=True)
+
+
+ENDINGS = {
+    "uncaught": "pg.allreduce(x).wait()",
+    "caught": "try:\n    pg.allreduce(x).wait()\nexcept CollectiveTimeoutError:\n    pass",
+    "swallowed": "try:\n    pg.allreduce(x).wait()\nexcept BaseException:\n    sys.exit(0)",
+    "never waited for": "pg.allreduce(x)\ntime.sleep(1)",
+    "with statement": "with pg:\n    pg.allreduce(x).wait()",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_process_ends_by_itself(job, ending):
+    """Whatever became of the error, the job is over soon after the ranks leave, and failed."""
+    script = f"""
+import atexit
+pg = mc.new_group(timeout=0.5)
+x = np.ones(70_001)
+pg.barrier().wait()
+if RANK == 2:
+    time.sleep(60)
+report(started=True)
+def leaving():
+    report(left=True)
+atexit.register(leaving)
+{ENDINGS[ending]}
+"""
+    ended = job(3, script, fails=True)
+    left = [rank["wall"] for rank in ended.ranks[:2] if rank and "left" in rank]
+    assert left, ended.output
+    assert ended.at - max(left) <= ENDS, f"{ended.at - max(left)} s after leaving"
+    if ending == "uncaught":
+        assert "CollectiveTimeoutError" in ended.output
+
+
+def test_a_late_rank_is_waited_for(job):
+    script = """
+pg = mc.new_group(timeout=2)
+if RANK == 1:
+    time.sleep(0.5)
+x = np.full(1000, RANK + 1.0)
+pg.allreduce(x).wait()
+report(total=x.sum())
+"""
+    assert job(3, script)["total"] == [6000.0] * 3
+
+
+def test_who_computes_past_the_deadline_before_waiting_does_not_fail_untried(job):
+    script = """
+pg = mc.new_group(timeout=20)
+x = np.full(70_001, RANK + 1.0)
+pg.barrier().wait()
+works = [pg.allreduce(x, timeout=0.3), pg.barrier(timeout=0.3)]
+time.sleep(0.8)
+mc.wait_all(works)
+report(first=x[0])
+"""
+    assert job(3, script)["first"] == [6.0] * 3
+
+
+def test_the_late_rank_is_told_that_the_call_was_left(job):
+    script = """
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+if RANK == 1:
+    time.sleep(1)
+start = time.monotonic()
+try:
+    pg.allreduce(np.ones(3), timeout=0.5 if RANK == 0 else 20).wait()
+    report(error="none")
+except MpicollError as error:
+    report(error=type(error).__name__, text=str(error), took=time.monotonic() - start)
+time.sleep(1.5)
+"""
+    ended = job(2, script, fails=True)
+    late = ended.ranks[1]
+    assert late["error"] == "RemoteRankError" and late["took"] < 1, late
+    assert "rank 0" in late["text"] and "allreduce" in late["text"], late
+    assert ended.ranks[0]["error"] == "CollectiveTimeoutError"
+
+
+def test_an_expired_recv_leaves_the_group_usable(job):
+    script = """
+pg = mc.new_group(timeout=20)
+other = 1 - RANK
+took = []
+for _ in range(3):
+    start = time.monotonic()
+    try:
+        pg.recv(np.ones(5), other, tag=4, timeout=0.5).wait()
+    except CollectiveTimeoutError as error:
+        took.append(time.monotonic() - start)
+        text = str(error)
+x = np.full(5, RANK + 1.0)
+sending = pg.send(x, other, tag=4)
+y = np.zeros(5)
+pg.recv(y, other, tag=4).wait()
+sending.wait()
+pg.allreduce(x).wait()
+report(took=took, text=text, got=y[0], total=x[0])
+pg.shutdown()
+"""
+    ended = job(2, script)
+    assert all(0.499 <= t <= 0.5 + LATE for took in ended["took"] for t in took), ended["took"]
+    assert all(len(took) == 3 for took in ended["took"])
+    assert (ended["got"], ended["total"]) == ([2.0, 1.0], [3.0, 3.0])
+
+
+def test_a_send_that_nobody_receives(job):
+    """Too large to be buffered: the sender's deadline holds."""
+    script = """
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+if RANK == 0:
+    start = time.monotonic()
+    try:
+        pg.send(np.ones(10_000_000), 1, timeout=0.5).wait()
+    except CollectiveTimeoutError as error:
+        report(took=time.monotonic() - start, text=str(error))
+else:
+    time.sleep(2)
+"""
+    ended = job(2, script, fails=True)
+    told = ended.ranks[0]
+    assert told is not None and 0.499 <= told["took"] <= 0.5 + LATE, ended.output
+    assert "send" in told["text"] and "1" in told["text"]
+
+
+def test_the_environment_sets_the_default(job):
+    script = """
+pg = mc.new_group()
+pg.barrier().wait()
+start = time.monotonic()
+if RANK == 0:
+    try:
+        pg.barrier().wait()
+    except CollectiveTimeoutError:
+        report(took=time.monotonic() - start)
+else:
+    time.sleep(60)
+"""
+    ended = job(2, script, fails=True, env={"MPICOLL_TIMEOUT": "0.5"})
+    assert ended.ranks[0] is not None, ended.output
+    assert 0.499 <= ended.ranks[0]["took"] <= 0.5 + LATE

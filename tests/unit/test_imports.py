@@ -1,0 +1,89 @@
+"""The order of the modules, by reading them: each imports only from those above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpicoll
+
+PACKAGE = Path(mpicoll.__file__).parent
+ORDER = [
+    *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "arrival"),
+    *("peers", "progress", "work", "transports.base", "transports.mpi", "transports.shm"),
+    *("transports.hierarchical", "transports.nccl", "transports.staged"),
+    *("backends", "stores", "rendezvous", "group"),
+]
+LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OUTSIDE = {"__init__", "__main__"}  # the package's face may import everything
+
+
+def layer(module: str) -> float:
+    """Where a module stands; the command line stands above all."""
+    if module == "cli" or module.startswith("cli."):
+        return len(ORDER)
+    return LAYER[module.removesuffix(".__init__")]
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that `module` imports, wherever it does, types included."""
+    found = set()
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        names: list[list[str]] = []
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - (node.level - 1)] + (node.module or "").split(".")
+            names = [[*filter(None, base), alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mpicoll"):
+            names = [[*node.module.split(".")[1:], alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".")[1:] for a in node.names if a.name.split(".")[0] == "mpicoll"]
+        for parts in names:  # the longest prefix that is a module
+            candidates = (".".join(parts[:k]) for k in range(len(parts), 0, -1))
+            target = next((c for c in candidates if c in FILES or f"{c}.__init__" in FILES), None)
+            if target is not None:
+                found.add(target)
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - OUTSIDE))
+def test_each_module_imports_only_from_those_above_it(module):
+    assert layer(module) >= 0
+    for target in imports(module):
+        same_package = module.startswith("cli") and target.startswith("cli")
+        assert same_package or layer(target) < layer(module), f"{module} imports {target}"
+
+
+def test_the_reader_of_imports_reads_them():
+    assert {"errors", "library", "peers"} <= imports("progress")
+    assert {"errors", "buffers", "transports.base"} <= imports("transports.mpi")
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"config"}))
+def test_only_config_reads_the_environment(module):
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        read = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
+        taken = (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "os"
+            and any(alias.name in ("environ", "environb", "getenv") for alias in node.names)
+        )
+        assert not read and not taken, f"{module} line {node.lineno} reads the environment"
+
+
+def test_importing_is_cheap_and_loads_neither_mpi_nor_any_array_library_but_numpy():
+    script = """
+import sys, mpicoll
+heavy = {"mpi4py.MPI", "torch", "cupy", "jax", "matplotlib", "sklearn", "ml_dtypes"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    loaded = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert ast.literal_eval(loaded) == []
