@@ -6,6 +6,7 @@ constant size at any number of ranks.  Who called what is gathered only where th
 
 from __future__ import annotations
 
+import operator
 import struct
 
 import numpy as np
@@ -16,8 +17,11 @@ from .library import MPI, Steps, until
 from .peers import Peers
 
 # The fields of a record that arrival compares.
-_SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _REFUSED = range(8)
+_SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _STATE = range(8)
 _FIELDS = 8
+_REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
+
+_BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
 _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
@@ -33,7 +37,7 @@ def _record(call: Call, seq: int) -> tuple[int, ...]:
         call.root,
         call.count,
         call.digest,
-        1 if call.refused else 0,
+        _LEAVING if call.leaving else _REFUSED if call.refused else 0,
     )
 
 
@@ -45,6 +49,8 @@ class Arrival:
         self._peers = peers
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
+        self._both = bytearray(_BOTH.size)
+        self._spec = [self._both, MPI.INT64_T]
 
     def steps(self, call: Call, seq: int) -> Steps:
         """Wait until every rank has arrived at a call, and compare.
@@ -53,24 +59,24 @@ class Arrival:
 
         Raises:
             CollectiveMismatchError: the calls differ, or a rank's call was refused.
-            RemoteRankError: a peer has left this call.
+            RemoteRankError: a peer has left this call, or the program.
         """
         record = _record(call, seq)
         # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
-        both = np.array([*record, call.extent, *(-field for field in record)], dtype=np.int64)
-        yield from until(
-            self._comm.Iallreduce(MPI.IN_PLACE, [both, MPI.INT64_T], MPI.MAX)
-        )
+        # The buffer is reused: calls of a group come one at a time, and after one that was
+        # abandoned there is no other.
+        _BOTH.pack_into(self._both, 0, *record, *map(operator.neg, record), call.extent)
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
         self.check_left(seq)
-        highest = both[:_FIELDS].tolist()
-        call.largest = int(both[_FIELDS])
-        lowest = [-field for field in both[_FIELDS + 1 :].tolist()]
-        if highest == lowest and not highest[_REFUSED]:
-            if call.kind in PAIRWISE and call.count == UNEVEN:
+        both = _BOTH.unpack(self._both)
+        highest, call.largest = both[:_FIELDS], both[-1]
+        lowest = tuple(map(operator.neg, both[_FIELDS:-1]))
+        if highest == lowest and highest[_STATE] != _REFUSED:
+            if call.count == UNEVEN and call.kind in PAIRWISE:
                 yield from self._compare_pairs(call, seq)
             return
         differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
-        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_REFUSED]:
+        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
             yield from self._compare_pairs(call, seq)
             return
         yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
@@ -86,9 +92,7 @@ class Arrival:
         """Compare what each rank sends to each other with what that one expects."""
         sends, expects = (np.array(c, dtype=np.int64) for c in self._pair_counts(call))
         comes = np.empty(self._size, dtype=np.int64)
-        yield from until(
-            self._comm.Ialltoall([sends, MPI.INT64_T], [comes, MPI.INT64_T])
-        )
+        yield from until(self._comm.Ialltoall([sends, MPI.INT64_T], [comes, MPI.INT64_T]))
         wrong = np.array([int((comes != expects).any())], dtype=np.int64)
         yield from until(self._comm.Iallreduce(MPI.IN_PLACE, [wrong, MPI.INT64_T], MPI.MAX))
         if wrong[0]:
@@ -123,12 +127,17 @@ class Arrival:
         text = (said or call.describe()).encode()[:_TEXT]
         mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
         everyone = np.empty(self._size * _DETAIL.size, dtype=np.uint8)
-        yield from until(
-            self._comm.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE])
-        )
-        if call.refused:
+        yield from until(self._comm.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
+        if call.refused or call.leaving:
             return  # this rank has raised its own, more precise error
-        rows = [_DETAIL.unpack_from(everyone, r * _DETAIL.size) for r in range(self._size)]
+        rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
+        for rank, row in enumerate(rows):
+            if row[_STATE] == _LEAVING:
+                raise RemoteRankError(
+                    f"rank {rank} left the program while this rank was in {call.describe()} "
+                    f"(call #{seq})",
+                    rank=rank,
+                )
         raise CollectiveMismatchError(
             _explain(seq, rows, order_lost=order_lost), breaks_group=order_lost
         )
@@ -165,5 +174,3 @@ def _ranks(ranks: list[int]) -> str:
         return f"rank {ranks[0]}"
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"ranks {shown}"
-
-

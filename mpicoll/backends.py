@@ -58,7 +58,7 @@ def check_device(device: object) -> str:
     return "cpu"
 
 
-def choose(comm: MPI.Comm) -> Transport:
+def choose(comm: MPI.Intracomm) -> Transport:
     """Return the transport of a group over a private communicator."""
     return MpiTransport(comm)
 

@@ -49,6 +49,8 @@ KINDS = (
     "scatter_object",
     "split_group",
     "split",
+    "local_group",
+    "cross_node_group",
     "merge_remote_group",
     "new_group",
     "shutdown",
@@ -73,6 +75,7 @@ class Call:
         count: elements of one block; arrival compares it between ranks.
         digest: whatever else must be equal on all ranks, in 63 bits.
         refused: why this rank's arguments were refused; such a call only arrives.
+        leaving: this rank ends; such a call only arrives, and peers in another call raise.
         parts: the members of a coalesced call.
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
@@ -90,6 +93,7 @@ class Call:
     count: int = 0
     digest: int = 0
     refused: str = ""
+    leaving: bool = False
     parts: tuple[Call, ...] = ()
     payload: Any = None
     result: Any = None
@@ -111,6 +115,8 @@ class Call:
 
     def describe(self) -> str:
         """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""
+        if self.leaving:
+            return "nothing more: it left the program"
         if self.refused:
             return f"{self.kind}, refused there: {self.refused}"
         said = []
@@ -417,9 +423,7 @@ def reduce_scatter(rank: int, size: int, output: object, source: object, op: obj
     return _reducing(call, op, size)
 
 
-def reduce_scatter_single(
-    rank: int, size: int, output: object, source: object, op: object
-) -> Call:
+def reduce_scatter_single(rank: int, size: int, output: object, source: object, op: object) -> Call:
     into = as_buffer(output, "output", write=True)
     taken = as_buffer(source, "input", write=False)
     _same_dtype(into, "output", taken, "input")
@@ -492,9 +496,7 @@ def all_to_all_single(
     )
 
 
-def _splits(
-    buffer: Buffer, sizes: object, side: str, size: int
-) -> tuple[int, tuple[int, ...]]:
+def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, tuple[int, ...]]:
     """Return elements per row, and elements per peer, of one side of all_to_all_single."""
     name = f"{side}_split_sizes"
     if not buffer.shape:
@@ -568,6 +570,23 @@ def pairs(outputs: object, inputs: object, out_name: str, in_name: str) -> list[
     return list(zip(outs, ins, strict=True))
 
 
+def transposed(lists: object, size: int, each: int) -> list[list[Any]]:
+    """Return allgather_coalesced's outputs, one list per rank, as one list per input."""
+    found = several(lists, "output_lists")
+    if len(found) != size:
+        raise InvalidCallError(
+            f"output_lists must have {size} lists, one per rank, but has {len(found)}"
+        )
+    rows = [several(row, f"output_lists[{i}]") for i, row in enumerate(found)]
+    for i, row in enumerate(rows):
+        if len(row) != each:
+            raise InvalidCallError(
+                f"output_lists[{i}] must have {each} arrays, one per entry of input_list, "
+                f"but has {len(row)}"
+            )
+    return [[row[k] for row in rows] for k in range(each)]
+
+
 def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) -> Call:
     buffer = as_buffer(tensor, "tensor", write=False)
     return Call(
@@ -596,11 +615,9 @@ def recv(size: int, highest_tag: int, tensor: object, src: object, tag: object) 
     )
 
 
-def object_call(
-    kind: str, rank: int, size: int, obj: object, root: object | None = None
-) -> Call:
+def object_call(kind: str, rank: int, size: int, obj: object, root: object | None = None) -> Call:
     """Check an object collective; `obj` is pickled here, on the ranks that give one."""
-    at = -1 if root is None else rank_in(root, "root", size)
+    at = -1 if kind == "allgather_object" else rank_in(root, "root", size)
     call = Call(kind, root=at)
     if kind == "scatter_object":
         if rank == at:

@@ -42,13 +42,14 @@ from .errors import (
 )
 from .library import MPI, Steps, highest_tag
 from .ops import ReduceOp
-from .peers import Peers
 from .progress import Lane, crowded, engine
 from .recorder import Recorder
 from .stores import Store, TCPStore
 from .work import Work
 
 SUM = ReduceOp.SUM
+
+_VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
 
 
 class ProcessGroup:
@@ -83,9 +84,11 @@ class ProcessGroup:
         self._lane = Lane(name, comm)
         self._transport = backends.choose(comm)
         self._arrival = Arrival(comm, self._lane.peers)
+        self._lane.farewell = self._farewell
+        self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)
         if progress == "thread":
-            engine.background()
+            engine.background(stay=True)
 
     # ---- what it is ----
 
@@ -131,7 +134,7 @@ class ProcessGroup:
     @property
     def ranks(self) -> list[int]:
         """The members, in order, as ranks of MPI.COMM_WORLD."""
-        return rendezvous.world_ranks(self.comm)
+        return list(self._world_ranks)
 
     def set_timeout(self, timeout: object) -> None:
         """Set how long a call may take where it doesn't say otherwise.  Local."""
@@ -174,9 +177,7 @@ class ProcessGroup:
         """
         return self._call("broadcast", timeout, calls.broadcast, tensor, root)
 
-    def reduce(
-        self, tensor: object, root: int, op: object = SUM, timeout: object = None
-    ) -> Work:
+    def reduce(self, tensor: object, root: int, op: object = SUM, timeout: object = None) -> Work:
         """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
 
         Args:
@@ -202,7 +203,7 @@ class ProcessGroup:
         """
         return self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
 
-    def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:  # noqa: A002
+    def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:
         """Gather equal arrays from every rank into one array, on every rank.
 
         Args:
@@ -239,7 +240,7 @@ class ProcessGroup:
     def reduce_scatter(
         self,
         output: object,
-        input: object,  # noqa: A002
+        input: object,
         op: object = SUM,
         timeout: object = None,
     ) -> Work:
@@ -256,7 +257,7 @@ class ProcessGroup:
     def reduce_scatter_single(
         self,
         output: object,
-        input: object,  # noqa: A002
+        input: object,
         op: object = SUM,
         timeout: object = None,
     ) -> Work:
@@ -285,7 +286,7 @@ class ProcessGroup:
     def all_to_all_single(
         self,
         output: object,
-        input: object,  # noqa: A002
+        input: object,
         output_split_sizes: Sequence[int] | None = None,
         input_split_sizes: Sequence[int] | None = None,
         timeout: object = None,
@@ -347,11 +348,20 @@ class ProcessGroup:
         input_list: Sequence[object],
         timeout: object = None,
     ) -> Work:
-        """`allgather` of each array of `input_list` into a list of `output_lists`, as one call."""
+        """`allgather` of each array of `input_list`, as one call.
+
+        Args:
+            output_lists: a list of `size` lists; the i-th is as rank i's `input_list`.
+            input_list: this rank's contributions, equally many on all ranks.
+        """
 
         def check(rank: int, size: int) -> Call:
-            found = calls.pairs(output_lists, input_list, "output_lists", "input_list")
-            parts = [calls.allgather(rank, size, outs, x) for outs, x in found]
+            inputs = calls.several(input_list, "input_list")
+            by_input = calls.transposed(output_lists, size, len(inputs))
+            parts = [
+                calls.allgather(rank, size, outs, x)
+                for outs, x in zip(by_input, inputs, strict=True)
+            ]
             return calls.coalesced("allgather_coalesced", parts, "output_lists")
 
         return self._call("allgather_coalesced", timeout, check)
@@ -503,9 +513,7 @@ class ProcessGroup:
         name = group_name or f"{self.group_name}:split:{list(ranks)}"
         return self._child(comm, name, group_desc, timeout)
 
-    def split(
-        self, color: int | None, key: int = 0, timeout: object = None
-    ) -> ProcessGroup | None:
+    def split(self, color: int | None, key: int = 0, timeout: object = None) -> ProcessGroup | None:
         """Split the group as `Comm.Split` does: ranks of one color form a group.
 
         Args:
@@ -521,28 +529,34 @@ class ProcessGroup:
             return Call("split", payload=(chosen, calls.integer(key, "key")))
 
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
-            return rendezvous.split(self.comm, *call.payload, deadline)
+            chosen, order = call.payload
+            return rendezvous.split(self.comm, chosen, order, deadline)
 
         comm = self._comm("split", timeout, check, make)
         return self._child(comm, f"{self.group_name}:split:{color}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
-        """Make the group of the ranks on this rank's node (by host name), in order."""
-        group = self.split(self._nodes(timeout)[0], self._rank, timeout)
-        assert group is not None
-        return group
+        """Make the group of the ranks on this rank's node, in order.
+
+        A node is where MPI says that ranks share memory and the host name is one.
+        """
+        return self._by_node("local_group", timeout)
 
     def cross_node_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks that have this rank's local rank on their nodes."""
-        group = self.split(self._nodes(timeout)[1], self._rank, timeout)
+        return self._by_node("cross_node_group", timeout)
+
+    def _by_node(self, kind: str, timeout: object) -> ProcessGroup:
+        def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            node, place = yield from rendezvous.node_of(self.comm, deadline)
+            color = node if kind == "local_group" else place
+            made = yield from rendezvous.split(self.comm, color, self._rank, deadline)
+            return made
+
+        comm = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
+        group = self._child(comm, f"{self.group_name}:{kind}", None, timeout)
         assert group is not None
         return group
-
-    def _nodes(self, timeout: object) -> tuple[int, int]:
-        """Return the number of this rank's node, and its place among the node's ranks."""
-        names = self.allgather_object(MPI.Get_processor_name(), timeout)
-        mine = names[self._rank]
-        return names.index(mine), names[: self._rank].count(mine)
 
     def merge_remote_group(
         self,
@@ -588,7 +602,7 @@ class ProcessGroup:
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
             if self._rank == 0:
                 plan = yield from rendezvous.meet(
-                    store, self.group_name, self.ranks, call.count, deadline
+                    store, self.group_name, self._world_ranks, call.count, deadline
                 )
                 call.payload = json.dumps(plan).encode()
             yield from self._transport.broadcast_object(call)
@@ -615,7 +629,11 @@ class ProcessGroup:
         """Run a call that makes a communicator, and wait for it."""
 
         def then(work: Work) -> Steps:
-            work.call.result = yield from make(work.call, work.deadline)
+            deadline = work.deadline
+            # All ranks of this group are here.  What makes the communicator keeps the deadline
+            # itself, and its verdict needs a moment to reach them all.
+            work.deadline += _VERDICT
+            work.call.result = yield from make(work.call, deadline)
 
         work = self._call(kind, timeout, check, then=then)
         work.wait()
@@ -644,7 +662,8 @@ class ProcessGroup:
         """Finish what is under way, wait for all ranks, and give the communicator back.
 
         Afterwards the group raises `GroupClosedError`.  A second call does nothing.  On a
-        broken group it only closes this rank's side.
+        broken group it only closes this rank's side.  The error of a Work that nobody fetched
+        is raised here at the latest.
         """
         lane = self._lane
         if lane.closed:
@@ -652,7 +671,6 @@ class ProcessGroup:
         if lane.broken is None:
             for work in list(lane.beside):
                 engine.wait(work, seconds(timeout, self._timeout))
-            lane.unfetched = None
 
             def then(work: Work) -> Steps:
                 yield from rendezvous.free(self.comm, work.deadline)
@@ -660,8 +678,8 @@ class ProcessGroup:
             try:
                 self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
             finally:
-                lane.closed = "shut down"
-        lane.closed = "shut down"
+                engine.retire(lane, "shut down")
+        engine.retire(lane, "shut down")
 
     def abort(self) -> None:
         """Give up everything under way, at once and on this rank alone; peers hear of it."""
@@ -672,7 +690,7 @@ class ProcessGroup:
         if lane.closed:
             return
         engine.fail_all(lane, GroupClosedError(f"rank {self._rank} {why}"))
-        lane.closed = "aborted"
+        engine.retire(lane, "aborted")
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -741,6 +759,14 @@ class ProcessGroup:
             with contextlib.suppress(MpicollError):
                 engine.background()
 
+    def _farewell(self) -> None:
+        """Launch this rank's last arrival in the group."""
+        self._lane.seq += 1
+        call = Call("shutdown", leaving=True)
+        steps = self._arrival.steps(call, self._lane.seq)
+        timeout = self._timeout
+        engine.launch(Work(self._lane, call, self._lane.seq, steps, timeout, self._recorder))
+
     def _usable(self) -> None:
         engine.check_process()
         lane = self._lane
@@ -766,13 +792,17 @@ class ProcessGroup:
 
 def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
+    if not engine.busy:
+        return
     reads, writes = call.spans()
     for task in engine.unfinished():
         their_reads, their_writes = task.call.spans()
-        if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(reads, their_writes):
+        if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
+            reads, their_writes
+        ):
             raise InvalidCallError(
-                f"an array of this call overlaps one that an unfinished Work is using, "
-                f"{task.call.describe()}: wait() for that first, or use memory of its own"
+                f"an array given to {call.describe()} overlaps one that an unfinished Work "
+                f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
             )
 
 

@@ -36,7 +36,7 @@ class _LazyMPI(ModuleType):
 
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from mpi4py import MPI as MPI
 else:
     MPI = _LazyMPI("MPI")
 
@@ -56,7 +56,7 @@ def until_all(requests: list[MPI.Request]) -> Steps:
         yield from until(request)
 
 
-RESERVED_TAGS = 16  # the highest tags of every communicator are ours
+RESERVED_TAGS = 256  # the highest tags of every communicator are ours
 
 
 def highest_tag() -> int:
@@ -75,6 +75,10 @@ def exchange_tag() -> int:
     return highest_tag() + 2
 
 
-def merge_tag() -> int:
-    """Tag of the handshake between the leaders of two groups that merge (`rendezvous.py`)."""
-    return highest_tag() + 3
+def merge_tag(step: int) -> int:
+    """Tag of the handshake between the leaders of two groups that merge (`rendezvous.py`).
+
+    Steps that follow one another take different tags: with one tag for all, MPICH 5.0 crashes
+    in the second intercommunicator of a chain.
+    """
+    return highest_tag() + 3 + step % (RESERVED_TAGS - 3)

@@ -11,8 +11,10 @@ Its rules:
   a rank that computed for long before it waits does not fail untried.
 - Whoever leaves a call early tells its peers, and they raise at once.  What an abandoned
   call was using is kept for ever: MPI may still write there.
-- One lock.  Signal handlers that interrupt its holder never take it: what they launch is
-  put on a list that the engine drains.  Callbacks run unlocked.
+- One lock.  A signal handler that interrupts its holder finds the engine at work: what it
+  launches is put on a list that the engine drains.  Callbacks run unlocked.
+- A rank that ends says so in a last arrival on every open group, so that peers which still
+  wait for it raise at once, and waits for theirs, as MPI_Finalize would.
 - A forked child is not a rank: it is refused, and its exit leaves MPI alone.
 """
 
@@ -25,7 +27,6 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -35,6 +36,7 @@ from .errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
     GroupClosedError,
+    InvalidCallError,
     MpicollError,
     RemoteRankError,
     translate,
@@ -51,7 +53,7 @@ LEAVING = 2.0  # seconds that a process which failed gives its peers before it e
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
-class Expired(Exception):  # noqa: N818  (a signal to a task's steps, not an error of ours)
+class Expired(Exception):
     """Thrown into the steps of a task that can be cancelled when its deadline passes."""
 
 
@@ -107,6 +109,7 @@ class Lane:
 
     def __init__(self, name: str, comm: MPI.Comm) -> None:
         self.name = name
+        self.comm = comm
         self.queue: deque[Task] = deque()
         self.beside: list[Task] = []
         self.broken: BaseException | None = None
@@ -114,6 +117,7 @@ class Lane:
         self.unfetched: Task | None = None
         self.seq = 0
         self.last_finished = "nothing"
+        self.farewell: Callable[[], None] | None = None
         self.peers = Peers(comm, self._where)
 
     def _where(self) -> tuple[int, bool, str]:
@@ -162,17 +166,18 @@ class Engine:
     """All tasks of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder = 0
+        self._lock = threading.RLock()
+        self._inside = False  # whether the lock's holder is at work, not merely about to be
         self._pid = os.getpid()
         self._active: dict[Lane, None] = {}
-        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-        self._handed: deque[Task] = deque()  # launched while this very thread was in the engine
+        self._lanes: dict[Lane, None] = {}
+        self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self._poll = Every(0.005)
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._stay = False  # whether the thread outlives the work at hand
         self._stop = False
         self._failed: str = ""  # the uncaught exception that ends this process
         self._follows = False  # it was a peer's error
@@ -183,7 +188,7 @@ class Engine:
     def enlist(self, lane: Lane) -> None:
         """Make a group known, so that its peers' questions are answered."""
         self.check_process()
-        self._lanes.add(lane)
+        self._lanes[lane] = None
         if not self._hooked:
             self._hooked = True
             self._hook()
@@ -200,15 +205,16 @@ class Engine:
 
     def launch(self, task: Task) -> None:
         """Enter a task, and take it as far as its first wait if it is its lane's head."""
-        if self._holder == threading.get_ident():
-            self._handed.append(task)
+        if not self._enter():
+            self._handed.append(lambda: self._admit(task))
             return
-        with self._entered():
+        try:
             self._admit(task)
             lane = task.lane
             if not task.queued or lane.queue[0] is task:
                 self._advance(lane)
-        self._run_callbacks()
+        finally:
+            self._exit()
         if self._thread is not None:
             self._wake.set()
 
@@ -216,18 +222,19 @@ class Engine:
         """Progress everything until `task` is done; its deadline may be brought forward."""
         if task.done:
             return
-        if self._holder == threading.get_ident():
-            raise GroupBrokenError(
-                "wait() was called by a signal handler that interrupted mpicoll itself: "
-                "launch there, and wait outside"
-            )
         if timeout is not None:
             self._shorten(task, timeout)
         pace = Pace()
         while not task.done:
-            with self._entered():
+            if not self._enter():
+                raise InvalidCallError(
+                    "wait() was called by a signal handler that interrupted mpicoll itself: "
+                    "launch there, and wait outside"
+                )
+            try:
                 moved = task.done or self._pass(pace)
-            self._run_callbacks()
+            finally:
+                self._exit()
             if moved:
                 pace.moved()
             else:
@@ -235,7 +242,7 @@ class Engine:
 
     def when_done(self, task: Task, callback: Callable[[], None]) -> bool:
         """Have `callback` called, unlocked, when `task` is done; False if it is done already."""
-        with self._entered():
+        with self._lock:
             if task.done:
                 return False
             task.callbacks.append(callback)
@@ -243,18 +250,31 @@ class Engine:
 
     def test(self) -> None:
         """Make one pass."""
-        if self._holder != threading.get_ident():
-            with self._entered():
+        if self._enter():
+            try:
                 self._pass(None)
-            self._run_callbacks()
+            finally:
+                self._exit()
 
     def fail_all(self, lane: Lane, error: BaseException) -> None:
         """Give up everything that a lane has under way."""
-        with self._entered():
-            under_way = bool(lane.queue)
-            seq = lane.queue[0].seq if under_way else lane.seq + 1
-            self._break(lane, error, seq, arrived=under_way)
-        self._run_callbacks()
+        if not self._enter():
+            self._handed.append(lambda: self._give_up(lane, error))
+            return
+        try:
+            self._give_up(lane, error)
+        finally:
+            self._exit()
+
+    def retire(self, lane: Lane, how: str) -> None:
+        """Forget a lane: its group is closed."""
+        lane.closed = how
+        self._lanes.pop(lane, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any task is not done."""
+        return bool(self._active)
 
     def unfinished(self) -> Iterator[Task]:
         """Yield every task that is not done."""
@@ -262,15 +282,15 @@ class Engine:
             yield from list(lane.queue)
             yield from list(lane.beside)
 
-    def background(self) -> None:
-        """From now on, have a thread progress what is under way."""
-        if self._thread is None or not self._thread.is_alive():
+    def background(self, *, stay: bool = False) -> None:
+        """Have a thread progress what is under way until it is done; with `stay`, for good."""
+        self._stay = self._stay or stay
+        if self._thread is None:
             if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
                 raise GroupBrokenError(
                     "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
                     "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
                 )
-            self._stop = False
             self._thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
             self._thread.start()
         self._wake.set()
@@ -290,17 +310,22 @@ class Engine:
 
     # ---- one pass; all of this under the lock ----
 
-    @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _enter(self) -> bool:
+        """Take the lock; False, without it, if this thread is at work in the engine already."""
         self._lock.acquire()
-        self._holder = threading.get_ident()
-        try:
-            yield
-            while self._handed:
-                self._admit(self._handed.popleft())
-        finally:
-            self._holder = 0
+        if self._inside:  # we are a signal handler that interrupted a step
             self._lock.release()
+            return False
+        self._inside = True
+        return True
+
+    def _exit(self) -> None:
+        while self._handed:
+            self._handed.popleft()()
+        self._inside = False
+        self._lock.release()
+        if self._calls:
+            self._run_callbacks()
 
     def _admit(self, task: Task) -> None:
         lane = task.lane
@@ -316,8 +341,7 @@ class Engine:
         now = time.monotonic()
         if self._poll.due(now):
             for lane in list(self._lanes):
-                if not lane.closed:
-                    moved = self._listen(lane) or moved
+                moved = self._listen(lane) or moved
         self._look_at_clock(now, pace)
         return moved
 
@@ -342,7 +366,9 @@ class Engine:
         except Exception as error:
             self._end(task, translate(error, task.call.kind))
         except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
-            self._end(task, GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}"))
+            self._end(
+                task, GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
+            )
             raise
         return True
 
@@ -363,11 +389,16 @@ class Engine:
             seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
             self._break(lane, error, seq, arrived=task.queued)
 
+    def _give_up(self, lane: Lane, error: BaseException) -> None:
+        under_way = bool(lane.queue)
+        seq = lane.queue[0].seq if under_way else lane.seq + 1
+        self._break(lane, error, seq, arrived=under_way)
+
     def _break(self, lane: Lane, error: BaseException, seq: int, *, arrived: bool) -> None:
         """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
         if lane.broken is None:
             lane.broken = error
-            if not isinstance(error, RemoteRankError):
+            if not isinstance(error, RemoteRankError) and not MPI.Is_finalized():
                 with contextlib.suppress(MPI.Exception):
                     lane.peers.leave(seq, f"left the group: {error}", arrived=arrived)
         for task in [*lane.queue, *lane.beside]:
@@ -446,15 +477,20 @@ class Engine:
     def _work(self) -> None:
         pace = Pace(background=True)
         while not self._stop:
-            if not self._active:
+            self._enter()  # (no signal handler runs in this thread)
+            try:
+                if not (self._active or self._stay):
+                    self._thread = None
+                    return
+                moved = self._pass(pace)
                 self._wake.clear()
-                if not self._active and not self._stop:
-                    self._wake.wait(0.5)
+                idle = not self._active
+            finally:
+                self._exit()
+            if idle and not self._stop:
+                self._wake.wait()
                 pace.moved()
                 continue
-            with self._entered():
-                moved = self._pass(pace)
-            self._run_callbacks()
             if moved:
                 pace.moved()
             else:
@@ -470,7 +506,7 @@ class Engine:
         ) -> None:
             if os.getpid() == self._pid and not self._failed:
                 self._failed = "".join(traceback.format_exception(kind, error, trace))
-                self._follows = isinstance(error, RemoteRankError)
+                self._follows = _from_a_peer(error)
             before(kind, error, trace)
 
         sys.excepthook = excepthook
@@ -482,16 +518,15 @@ class Engine:
             return
         self._stop = True
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(1.0)
-        until = time.monotonic() + LEAVING
+        thread = self._thread
+        if thread is not None:
+            thread.join(1.0)
         if not self._failed:
-            while self._active and time.monotonic() < until:
-                self.test()
-                time.sleep(1e-4)
-        lanes = [lane for lane in self._lanes if not lane.closed and lane.peers.size > 1]
+            self._say_farewell()
+        lanes = [lane for lane in self._lanes if lane.peers.size > 1]
         if not (self._active or self._abandoned or (self._failed and lanes)):
             return
+        sys.stdout.flush()
         for lane in lanes:
             with contextlib.suppress(MPI.Exception):
                 if self._failed and not self._follows:
@@ -499,6 +534,7 @@ class Engine:
                     lane.peers.leave(lane.seq + 1, text, arrived=False)
                 lane.peers.go()
         # Peers get time to say what they have to; the job ends early once all have come here.
+        until = time.monotonic() + LEAVING
         while time.monotonic() < until:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
@@ -509,6 +545,25 @@ class Engine:
             time.sleep(1e-3)
         self._abort("")
 
+    def _say_farewell(self) -> None:
+        """Finish what is under way, and arrive one last time in every open group."""
+        for lane in list(self._lanes):
+            if lane.farewell is not None and lane.broken is None and lane.peers.size > 1:
+                lane.farewell()
+        pace, until = Pace(), time.monotonic() + LEAVING
+        while self._active:
+            if time.monotonic() > until and not any(lane.queue for lane in self._active):
+                return  # only messages are left, which nobody sends or takes
+            self._enter()
+            try:
+                moved = self._pass(pace)
+            finally:
+                self._exit()
+            if moved:
+                pace.moved()
+            else:
+                pace.rest()
+
     def _abort(self, why: str) -> None:
         if why:
             print(f"mpicoll: {why}; ending the job", file=sys.stderr)
@@ -518,6 +573,15 @@ class Engine:
         os._exit(1)
 
 
+def _from_a_peer(error: BaseException | None) -> bool:
+    """Return whether an exception goes back to a peer's failure."""
+    while error is not None:
+        if isinstance(error, RemoteRankError):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _look_ahead(task: Task) -> float:
     return min(LOOK_AHEAD, task.timeout / 10)
 
@@ -525,7 +589,9 @@ def _look_ahead(task: Task) -> float:
 def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:
     call = task.call
     number = f" (call #{task.seq})" if task.queued else ""
-    text = f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
+    text = (
+        f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
+    )
     if call.kind == "recv":
         text += ": no matching message came. The receive was cancelled; the group is still usable"
     elif call.kind == "send":

@@ -36,6 +36,7 @@ def duplicate(comm: MPI.Intracomm) -> MakesComm:
     """Make a private duplicate, without blocking inside MPI."""
     made, request = comm.Idup()
     yield from until(request)
+    assert isinstance(made, MPI.Intracomm)
     return made
 
 
@@ -53,6 +54,7 @@ def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> 
     yield True
     with engine.guard(deadline, "MPI_Comm_split"):
         made = comm.Split(MPI.UNDEFINED if color is None else color, key)
+    assert isinstance(made, MPI.Intracomm)
     return None if color is None else made
 
 
@@ -83,6 +85,25 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
         comm, min(ranks) if member else None, ranks.index(me) if member else 0, deadline
     )
     return made
+
+
+def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[bool, None, tuple[int, int]]:
+    """Find this rank's node: its lowest rank, and this rank's place in it.  All have arrived.
+
+    Ranks are on one node if MPI says that they share memory and they have one host name:
+    on a merged communicator MPI's word alone can be wrong.
+    """
+    yield True
+    with engine.guard(deadline, "MPI_Comm_split_type"):
+        near = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
+    assert isinstance(near, MPI.Intracomm)
+    host = digest(*MPI.Get_processor_name().encode())
+    mine = np.array([host, comm.Get_rank()], dtype=np.int64)
+    table = np.empty((near.Get_size(), 2), dtype=np.int64)
+    yield from until(near.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    ranks = table[table[:, 0] == host, 1].tolist()
+    yield from free(near, deadline)
+    return min(ranks), ranks.index(comm.Get_rank())
 
 
 def free(comm: MPI.Intracomm, deadline: float) -> Steps:
@@ -119,7 +140,7 @@ class _Meeting:
 
     def __init__(self, store: Store, name: str, ranks: list[int], size: int) -> None:
         self.store = store
-        self.entry = {
+        self.entry: dict[str, Any] = {
             "nonce": os.urandom(16).hex(),
             "name": name,
             "ranks": ranks,
@@ -197,7 +218,7 @@ def meet(
     try:
         meeting = _Meeting(store, name, ranks, size)
         while (plan := meeting.look()) is None:
-            if time.monotonic() > deadline - _BEAT:
+            if time.monotonic() > deadline:
                 return {"late": f"not all of {size} ranks were there in time, {meeting.came()}"}
             resume = time.monotonic() + _BEAT
             while time.monotonic() < resume:
@@ -229,7 +250,7 @@ def merge(comm: MPI.Intracomm, plan: Plan, deadline: float) -> MakesComm:
         for i in range(max(1, place), len(leaders)):
             joins = i == place
             remote = leaders[0] if joins else leaders[i]
-            inter = merged.Create_intercomm(0, MPI.COMM_WORLD, remote, merge_tag())
+            inter = merged.Create_intercomm(0, MPI.COMM_WORLD, remote, merge_tag(i))
             wider = inter.Merge(joins)
             inter.Free()
             if merged is not comm:

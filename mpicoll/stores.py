@@ -156,7 +156,7 @@ def _in_int64(number: int) -> bool:
 def _sum(key: str, old: bytes | None, amount: int) -> int:
     """What `add` makes of the `old` value; numbers are kept as decimal text, as in c10d."""
     try:
-        number = 0 if old is None else int(old[:32] if len(old) <= 32 else b"too long")
+        number = 0 if old is None else int(old if len(old) <= 32 else b"too long")
     except ValueError as error:
         raise InvalidCallError(
             f"key {key!r} must hold a whole number for add, but holds {cast(bytes, old)[:32]!r}; "
@@ -1393,7 +1393,7 @@ class TCPStore(KeyValueStore):
         return results
 
     def _borrow(self, op: str, start: float, deadline: float) -> socket.socket:
-        """An idle connection of this process, or a new one.  (A deque needs no lock.)"""
+        """Return an idle connection of this process, or a new one; a deque needs no lock."""
         pid = os.getpid()
         while True:
             try:
@@ -1411,7 +1411,7 @@ class TCPStore(KeyValueStore):
 
     def _connect(self, op: str, start: float, deadline: float) -> socket.socket:
         """Try until the deadline; only what waiting can't mend is raised at once."""
-        delay, last = 0.01, "nothing was tried"
+        delay, last = 0.01, "whoever listens there does not answer"
         while True:
             try:
                 for family, address in _addresses(self.host, self.port):
@@ -1423,7 +1423,7 @@ class TCPStore(KeyValueStore):
                         sock.close()
                         if not isinstance(error, OSError):
                             raise
-                        last = str(error) or "whoever listens there does not answer"
+                        last = str(error) or last  # empty where only the time ran out
             except socket.gaierror as error:
                 last = str(error)
             left = deadline - time.monotonic()

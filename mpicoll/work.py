@@ -50,6 +50,7 @@ class Work(Task):
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
 
     def ended(self) -> None:
+        """Enter the end in the flight recorder."""
         self._recorder.end(self._entry, self.error)
 
     def wait(self, timeout: object = None) -> bool:
@@ -174,5 +175,3 @@ def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
     if errors:
         raise errors[0]
     return True
-
-

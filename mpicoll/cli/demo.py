@@ -19,15 +19,16 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import __version__
-
-if TYPE_CHECKING:
-    from ..group import ProcessGroup
-    from .trials import Maker
+from ..errors import MpicollError
+from ..group import ProcessGroup, new_group
+from ..ops import ReduceOp
+from . import digits as classifier
+from .trials import TRIALS, Maker
 
 SIZES = {"1 KiB": (1 << 10, 20), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
 TOLERANCE = 1e-8  # between the two loss curves; rounding alone makes far less
@@ -59,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 2
 
-    import mpicoll
-
-    with mpicoll.new_group() as pg:
+    with new_group() as pg:
         say = print_now if pg.rank() == 0 else keep_quiet
         say(f"mpicoll {__version__}: {pg!r}")
         collectives_agree = show_collectives(pg, say)
@@ -83,40 +82,52 @@ def keep_quiet(text: str) -> None:
 
 def show_collectives(pg: ProcessGroup, say: Callable[[str], None]) -> bool:
     """Print the table; return whether every collective agreed with NumPy on every rank."""
-    from .trials import TRIALS
-
     say("\nEvery collective, checked against NumPy. Columns: what each rank hands in.\n")
     say(f"  {'collective':<34}{'result':<10}" + "".join(f"{name:>12}" for name in SIZES))
     agreeing = 0
     for name, make in TRIALS.items():
         outcomes = [try_out(pg, make, nbytes // 4, calls) for nbytes, calls in SIZES.values()]
-        agrees = all(correct for correct, _ in outcomes)
+        agrees = all(outcome.correct for outcome in outcomes)
         agreeing += agrees
         say(
             f"  {name:<34}{'correct' if agrees else 'WRONG':<10}"
-            + "".join(f"{in_words(seconds):>12}" for _, seconds in outcomes)
+            + "".join(f"{in_words(outcome.seconds):>12}" for outcome in outcomes)
         )
+        for error in {outcome.error for outcome in outcomes if outcome.error is not None}:
+            say(f"      {error}")
     say(f"\n  {agreeing} of {len(TRIALS)} agree with NumPy on all {pg.size()} ranks")
     return agreeing == len(TRIALS)
 
 
-def try_out(pg: ProcessGroup, make: Maker, count: int, calls: int) -> tuple[bool, float]:
-    """Make a call several times; return whether all ranks agree each time, and the seconds."""
+class Outcome(NamedTuple):
+    """What came of one collective at one size: on all ranks, but the error is this rank's."""
+
+    correct: bool
+    seconds: float
+    error: str | None
+
+
+def try_out(pg: ProcessGroup, make: Maker, count: int, calls: int) -> Outcome:
+    """Make a call several times; every rank of the group must call this.
+
+    A call that raises is wrong, but the group may be usable all the same: go on.
+    """
     seconds = np.empty(calls + 1)  # the first call warms up
     correct = np.ones(1, dtype=np.uint8)
+    error = None
     for i in range(len(seconds)):
         trial = make(pg, count)
         pg.barrier().wait()
         begin = time.perf_counter()
-        trial.call()
+        try:
+            trial.call()
+        except MpicollError as raised:
+            error = f"{type(raised).__name__}: {raised}"
         seconds[i] = time.perf_counter() - begin
-        correct[0] &= trial.agrees()
-
-    from ..ops import ReduceOp
-
+        correct[0] &= error is None and trial.agrees()
     pg.allreduce(seconds, op=ReduceOp.MAX).wait()
     pg.allreduce(correct, op=ReduceOp.MIN).wait()
-    return bool(correct[0]), float(np.median(seconds[1:]))
+    return Outcome(bool(correct[0]), float(np.median(seconds[1:])), error)
 
 
 def in_words(seconds: float) -> str:
@@ -132,8 +143,6 @@ def in_words(seconds: float) -> str:
 
 def show_training(pg: ProcessGroup, say: Callable[[str], None], args: argparse.Namespace) -> bool:
     """Train together and on rank 0 alone; print and draw both; return whether they agree."""
-    from . import digits as classifier
-
     digits = classifier.load()
     tested = len(digits.test_labels)
     say(f"\nTraining on {len(digits.labels):,} handwritten digits, testing on {tested}:\n")

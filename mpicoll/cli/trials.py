@@ -371,7 +371,9 @@ def _split(pg: ProcessGroup, count: int) -> Trial:
     want = np.sum(all_data(pg, count)[pg.rank() % 2 :: 2], axis=0)
 
     def call() -> None:
-        with pg.split(pg.rank() % 2) as half:
+        half = pg.split(pg.rank() % 2)
+        assert half is not None
+        with half:
             half.allreduce(x).wait()
 
     return Trial(call, [want], [x])

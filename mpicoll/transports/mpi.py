@@ -37,7 +37,7 @@ class MpiTransport(Transport):
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
@@ -47,9 +47,7 @@ class MpiTransport(Transport):
     def allreduce(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
         for piece in _pieces(wire):
-            yield from until(
-                self.comm.Iallreduce(MPI.IN_PLACE, [piece, _number(plan)], _op(plan))
-            )
+            yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
         if not plan.direct:
             plan.decode(wire, array)
 
@@ -97,9 +95,7 @@ class MpiTransport(Transport):
             pieces = zip(_pieces(block), _pieces(out if self.rank == root else block), strict=True)
             for piece, into in pieces:
                 target = [into, _number(plan)] if self.rank == root else None
-                yield from until(
-                    self.comm.Ireduce([piece, _number(plan)], target, _op(plan), root)
-                )
+                yield from until(self.comm.Ireduce([piece, _number(plan)], target, _op(plan), root))
 
     def scan(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)

@@ -64,7 +64,8 @@ def reduced(op: str, arrays: Sequence[Array]) -> Array:
         arrays = [a.astype(np.float32) for a in arrays]
     total = reduce(_UFUNCS[op], arrays)
     if op == "AVG":
-        total = total / np.asarray(len(arrays), dtype=total.real.dtype)
+        parts = np.atleast_1d(total).view(total.real.dtype)  # complex numbers: part by part
+        total = (parts / parts.dtype.type(len(arrays))).view(total.dtype).reshape(total.shape)
     return np.asarray(total.astype(dtype))
 
 

@@ -314,7 +314,7 @@ def test_a_buffer_that_an_unfinished_work_writes(pg, kind):
         lambda: pg.send(x, me, tag=6),
         lambda: pg.recv(x[:5], me, tag=6),
     ):
-        with pytest.raises(InvalidCallError, match="tensor.*unfinished"):
+        with pytest.raises(InvalidCallError, match="unfinished"):
             use()
     sent = kind.array(data(me, 1000, seed=3))
     twice = [pg.send(sent, me, tag=5), pg.send(sent, me, tag=6)]  # both only read
@@ -330,7 +330,6 @@ def test_a_buffer_that_an_unfinished_work_writes(pg, kind):
         ({"backend": "nonesuch"}, InvalidCallError, "backend"),
         ({"device": "abacus"}, (InvalidCallError, UnsupportedError), "device"),
         ({"timeout": -1}, InvalidCallError, "timeout"),
-        ({"checks": "some"}, InvalidCallError, "checks"),
         ({"progress": "eternal"}, InvalidCallError, "progress"),
         ({"comm": 5}, InvalidCallError, "comm"),
         ({"nonesuch": 1}, (InvalidCallError, TypeError), "nonesuch"),
@@ -342,9 +341,17 @@ def test_bad_options_of_a_new_group(options, error, word):
         mc.new_group(**options)
 
 
-@pytest.mark.parametrize("store, size", [(None, 2), ("file", 0), ("file", -1), ("file", 1.5)])
-def test_bad_arguments_of_a_merge(fresh, folder, store, size):
-    given = mc.FileStore(str(folder)) if store else None
-    with pytest.raises(InvalidCallError, match="size" if store else "store"):
-        fresh.merge_remote_group(given, size, timeout=5)
+@pytest.mark.parametrize("size", [0, -1, 1.5, None])
+def test_bad_size_of_a_merge(fresh, folder, size):
+    with pytest.raises(InvalidCallError, match="size"):
+        fresh.merge_remote_group(mc.FileStore(str(folder)), size, timeout=5)
+    still_works(fresh)
+
+
+@pytest.mark.parametrize("store", [None, "folder", object()])
+def test_a_merge_without_a_store(fresh, store):
+    """The store is the leader's business; the others hear of it."""
+    error = InvalidCallError if fresh.rank() == 0 else (InvalidCallError, CollectiveMismatchError)
+    with pytest.raises(error, match="store"):
+        fresh.merge_remote_group(store, fresh.size(), timeout=5)
     still_works(fresh)

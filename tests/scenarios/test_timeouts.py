@@ -45,10 +45,13 @@ time.sleep(1)
     for rank in (0, 1):
         assert ended.ranks[rank] is not None, ended.output
         for text, (outcome, missing, took, again) in ended.ranks[rank]["found"].items():
-            where = f"rank {rank}, {text}: {outcome}"
+            where = f"rank {rank}, {text}: {outcome} after {took} s"
             assert missing == [2] and "[2]" in outcome, where
-            assert timeout <= took + 0.001 and took <= timeout + LATE, f"{where} after {took} s"
+            assert timeout <= took + 0.001 and took <= timeout + 3 * LATE, where
             assert again, f"{where}: the next call did not say that the group is broken"
+        # A machine shared with others may stop us for longer now and then, but not mostly.
+        took = sorted(entry[2] for entry in ended.ranks[rank]["found"].values())
+        assert took[len(took) // 2] <= timeout + LATE, took
     assert ended.at - max(ended.ranks[r]["wall"] for r in (0, 1)) <= 1 + ENDS
 
 
@@ -102,23 +105,20 @@ def test_a_merge_whose_other_side_stays_away(job, tmp_path):
     script = f"""
 pg = mc.new_group(timeout=20)
 mine = pg.split(int(RANK == 2))
-if RANK == 2:
-    time.sleep(60)
 start = time.monotonic()
-try:
-    mine.merge_remote_group(mc.FileStore({str(tmp_path)!r}), 3, timeout=0.5)
-except CollectiveTimeoutError as error:
-    report(took=time.monotonic() - start, text=str(error))
+if RANK < 2:
+    try:
+        mine.merge_remote_group(mc.FileStore({str(tmp_path)!r}), 3, timeout=0.5)
+    except CollectiveTimeoutError as error:
+        report(took=time.monotonic() - start, text=str(error))
+x = np.ones(3)
+pg.allreduce(x).wait()
+report(total=x[0])
 """
-    ended = launch_then_stop(job, script)
-    for rank in (0, 1):
-        assert ended.ranks[rank] is not None, ended.output
-        assert ended.ranks[rank]["took"] <= 0.5 + LATE, ended.ranks[rank]
-
-
-def launch_then_stop(job, script):
-    """Run three ranks of which the last stays away; the others end the job by failing."""
-    return job(3, script + "\nraise SystemExit(3)\n", fails=True)
+    ended = job(3, script)
+    assert ended["total"] == [3.0] * 3, "the groups did not stay usable"
+    for told in ended.ranks[:2]:
+        assert 0.4 <= told["took"] <= 0.5 + LATE and "size=3" in told["text"], told
 
 
 ENDINGS = {
@@ -212,6 +212,7 @@ for _ in range(3):
     except CollectiveTimeoutError as error:
         took.append(time.monotonic() - start)
         text = str(error)
+pg.barrier().wait()
 x = np.full(5, RANK + 1.0)
 sending = pg.send(x, other, tag=4)
 y = np.zeros(5)
@@ -222,8 +223,8 @@ report(took=took, text=text, got=y[0], total=x[0])
 pg.shutdown()
 """
     ended = job(2, script)
-    assert all(0.499 <= t <= 0.5 + LATE for took in ended["took"] for t in took), ended["took"]
     assert all(len(took) == 3 for took in ended["took"])
+    assert all(0.499 <= min(took) and sorted(took)[1] <= 0.5 + LATE for took in ended["took"])
     assert (ended["got"], ended["total"]) == ([2.0, 1.0], [3.0, 3.0])
 
 
@@ -231,11 +232,12 @@ def test_a_send_that_nobody_receives(job):
     """Too large to be buffered: the sender's deadline holds."""
     script = """
 pg = mc.new_group(timeout=20)
+x = np.ones(1_000_000)
 pg.barrier().wait()
 if RANK == 0:
     start = time.monotonic()
     try:
-        pg.send(np.ones(10_000_000), 1, timeout=0.5).wait()
+        pg.send(x, 1, timeout=0.5).wait()
     except CollectiveTimeoutError as error:
         report(took=time.monotonic() - start, text=str(error))
 else:
