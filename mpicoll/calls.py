@@ -134,6 +134,8 @@ class Call:
             said.append(f"op={self.op.name}")
         if self.root >= 0:
             said.append(f"root={self.root}")
+        if self.kind == "merge_remote_group":
+            said.append(f"size={self.count}")
         if self.kind == "send":
             said.append(f"dst={self.peer}, tag={self.tag}")
         if self.kind == "recv":

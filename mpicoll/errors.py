@@ -40,7 +40,10 @@ class UnsupportedError(MpicollError, TypeError):
 
 
 class GroupClosedError(MpicollError):
-    """The group was used after `shutdown` or `abort`, or after MPI was finalized."""
+    """The group was used after `shutdown` or `abort`, after MPI.Finalize, or in a forked child.
+
+    Also a store that was used after `close`.
+    """
 
 
 class GroupBrokenError(MpicollError):
@@ -52,7 +55,7 @@ class CollectiveTimeoutError(MpicollError, TimeoutError):
 
     After a collective or a send the group is broken, and the buffers stay alive inside
     mpicoll: outputs may still be written.  An expired `recv` is cancelled and leaves the
-    group usable.
+    group usable; so does a merge to which not all groups came.
 
     Attributes:
         op: name of the call, such as ``"allreduce"``.
@@ -84,7 +87,7 @@ class CollectiveMismatchError(MpicollError):
 
     Raised on every rank whose own arguments were right, a broadcast's root included.
     No data was moved.  The group stays usable, unless the call numbers differ (program
-    order is lost): then it is broken.
+    order is lost): then it is broken.  Of a `recv`: the message is lost and the array undefined.
     """
 
     def __init__(self, message: str, *, breaks_group: bool = False) -> None:
@@ -93,7 +96,7 @@ class CollectiveMismatchError(MpicollError):
 
 
 class RankFailedError(MpicollError):
-    """A peer died.  The group is broken."""
+    """A peer died.  The group is broken.  Nothing raises it yet: a death shows as a timeout."""
 
 
 class RemoteRankError(MpicollError):
@@ -109,7 +112,13 @@ class RemoteRankError(MpicollError):
 
 
 class TransportError(MpicollError):
-    """The MPI library reported a failure.  The group is broken; `code` is MPI's error class."""
+    """The MPI library reported a failure, or can't be loaded; or a store lost its connection.
+
+    The group is broken.
+
+    Attributes:
+        code: MPI's error class, or the store's errno; 0 if there is none.
+    """
 
     def __init__(self, message: str, *, code: int = 0) -> None:
         super().__init__(message)

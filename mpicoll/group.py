@@ -509,8 +509,8 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             return Call("split_group", payload=calls.split_ranks(size, ranks))
 
-        comm = self._comm("split_group", timeout, check, make)
-        name = group_name or f"{self.group_name}:split:{list(ranks)}"
+        comm, call = self._comm("split_group", timeout, check, make)
+        name = group_name or f"{self.group_name}:split:{list(call.payload)}"
         return self._child(comm, name, group_desc, timeout)
 
     def split(self, color: int | None, key: int = 0, timeout: object = None) -> ProcessGroup | None:
@@ -532,7 +532,7 @@ class ProcessGroup:
             chosen, order = call.payload
             return rendezvous.split(self.comm, chosen, order, deadline)
 
-        comm = self._comm("split", timeout, check, make)
+        comm, _ = self._comm("split", timeout, check, make)
         return self._child(comm, f"{self.group_name}:split:{color}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
@@ -553,7 +553,7 @@ class ProcessGroup:
             made = yield from rendezvous.split(self.comm, color, self._rank, deadline)
             return made
 
-        comm = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
+        comm, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
         group = self._child(comm, f"{self.group_name}:{kind}", None, timeout)
         assert group is not None
         return group
@@ -611,9 +611,8 @@ class ProcessGroup:
             made = yield from rendezvous.merge(self.comm, plan, deadline)
             return made
 
-        box: list[Call] = []
-        comm = self._comm("merge_remote_group", timeout, check, make, box)
-        first = box[0].payload["groups"][0][0]
+        comm, call = self._comm("merge_remote_group", timeout, check, make)
+        first = call.payload["groups"][0][0]
         group = self._child(comm, group_name or f"{first}:merge", group_desc, timeout)
         assert group is not None
         return group
@@ -624,9 +623,8 @@ class ProcessGroup:
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
-        box: list[Call] | None = None,
-    ) -> MPI.Intracomm | None:
-        """Run a call that makes a communicator, and wait for it."""
+    ) -> tuple[MPI.Intracomm | None, Call]:
+        """Run a call that makes a communicator, wait for it, and return both."""
 
         def then(work: Work) -> Steps:
             deadline = work.deadline
@@ -637,10 +635,7 @@ class ProcessGroup:
 
         work = self._call(kind, timeout, check, then=then)
         work.wait()
-        if box is not None:
-            box.append(work.call)
-        made: MPI.Intracomm | None = work.call.result
-        return made
+        return work.call.result, work.call
 
     def _child(
         self, comm: MPI.Intracomm | None, name: str, desc: str | None, timeout: object
@@ -678,8 +673,8 @@ class ProcessGroup:
             try:
                 self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
             finally:
-                engine.retire(lane, "shut down")
-        engine.retire(lane, "shut down")
+                self._close("shut down")
+        self._close("shut down")
 
     def abort(self) -> None:
         """Give up everything under way, at once and on this rank alone; peers hear of it."""
@@ -690,7 +685,11 @@ class ProcessGroup:
         if lane.closed:
             return
         engine.fail_all(lane, GroupClosedError(f"rank {self._rank} {why}"))
-        engine.retire(lane, "aborted")
+        self._close("aborted")
+
+    def _close(self, how: str) -> None:
+        self._lane.closed = how
+        engine.delist(self._lane)
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -808,7 +807,7 @@ def _refuse_busy(call: Call) -> None:
 
 # ---- making groups ----
 
-_creations: dict[int, tuple[Lane, Recorder]] = {}  # by communicator: how its groups are made
+_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
 
 
 def new_group(
@@ -870,8 +869,9 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq, _create(parent, lane, call), limit, recorder)
+    work = Work(lane, call, lane.seq, _create(parent, lane, call, lane.seq), limit, recorder)
     engine.launch(work)
+    engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
     if refusal is not None:
         if parent.Get_size() > 1:
             engine.background()
@@ -884,19 +884,24 @@ def new_group(
 
 def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     """Return the lane on which groups over `parent` are made, one after the other."""
-    handle = MPI._handleof(parent)
-    if handle not in _creations:
+    global _creation_key
+    if not _creation_key:
         crowded(ranks_on_node() or MPI.COMM_WORLD.Get_size())
-        lane = Lane("new_group", parent)
-        engine.enlist(lane)
-        _creations[handle] = lane, Recorder()
-    return _creations[handle]
+        _creation_key = MPI.Comm.Create_keyval()
+    # An attribute, since it goes with the communicator; a handle may come to mean another one.
+    made: Any = parent.Get_attr(_creation_key)
+    if made is None:
+        made = Lane("new_group", parent), Recorder()
+        parent.Set_attr(_creation_key, made)
+    lane, recorder = made
+    engine.enlist(lane)
+    return lane, recorder
 
 
-def _create(parent: MPI.Intracomm, lane: Lane, call: Call) -> Steps:
+def _create(parent: MPI.Intracomm, lane: Lane, call: Call, seq: int) -> Steps:
     made = yield from rendezvous.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, lane.peers).steps(call, lane.seq)
+    yield from Arrival(made, lane.peers).steps(call, seq)
     yield from rendezvous.name_job(made)
     call.result = made
 
@@ -909,19 +914,17 @@ def _from_factory(
     options: dict[str, object],
 ) -> Any:
     """Give a registered factory the store it expects, and return what it makes."""
-    host = MPI.Get_processor_name() if len(set(base.allgather_object(_host()))) > 1 else "localhost"
+    name = MPI.Get_processor_name()
+    host = name if len(set(base.allgather_object(name))) > 1 else "localhost"
     secret = os.urandom(16).hex()
     store = TCPStore(host, 0, is_master=True, secret=secret) if base.rank() == 0 else None
     address = (store.host, store.port, secret) if store is not None else None
     host, port, secret = base.broadcast_object(address, 0)
     if store is None:
         store = TCPStore(host, port, secret=secret)
+    base.shutdown()
     timeout, where = backends.factory_arguments(limit, device)
     return factory(store, base.rank(), base.size(), timeout, where, **options)
-
-
-def _host() -> str:
-    return str(MPI.Get_processor_name())
 
 
 # ---- the current group ----

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
 LEAVING = 2.0  # seconds that a process which failed gives its peers before it ends the job
+IDLE_LANES = 32  # lanes without a call under way that are listened to in one pass
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
@@ -168,9 +170,9 @@ class Engine:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._inside = False  # whether the lock's holder is at work, not merely about to be
-        self._pid = os.getpid()
+        self._pid = 0  # the process that is a rank
         self._active: dict[Lane, None] = {}
-        self._lanes: dict[Lane, None] = {}
+        self._lanes: dict[Lane, None] = {}  # all open groups; those at the front wait longest
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
@@ -187,15 +189,16 @@ class Engine:
 
     def enlist(self, lane: Lane) -> None:
         """Make a group known, so that its peers' questions are answered."""
-        self.check_process()
-        self._lanes[lane] = None
-        if not self._hooked:
-            self._hooked = True
-            self._hook()
+        with self._lock:
+            self._lanes[lane] = None
+            if not self._hooked:
+                self._hooked = True
+                self._pid = os.getpid()
+                self._hook()
 
     def check_process(self) -> None:
         """Refuse a forked child, and a process that has finalized MPI."""
-        if os.getpid() != self._pid:
+        if self._hooked and os.getpid() != self._pid:
             raise GroupClosedError(
                 f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
                 "use mpicoll in the parent only"
@@ -240,13 +243,14 @@ class Engine:
             else:
                 pace.rest()
 
-    def when_done(self, task: Task, callback: Callable[[], None]) -> bool:
-        """Have `callback` called, unlocked, when `task` is done; False if it is done already."""
+    def when_done(self, task: Task, callback: Callable[[], None]) -> None:
+        """Have `callback` called, unlocked, when `task` is done; at once if it is."""
         with self._lock:
-            if task.done:
-                return False
-            task.callbacks.append(callback)
-            return True
+            done = task.done
+            if not done:
+                task.callbacks.append(callback)
+        if done:
+            callback()
 
     def test(self) -> None:
         """Make one pass."""
@@ -266,10 +270,10 @@ class Engine:
         finally:
             self._exit()
 
-    def retire(self, lane: Lane, how: str) -> None:
-        """Forget a lane: its group is closed."""
-        lane.closed = how
-        self._lanes.pop(lane, None)
+    def delist(self, lane: Lane) -> None:
+        """Listen to a lane no more: its group is closed, or made."""
+        with self._lock:
+            self._lanes.pop(lane, None)
 
     @property
     def busy(self) -> bool:
@@ -340,10 +344,17 @@ class Engine:
             return moved
         now = time.monotonic()
         if self._poll.due(now):
-            for lane in list(self._lanes):
+            for lane in self._to_hear():
                 moved = self._listen(lane) or moved
         self._look_at_clock(now, pace)
         return moved
+
+    def _to_hear(self) -> list[Lane]:
+        """Return the lanes to listen to now: the active ones, and some others in turn."""
+        turn = list(itertools.islice(self._lanes, IDLE_LANES))
+        for lane in turn:
+            self._lanes[lane] = self._lanes.pop(lane)
+        return list(dict.fromkeys([*self._active, *turn]))
 
     def _advance(self, lane: Lane) -> bool:
         moved = False
@@ -521,8 +532,9 @@ class Engine:
         thread = self._thread
         if thread is not None:
             thread.join(1.0)
+        until = time.monotonic() + LEAVING
         if not self._failed:
-            self._say_farewell()
+            self._say_farewell(until)
         lanes = [lane for lane in self._lanes if lane.peers.size > 1]
         if not (self._active or self._abandoned or (self._failed and lanes)):
             return
@@ -534,7 +546,7 @@ class Engine:
                     lane.peers.leave(lane.seq + 1, text, arrived=False)
                 lane.peers.go()
         # Peers get time to say what they have to; the job ends early once all have come here.
-        until = time.monotonic() + LEAVING
+        until = max(until, time.monotonic() + LEAVING / 2)
         while time.monotonic() < until:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
@@ -545,15 +557,19 @@ class Engine:
             time.sleep(1e-3)
         self._abort("")
 
-    def _say_farewell(self) -> None:
-        """Finish what is under way, and arrive one last time in every open group."""
+    def _say_farewell(self, until: float) -> None:
+        """Finish what is under way, and arrive one last time in every open group.
+
+        Calls of the user's have until `until`; for the peers' farewells one waits, as
+        MPI_Finalize would, until the group's timeout.
+        """
         for lane in list(self._lanes):
             if lane.farewell is not None and lane.broken is None and lane.peers.size > 1:
                 lane.farewell()
-        pace, until = Pace(), time.monotonic() + LEAVING
+        pace = Pace()
         while self._active:
-            if time.monotonic() > until and not any(lane.queue for lane in self._active):
-                return  # only messages are left, which nobody sends or takes
+            if time.monotonic() > until and not all(t.call.leaving for t in self.unfinished()):
+                return
             self._enter()
             try:
                 moved = self._pass(pace)

@@ -182,7 +182,7 @@ class KeyValueStore(abc.ABC):
 
     All calls may be made by several threads at once.  An error leaves the store usable.
 
-    Raises (all calls):
+    Raises:
         InvalidCallError: an argument is wrong; the message says which and what to do.
         GroupClosedError: after `close`.
         TransportError: the folder or the connection failed; `code` is the errno.  Whether

@@ -90,7 +90,9 @@ class Work(Task):
         return self.error
 
     def result(self) -> list[object]:
-        """Return the arrays that the call writes, as they were given.  The call must be over.
+        """Return the arrays that hold the call's results, as they were given.
+
+        The call must be over.
 
         Raises:
             InvalidCallError: the call is still under way.
@@ -125,8 +127,7 @@ class Work(Task):
             else:
                 future.set_result(self.result())
 
-        if not engine.when_done(self, settle):
-            settle()
+        engine.when_done(self, settle)
         engine.background()
         return future
 

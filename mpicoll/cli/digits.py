@@ -43,9 +43,10 @@ class Digits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run leaves: the mean loss of each epoch, and the test images it got right."""
+    """What a run leaves: each epoch's mean loss, the weights, the test images it got right."""
 
     losses: Floats
+    weights: Floats
     correct: int
 
 
@@ -135,7 +136,7 @@ def train(
     correct = np.array([np.count_nonzero(guesses == digits.test_labels[mine])])
     if pg is not None:
         pg.allreduce(correct).wait()
-    return Outcome(losses, int(correct[0]))
+    return Outcome(losses, network.flat, int(correct[0]))
 
 
 def ranks(size: int) -> str:

@@ -144,6 +144,20 @@ def test_nan_wins_with_the_same_bits_everywhere(pg, kind, world, dtype, op):
     assert len(set(world.allgather(got.tobytes()))) == 1, "the ranks hold different bits"
 
 
+@pytest.mark.parametrize("op", ["SUM", "PRODUCT", "MIN", "MAX", "BXOR"])
+def test_integers_of_any_size_are_reduced_as_numpy_does(pg, op):
+    """Sums and products that overflow wrap around; some MPIs saturate, in long arrays only."""
+    for dtype in INTEGERS:
+        info, size = np.iinfo(dtype), 1003
+        parts = [
+            np.random.default_rng(r).integers(info.min, info.max, size, dtype, endpoint=True)
+            for r in range(pg.size())
+        ]
+        x = parts[pg.rank()].copy()
+        pg.allreduce(x, getattr(ReduceOp, op)).wait()
+        assert NUMPY.same(x, reduced(op, parts)), dtype
+
+
 def test_sums_have_the_same_bits_on_every_rank(pg, world):
     for dtype in "efdFD":
         rng = np.random.default_rng(pg.rank())

@@ -15,14 +15,13 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 DEMO = [sys.executable, "-m", "mpicoll", "demo"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_demo(ranks: int, tmp_path: Path) -> None:
+def test_demo(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "demo.png"
-    ended = run_bounded([*mpiexec(ranks), *DEMO, "--out", str(picture)], 90, environment())
+    ended = run_bounded([*mpiexec(3), *DEMO, "--out", str(picture)], 90, environment())
     assert ended.code == 0 and not ended.timed_out, ended.output
-    assert f"agree with NumPy on all {ranks} ranks" in ended.output
+    assert "agree with NumPy on all 3 ranks" in ended.output
     assert "WRONG" not in ended.output
-    assert "The accuracies are equal" in ended.output
+    assert "  The same: the losses differ by" in ended.output
     assert str(picture) in ended.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "\r" not in ended.output, "no progress bar where there is no terminal"
@@ -45,7 +44,7 @@ real = mpicoll.ProcessGroup.allreduce
 
 def wrong(self, tensor, *args, **kwargs):
     if self.rank() == 1 and tensor.size > 100:  # spares the demo's own bookkeeping
-        tensor[0] += 1
+        tensor[0] += 1  # in the gradient: the weight of a pixel that is always white
     return real(self, tensor, *args, **kwargs)
 
 mpicoll.ProcessGroup.allreduce = wrong
@@ -61,7 +60,7 @@ def test_demo_notices_wrong_results(tmp_path: Path) -> None:
     ended = run_bounded(argv, 90, environment())
     assert ended.code != 0 and not ended.timed_out, ended.output
     assert "WRONG" in ended.output
-    assert "THEY DIFFER" in ended.output
+    assert "NOT THE SAME" in ended.output
 
 
 def test_help_needs_no_mpi() -> None:

@@ -34,13 +34,6 @@ def test_example(name: str, ranks: int) -> None:
     check(run_bounded([*mpiexec(ranks), sys.executable, f"examples/{name}"], 60, environment()))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_alone(name: str) -> None:
-    """Without mpiexec there is one rank, and the same result."""
-    need(name)
-    check(run_bounded([sys.executable, f"examples/{name}"], 60, environment()))
-
-
 def test_dist2_script_is_one(tmp_path: Path) -> None:
     """With its original import line the script runs under torchrun: nothing else was changed."""
     need("dist2_script.py")
