@@ -39,15 +39,15 @@ class Stage:
 
 
 def stages(soak: bool) -> list[Stage]:
-    slower = 20 if soak else 1
+    slower = 10 if soak else 1
     return [
-        Stage("unit", 0, ["tests/unit"], 60),
+        Stage("unit", 0, ["tests/unit"], 120),
         *(
-            Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 150 * slower)
+            Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 300 * slower)
             for n in (1, 2, 3, 4)
         ),
-        Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 120 * slower),
-        Stage("scenarios", 0, ["tests/scenarios"], 240 * slower),
+        Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
+        Stage("scenarios", 0, ["tests/scenarios"], 400 * slower),
     ]
 
 

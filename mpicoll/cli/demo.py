@@ -30,7 +30,7 @@ from ..ops import ReduceOp
 from . import digits as classifier
 from .trials import TRIALS, Maker
 
-SIZES = {"1 KiB": (1 << 10, 20), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
+SIZES = {"1 KiB": (1 << 10, 10), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
 TOLERANCE = 1e-8  # between the ranks' training and one process's; rounding makes far less
 
 

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 LATE = 0.1  # seconds that an error may come after its deadline
 ENDS = 5.0  # seconds from leaving until the job is over
+
+
+class Late(AssertionError):
+    """A deadline was missed."""
+
+
+def on_time(took, timeout):
+    if not timeout - 0.001 <= took <= timeout + LATE:
+        raise Late(f"asked for {timeout} s, got {took} s")
+
+
+def twice(test):
+    """Late twice is late: other users of this machine may have stopped us once."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        try:
+            test(*args, **kwargs)
+        except Late:
+            test(*args, **kwargs)
+
+    return run
 
 
 def keeps_deadlines(job, calls, timeout, setup=""):
@@ -51,7 +75,7 @@ time.sleep(1)
             assert again, f"{where}: the next call did not say that the group is broken"
         # A machine shared with others may stop us for longer now and then, but not mostly.
         took = sorted(entry[2] for entry in ended.ranks[rank]["found"].values())
-        assert took[len(took) // 2] <= timeout + LATE, took
+        on_time(took[len(took) // 2], timeout)
     assert ended.at - max(ended.ranks[r]["wall"] for r in (0, 1)) <= 1 + ENDS
 
 
@@ -81,6 +105,7 @@ def test_making_groups(job):
     keeps_deadlines(job, calls, 0.5)
 
 
+@twice
 def test_a_new_group_that_not_all_make(job):
     script = """
 if RANK == 2:
@@ -96,11 +121,12 @@ except CollectiveTimeoutError as error:
     for rank in (0, 1):
         told = ended.ranks[rank]
         assert told is not None, ended.output
-        assert 0.499 <= told["took"] <= 0.5 + LATE, told
+        on_time(told["took"], 0.5)
         assert told["missing"] == [2] and "[2]" in told["text"], told
         assert ended.at - told["wall"] <= ENDS
 
 
+@twice
 def test_a_merge_whose_other_side_stays_away(job, tmp_path):
     script = f"""
 pg = mc.new_group(timeout=20)
@@ -118,7 +144,8 @@ report(total=x[0])
     ended = job(3, script)
     assert ended["total"] == [3.0] * 3, "the groups did not stay usable"
     for told in ended.ranks[:2]:
-        assert 0.4 <= told["took"] <= 0.5 + LATE and "size=3" in told["text"], told
+        assert "size=3" in told["text"] and told["took"] >= 0.4, told
+        on_time(max(told["took"], 0.5), 0.5)  # it may give up in time to tell the others
 
 
 ENDINGS = {
@@ -224,10 +251,11 @@ pg.shutdown()
 """
     ended = job(2, script)
     assert all(len(took) == 3 for took in ended["took"])
-    assert all(0.499 <= min(took) and sorted(took)[1] <= 0.5 + LATE for took in ended["took"])
+    assert all(min(took) >= 0.499 and sorted(took)[1] <= 0.5 + LATE for took in ended["took"])
     assert (ended["got"], ended["total"]) == ([2.0, 1.0], [3.0, 3.0])
 
 
+@twice
 def test_a_send_that_nobody_receives(job):
     """Too large to be buffered: the sender's deadline holds."""
     script = """
@@ -245,10 +273,12 @@ else:
 """
     ended = job(2, script, fails=True)
     told = ended.ranks[0]
-    assert told is not None and 0.499 <= told["took"] <= 0.5 + LATE, ended.output
+    assert told is not None, ended.output
     assert "send" in told["text"] and "1" in told["text"]
+    on_time(told["took"], 0.5)
 
 
+@twice
 def test_the_environment_sets_the_default(job):
     script = """
 pg = mc.new_group()
@@ -264,4 +294,4 @@ else:
 """
     ended = job(2, script, fails=True, env={"MPICOLL_TIMEOUT": "0.5"})
     assert ended.ranks[0] is not None, ended.output
-    assert 0.499 <= ended.ranks[0]["took"] <= 0.5 + LATE
+    on_time(ended.ranks[0]["took"], 0.5)

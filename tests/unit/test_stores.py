@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,6 @@ from mpicoll.errors import (
     GroupClosedError,
     InvalidCallError,
     TransportError,
-    UnsupportedError,
 )
 from mpicoll.stores import FileStore, KeyValueStore, PrefixStore, Store, TCPStore
 
@@ -35,10 +36,9 @@ def open_store(kind, where):
     else:
         store = TCPStore("127.0.0.1", int(where), timeout=20)
     return PrefixStore("corner", store) if "prefix" in kind else store
-store = open_store(sys.argv[1], sys.argv[2])
 """
 names: dict[str, Callable[[str, str], KeyValueStore]] = {}
-exec(OPEN.rpartition("store = ")[0], names)
+exec(OPEN, names)
 
 
 class Place:
@@ -51,11 +51,12 @@ class Place:
         return names["open_store"](self.kind, self.where)
 
     def spawn(self, code: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", OPEN + code, self.kind, self.where]
+        code = f"{OPEN}\nstore = open_store({self.kind!r}, {self.where!r})\n{code}"
+        command = [sys.executable, "-c", code]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(params=["file", "tcp", "prefix-file", "prefix-tcp"])
+@pytest.fixture(params=["file", "tcp", "prefix-tcp"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     if "file" in request.param:
         yield Place(request.param, str(tmp_path / "store"))
@@ -76,24 +77,13 @@ def master() -> Iterator[TCPStore]:
         yield opened
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def connect(master: TCPStore) -> socket.socket:
     return socket.create_connection((master.host, master.port), timeout=5)
-
-
-def greeted(master: TCPStore) -> socket.socket:
-    """A raw connection that has passed the handshake, written from the wire format."""
-    import hashlib
-    import hmac
-
-    sock = connect(master)
-    hello = sock.recv(40, socket.MSG_WAITALL)
-    assert hello[:8] == b"mpicoll1"
-    ours = os.urandom(32)
-    proof = hmac.new(b"s", b"client" + hello[8:] + ours, hashlib.sha256).digest()
-    sock.sendall(ours + proof)
-    expected = hmac.new(b"s", b"server" + hello[8:] + ours, hashlib.sha256).digest()
-    assert sock.recv(33, socket.MSG_WAITALL) == b"\0" + expected
-    return sock
 
 
 def hung_up(sock: socket.socket) -> bool:
@@ -106,18 +96,12 @@ def hung_up(sock: socket.socket) -> bool:
     return True
 
 
-# --- the contract ----------------------------------------------------------------------
+# ---- the contract ----
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("", "x"),
-        ("k", ""),
-        ("a/../b\0c", "\u00e9"),
-        ("\u00e9" * 500, b"\x00\xff"),
-        ("k", b"0" * (3 << 20)),
-    ],
+    [("", "x"), ("a/../b\0c", ""), ("é" * 500, b"\x00\xff"), ("k", b"0" * (3 << 20))],
 )
 def test_set_get(store: KeyValueStore, place: Place, key: str, value: str | bytes) -> None:
     store.set(key, "old")
@@ -130,15 +114,10 @@ def test_add(store: KeyValueStore) -> None:
     assert not store.check(["n"])
     assert [store.add("n", 0), store.add("n", 3), store.add("n", -5)] == [0, 3, -2]
     assert store.get("n") == b"-2"
-    store.set("n", "7")
-    assert store.add("n", 1) == 8
-    store.set("t", "text")
-    with pytest.raises(InvalidCallError, match=r"'(corner/)?t' must hold a whole number.*'text'"):
-        store.add("t", 1)
-    assert store.get("t") == b"text"
-    store.set("big", str(2**63 - 1))
-    with pytest.raises(InvalidCallError, match="64 bits"):
-        store.add("big", 1)
+    store.set("n", "text")
+    with pytest.raises(InvalidCallError, match=r"'(corner/)?n' must hold a number.*'text'"):
+        store.add("n", 1)
+    assert store.get("n") == b"text"
 
 
 def test_check_delete_num_keys(store: KeyValueStore) -> None:
@@ -181,7 +160,7 @@ def test_wait_and_get_block_until_set(store: KeyValueStore, place: Place) -> Non
     assert got == [b"here"]
 
 
-def test_timeouts_are_kept_and_name_the_key(store: KeyValueStore) -> None:
+def test_timeouts_are_kept_and_name_key_and_store(store: KeyValueStore) -> None:
     store.set("there", "1")
     store.set_timeout(0.15)
     assert store.timeout.total_seconds() == 0.15
@@ -192,17 +171,16 @@ def test_timeouts_are_kept_and_name_the_key(store: KeyValueStore) -> None:
     ]
     for op, limit, call in calls:
         start = time.monotonic()
-        with pytest.raises(CollectiveTimeoutError, match=r"'(corner/)?absent'") as caught:
+        match = r"Store\(.* nobody has set \['(corner/)?absent'\]"
+        with pytest.raises(CollectiveTimeoutError, match=match) as caught:
             call()
-        assert limit - 0.01 <= time.monotonic() - start < limit + 0.2
+        assert limit - 0.01 <= time.monotonic() - start < limit + 0.3
         assert caught.value.op == f"store {op}" and caught.value.elapsed >= limit - 0.01
-        assert "there'" not in str(caught.value) and "Store(" in str(caught.value)
     assert store.get("there") == b"1"  # still usable
 
 
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
+def test_wrong_arguments(store: KeyValueStore) -> None:
+    wrong: list[tuple[Callable[[Any], object], str]] = [
         (lambda s: s.set(3, "v"), "key must be a str, but got 3"),
         (lambda s: s.set("\ud800", "v"), "key must be encodable"),
         (lambda s: s.set("k", "\ud800"), "value must be encodable"),
@@ -210,19 +188,15 @@ def test_timeouts_are_kept_and_name_the_key(store: KeyValueStore) -> None:
         (lambda s: s.set("k", 3), "value must be str or bytes, but got 3"),
         (lambda s: s.set("k", bytes((16 << 20) + 1)), "value must be at most 16777216"),
         (lambda s: s.add("k", 1.5), "amount must be an int, but got 1.5"),
-        (lambda s: s.add("k", 2**63), "amount must fit 64 bits"),
         (lambda s: s.wait("key"), r"keys must be a list of str, but got 'key'; write \[key\]"),
-        (lambda s: s.check(["a", 3]), r"keys\[1\] must be a str"),
+        (lambda s: s.check(["a", 3]), "key must be a str, but got 3"),
         (lambda s: s.wait(["k"], 0), "timeout must be above 0"),
         (lambda s: s.set_timeout("5"), "timeout must be a timedelta"),
         (lambda s: s.compare_set("k", None, "v"), "expected must be str or bytes"),
-    ],
-)
-def test_wrong_arguments(
-    store: KeyValueStore, call: Callable[[KeyValueStore], object], match: str
-) -> None:
-    with pytest.raises(InvalidCallError, match=match):
-        call(store)
+    ]
+    for call, match in wrong:
+        with pytest.raises(InvalidCallError, match=match):
+            call(store)
     assert not store.check(["k"])
 
 
@@ -238,47 +212,46 @@ def test_changes_are_atomic_across_processes_and_threads(
     place: Place, store: KeyValueStore
 ) -> None:
     code = """
-me = str(os.getpid())
 store.wait(["go"])
-print(store.compare_set("leader", "", me).decode() == me)
-for _ in range(200):
+print(store.compare_set("leader", "", str(os.getpid())).decode() == str(os.getpid()))
+for _ in range(50):
     store.add("n", 1)
 """
-    processes = [place.spawn(code) for _ in range(4)]
+    processes = [place.spawn(code) for _ in range(2)]
     store.set("go", "")
-
-    def count() -> None:
-        for _ in range(50):
-            store.add("n", 1)
-
-    threads = [threading.Thread(target=count) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: [store.add("n", 1) for _ in range(50)]) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     said = [process.communicate(timeout=20)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    assert sorted(said) == ["False\n"] * 3 + ["True\n"]
-    assert store.add("n", 0) == 4 * 200 + 3 * 50
+    assert sorted(said) == ["False\n", "True\n"]
+    assert store.add("n", 0) == 5 * 50
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_child_has_its_own_connection(store: KeyValueStore) -> None:
-    store.set("who", "parent")
+@pytest.mark.parametrize("of_master", [False, True])
+def test_forked_child_has_its_own_connection(
+    store: KeyValueStore, master: TCPStore, of_master: bool
+) -> None:
+    used = master if of_master else store
+    used.set("who", "parent")
     child = os.fork()
     if child == 0:
         try:
-            ok = all(store.add("n", 1) and store.get("who") == b"parent" for _ in range(50))
-            store.close()
+            ok = all(used.add("n", 1) and used.get("who") == b"parent" for _ in range(50))
+            used.close()
             os._exit(0 if ok else 1)
         finally:
             os._exit(2)
-    assert all(store.add("n", 1) and store.get("who") == b"parent" for _ in range(50))
+    assert all(used.add("n", 1) and used.get("who") == b"parent" for _ in range(50))
     assert os.waitpid(child, 0)[1] == 0
-    assert store.add("n", 0) == 100
+    assert used.add("n", 0) == 100
 
 
-# --- PrefixStore -----------------------------------------------------------------------
+# ---- PrefixStore ----
 
 
 def test_prefixes_keep_apart_and_nest(tmp_path: Path) -> None:
@@ -294,20 +267,6 @@ def test_prefixes_keep_apart_and_nest(tmp_path: Path) -> None:
         PrefixStore("p", "folder")  # type: ignore[arg-type]
 
 
-def test_a_store_with_the_least_calls_will_do(tmp_path: Path) -> None:
-    class Least:
-        def __init__(self) -> None:
-            under = FileStore(tmp_path / "s")
-            self.set, self.get, self.add, self.wait = under.set, under.get, under.add, under.wait
-
-    store = PrefixStore("p", Least())
-    store.set("k", "v")
-    store.wait(["k"], 1)
-    assert store.get("k") == b"v" and store.add("n", 2) == 2
-    with pytest.raises(UnsupportedError, match="num_keys needs a store that has it"):
-        store.num_keys()
-
-
 def test_torch_stores_fit(tmp_path: Path) -> None:
     dist = pytest.importorskip("torch.distributed")
     theirs = dist.FileStore(str(tmp_path / "file"), 1)
@@ -319,15 +278,14 @@ def test_torch_stores_fit(tmp_path: Path) -> None:
     assert theirs.get("p/k") == b"\xff" and store.compare_set("c", "", "x") == b"x"
 
 
-# --- FileStore -------------------------------------------------------------------------
+# ---- FileStore ----
 
 
 def test_files_are_private(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     mask = os.umask(0)
     try:
-        store = FileStore(folder, 2)
-        store.set("k", "v")
+        FileStore(folder).set("k", "v")
     finally:
         os.umask(mask)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -335,24 +293,22 @@ def test_files_are_private(tmp_path: Path) -> None:
     folder.chmod(0o770)
     with pytest.raises(InvalidCallError, match="chmod go-w"):
         FileStore(folder)
-
-
-def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path, match in (("file", "is a file"), ("no/such", "must be a folder")):
-        with pytest.raises(InvalidCallError, match=match):
+    for path in ("file", "no/such"):
+        with pytest.raises(InvalidCallError, match="path must be a folder"):
             FileStore(tmp_path / path)
 
 
 def test_killed_holder_of_the_lock_blocks_nobody(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "s", timeout=0.3)
-    place = Place("file", store.path)
-    holder = place.spawn("with store._locked('x'): print('held', flush=True); time.sleep(60)")
+    holder = Place("file", store.path).spawn(
+        "with store._locked(time.monotonic()): print('held', flush=True); time.sleep(60)"
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     start = time.monotonic()
-    with pytest.raises(CollectiveTimeoutError, match="another process holds the lock"):
+    with pytest.raises(CollectiveTimeoutError, match=r"'k'.*another process holds the lock"):
         store.set("k", "v")
-    assert 0.29 < time.monotonic() - start < 0.5
+    assert 0.29 < time.monotonic() - start < 0.6
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     store.set("k", "v")
@@ -372,89 +328,65 @@ def test_stale_contents(tmp_path: Path) -> None:
     assert store.get("torn") == b"v"
 
 
-def test_last_user_removes_the_folder(tmp_path: Path) -> None:
-    first = FileStore(tmp_path / "s", 2)
-    first.set("k", "v")
-    first.close()
-    second = FileStore(tmp_path / "s", 2)
-    assert second.get("k") == b"v"
-    second.close()
-    assert not (tmp_path / "s").exists()
-
-
-# --- TCPStore --------------------------------------------------------------------------
+# ---- TCPStore ----
 
 
 def test_secrets(master: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     for wrong in ("t", "", b"\xff"):
-        with pytest.raises(InvalidCallError, match="secret must be the master's") as caught:
+        with pytest.raises(
+            InvalidCallError, match="secret .or MPICOLL_STORE_SECRET. must be the same"
+        ):
             TCPStore(master.host, master.port, secret=wrong)
-        assert "MPICOLL_STORE_SECRET" in str(caught.value)
     assert time.monotonic() - start < 1  # refused at once, not at the timeout
     monkeypatch.setenv("MPICOLL_STORE_SECRET", "s")
     with TCPStore(master.host, master.port) as client:
         client.set("k", "v")
-    assert master.get("k") == b"v"
-    assert "secret" not in repr(master)
-
-
-def test_elsewhere_a_secret_is_required() -> None:
-    for host in ("0.0.0.0", "192.0.2.1", "::"):
+    assert master.get("k") == b"v" and "secret" not in repr(master)
+    monkeypatch.delenv("MPICOLL_STORE_SECRET")
+    for host in ("0.0.0.0", "192.0.2.1"):
         with pytest.raises(InvalidCallError, match="secret must be given.*token_hex"):
             TCPStore(host, 0, is_master=True)
 
 
-def test_a_server_that_does_not_know_the_secret_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("says", "match"),
+    [
+        (b"mpicoll1" + bytes(64), "must be the same as the master's"),  # does not know the secret
+        (b"220 mail.example.org ESMTP ready, and more\r\n", "port must be a TCPStore's"),
+    ],
+)
+def test_impostors_are_refused(says: bytes, match: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as fake:
 
         def impostor() -> None:
             sock, _ = fake.accept()
-            with sock:
-                sock.sendall(b"mpicoll1" + bytes(32))
-                sock.recv(64, socket.MSG_WAITALL)
-                sock.sendall(bytes(33))
+            sock.sendall(says)
+            hung_up(sock)
 
         threading.Thread(target=impostor, daemon=True).start()
-        with pytest.raises(InvalidCallError, match="does not know it"):
+        with pytest.raises(InvalidCallError, match=match):
             TCPStore("127.0.0.1", fake.getsockname()[1], secret="s", timeout=5)
 
 
 def test_garbage_costs_only_its_sender(master: TCPStore) -> None:
-    for junk in (b"GET / HTTP/1.1\r\n" + bytes(100), os.urandom(64), b"\xff" * 100_000):
+    master.set("k", "v")
+    for junk in (b"GET / HTTP/1.1\r\n" + bytes(100), os.urandom(72), b"\xff" * 100_000):
         sock = connect(master)
         try:
             sock.sendall(junk)
         except ConnectionError:
             pass
         assert hung_up(sock)
-        master.set("k", "v")
-
-    def field(data: bytes) -> bytes:
-        return struct.pack("!I", len(data)) + data
-
-    nan = struct.pack("!d", float("nan"))
-    payloads = [
-        b"\x63",  # an unknown request
-        b"\x01" + field(b"k"),  # set without a value
-        b"\x01" + field(b"k" * 1025) + field(b"v"),  # a key too long
-        b"\x01" + field(b"k") + b"\xff\xff\xff\xff",  # a field longer than the frame
-        b"\x01\x00",  # a field without a length
-        b"\x02" + field(nan) + field(b"absent"),
-        b"\x03" + field(b"n") + field(b"1"),
-        b"\x04",
-    ]
-    frames = [field(payload) for payload in payloads]
-    frames += [b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", struct.pack("!I", stores.MAX_FRAME + 1)]
-    wait = b"\x02" + field(struct.pack("!d", 60.0)) + field(b"absent")
-    frames.append(field(wait) + field(wait))  # a request while another is waiting
-    for frame in frames:
-        sock = greeted(master)
+    messages = [b"\x80\x04.", b"{}", b"[]", b"[" * 100_000, b'["set", ["k"], [{"b65": ""}], 1]']
+    messages += [b'["set", ["k"], [], 1]', b'["close", [], [], 1]', b'["get", ["x"], [], NaN]']
+    messages += [b'["set", [], [], 1]', json.dumps(["add", ["n"], ["1"], 1]).encode()]
+    frames = [struct.pack("!I", len(message)) + message for message in messages]
+    for frame in [*frames, b"\xff\xff\xff\xff", struct.pack("!I", stores.MAX_FRAME + 1)]:
+        sock = connect(master)
+        stores._shake_hands(sock, b"s", b"client", time.monotonic() + 5)
         sock.sendall(frame)
         assert hung_up(sock)
-    sock = greeted(master)
-    sock.sendall(struct.pack("!I", stores.MAX_FRAME + 1) + bytes(100_000))
-    assert hung_up(sock)
     assert master.get("k") == b"v" and master.num_keys() == 1
 
 
@@ -462,31 +394,27 @@ def test_silent_clients_are_dropped_and_do_not_keep_others_out(
     master: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "HANDSHAKE_SECONDS", 0.3)
-    monkeypatch.setattr(stores, "MAX_STRANGERS", 4)
+    monkeypatch.setattr(stores, "MAX_CONNECTIONS", 4)
     silent = [connect(master) for _ in range(6)]
     silent[0].send(b"x")  # nor does one byte buy more time
     start = time.monotonic()
     with TCPStore(master.host, master.port, secret="s", timeout=5) as client:
         client.set("k", "v")
-    assert time.monotonic() - start < 2
     assert all(hung_up(sock) for sock in silent)
-    assert time.monotonic() - start < 2
-    assert master.get("k") == b"v"
+    assert time.monotonic() - start < 2 and master.get("k") == b"v"
 
 
 def test_connecting_waits_for_the_master_and_keeps_its_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InvalidCallError, match="port is in use"):
+        with pytest.raises(InvalidCallError, match="Address already in use"):
             TCPStore("127.0.0.1", port, is_master=True)
         start = time.monotonic()
         with pytest.raises(CollectiveTimeoutError, match="is the master running"):
             TCPStore("127.0.0.1", port, timeout=0.3)  # it accepts, and says nothing
-        assert 0.29 < time.monotonic() - start < 0.5
-    start = time.monotonic()
-    with pytest.raises(CollectiveTimeoutError, match="refused") as caught:
+        assert 0.25 < time.monotonic() - start < 0.6
+    with pytest.raises(CollectiveTimeoutError, match="refused"):
         TCPStore("127.0.0.1", port, timeout=0.3)
-    assert 0.29 < time.monotonic() - start < 0.5 and caught.value.op == "store connect"
     masters: list[TCPStore] = []
     late = threading.Timer(0.2, lambda: masters.append(TCPStore("127.0.0.1", port, is_master=True)))
     late.start()
@@ -496,97 +424,67 @@ def test_connecting_waits_for_the_master_and_keeps_its_timeout() -> None:
     masters[0].close()
 
 
-def test_something_else_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def smtp() -> None:
-            sock, _ = other.accept()
-            with sock:
-                sock.sendall(b"220 mail.example.org ESMTP ready, and more\r\n")
-
-        threading.Thread(target=smtp, daemon=True).start()
-        with pytest.raises(TransportError, match="what listens at .* says"):
-            TCPStore("127.0.0.1", other.getsockname()[1], timeout=5)
-
-
 def test_master_waits_for_workers() -> None:
-    start = time.monotonic()
-    with pytest.raises(CollectiveTimeoutError, match="only 0 of 2 workers"):
-        TCPStore("127.0.0.1", 0, 3, True, timeout=0.3)
-    assert 0.29 < time.monotonic() - start < 0.5
-    TCPStore("127.0.0.1", 0, 3, True, timeout=0.3, wait_for_workers=False).close()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    workers = [Place("tcp", str(port)).spawn("store.wait(['bye'])") for _ in range(2)]
+    with pytest.raises(CollectiveTimeoutError, match="nobody has set .'mpicoll/worker1', "):
+        TCPStore("127.0.0.1", 0, 3, True, timeout=0.2)
+    TCPStore("127.0.0.1", 0, 3, True, timeout=0.2, wait_for_workers=False).close()
+    port = free_port()
+    workers: list[TCPStore] = []
+    threads = [
+        threading.Thread(target=lambda: workers.append(TCPStore("127.0.0.1", port, timeout=20)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
     with TCPStore("127.0.0.1", port, 3, True, timeout=20) as master:
-        master.set("bye", "")
-        assert [worker.wait(20) for worker in workers] == [0, 0]
-        for worker in workers:
-            worker.communicate()
+        assert master.check(["mpicoll/worker1", "mpicoll/worker2"])
+        for thread in threads:
+            thread.join()
+    for worker in workers:
+        worker.close()
 
 
-def test_tenants_share_a_server() -> None:
-    first = TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True)
-    second = TCPStore("127.0.0.1", first.port, is_master=True, multi_tenant=True)
-    first.set("k", "v")
-    with pytest.raises(InvalidCallError, match="same for all tenants"):
-        TCPStore("127.0.0.1", first.port, is_master=True, multi_tenant=True, secret="x")
-    first.close()
-    assert second.get("k") == b"v"
-    second.close()
-    TCPStore("127.0.0.1", second.port, is_master=True).close()  # the port is free again
-
-
-def test_the_masters_end_is_noticed_at_once(master: TCPStore) -> None:
+def test_the_masters_end_is_noticed_at_once_and_frees_the_port(master: TCPStore) -> None:
     client = TCPStore(master.host, master.port, secret="s")
     threading.Timer(0.1, master.close).start()
     start = time.monotonic()
-    with pytest.raises(TransportError, match="the master has closed the store") as caught:
+    with pytest.raises(TransportError, match="hung up") as caught:
         client.get("absent")
     assert time.monotonic() - start < 1 and caught.value.code != 0
     client.close()
-
-
-def test_a_dropped_master_frees_its_port() -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True)
-    port, server = store.port, store._server
-    del store
-    assert server is not None
-    server._thread.join(5)
-    TCPStore("127.0.0.1", port, is_master=True).close()
+    dropped = TCPStore("127.0.0.1", master.port, is_master=True)
+    del dropped
+    TCPStore("127.0.0.1", master.port, is_master=True).close()
 
 
 def test_stopped_master_does_not_hold_up_the_timeout() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    code = f"m = TCPStore('127.0.0.1', {port}, is_master=True); time.sleep(60)"
-    command = [sys.executable, "-c", OPEN.rpartition("store = ")[0] + code]
-    process = subprocess.Popen(command, cwd=ROOT)
+    port = free_port()
+    code = f"{OPEN}\nm = TCPStore('127.0.0.1', {port}, is_master=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         with TCPStore("127.0.0.1", port, timeout=20) as client:
-            client.set_timeout(0.3)
+            client.set_timeout(0.2)
             process.send_signal(signal.SIGSTOP)
             os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
             for call in (lambda: client.set("k", "v"), lambda: client.get("k")):
                 start = time.monotonic()
-                with pytest.raises(CollectiveTimeoutError):
+                with pytest.raises(CollectiveTimeoutError, match="'k'"):
                     call()
-                assert 0.29 < time.monotonic() - start < 0.5
+                assert 0.19 < time.monotonic() - start < 0.5
     finally:
         process.kill()
         process.wait()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (("", 1), "host_name must be a host's name"),
-        (("127.0.0.1", 65536), r"port must be in range \[0, 65536\), but got 65536"),
-        (("127.0.0.1", 0), "port must be the master's"),
+def test_wrong_tcp_arguments() -> None:
+    wrong: list[tuple[tuple[object, ...], str]] = [
+        (("no such host", 1), "host_name must be found"),
+        (("127.0.0.1", 65536), r"port must be in range \[1, 65536\), but got 65536"),
+        (("127.0.0.1", 0), "port must be in range"),
         (("127.0.0.1", 0, 0, True), "world_size must be"),
         (("127.0.0.1", 0, None, True, 0), "timeout must be above 0"),
-    ],
-)
-def test_wrong_tcp_arguments(arguments: tuple[object, ...], match: str) -> None:
-    with pytest.raises(InvalidCallError, match=match):
-        TCPStore(*arguments)  # type: ignore[arg-type]
+        (("127.0.0.1", 0, None, True, 1, True, True), "multi_tenant must be False"),
+    ]
+    for arguments, match in wrong:
+        with pytest.raises(InvalidCallError, match=match):
+            TCPStore(*arguments)  # type: ignore[arg-type]
