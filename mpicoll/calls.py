@@ -112,8 +112,11 @@ class Call:
     @property
     def extent(self) -> int:
         """Elements that this rank sends or receives, whichever is more."""
-        here = max((b.total for b in (self.send, self.recv) if b is not None), default=0)
-        return max([here, *(part.extent for part in self.parts)])
+        if self.parts:
+            return max(part.extent for part in self.parts)
+        sent = 0 if self.send is None else self.send.total
+        received = 0 if self.recv is None else self.recv.total
+        return max(sent, received)
 
     def describe(self) -> str:
         """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""

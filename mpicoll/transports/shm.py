@@ -138,7 +138,9 @@ class ShmTransport(Transport):
         for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
             if self.rank == call.root:
-                if plan.direct:
+                if (
+                    plan.direct and self.rank < 2
+                ):  # an operand of the first step: it is read in time
                     slots[self.rank] = array[start:end]
                 else:
                     _encode(plan, array[start:end], slots[self.rank])
