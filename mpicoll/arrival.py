@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import operator
 import struct
+from collections.abc import Generator
+from typing import TypeAlias
 
 import numpy as np
 
 from .calls import KIND_CODES, PAIRWISE, UNEVEN, Call
 from .errors import CollectiveMismatchError, RemoteRankError
 from .library import MPI, Steps, until
+from .memory import NodeMemory
 from .peers import Peers
 
 # The fields of a record that arrival compares.
@@ -23,8 +26,15 @@ _REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
+_POSTED = struct.Struct(f"{_FIELDS}q")  # a record on the board, after its number; the extent
+
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
 _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
+
+
+Record: TypeAlias = "tuple[int, ...]"
+Meets: TypeAlias = "Generator[bool, None, tuple[Record, Record, int]]"
+"""Steps that end in each field's maximum and minimum over the ranks, and the largest extent."""
 
 
 def _record(call: Call, seq: int) -> tuple[int, ...]:
@@ -62,15 +72,8 @@ class Arrival:
             RemoteRankError: a peer has left this call, or the program.
         """
         record = _record(call, seq)
-        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
-        # The buffer is reused: calls of a group come one at a time, and after one that was
-        # abandoned there is no other.
-        _BOTH.pack_into(self._both, 0, *record, *map(operator.neg, record), call.extent)
-        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+        highest, lowest, call.largest = yield from self._meet(record, call.extent)
         self.check_left(seq)
-        both = _BOTH.unpack(self._both)
-        highest, call.largest = both[:_FIELDS], both[-1]
-        lowest = tuple(map(operator.neg, both[_FIELDS:-1]))
         if highest == lowest and highest[_STATE] != _REFUSED:
             if call.count == UNEVEN and call.kind in PAIRWISE:
                 yield from self._compare_pairs(call, seq)
@@ -80,6 +83,16 @@ class Arrival:
             yield from self._compare_pairs(call, seq)
             return
         yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        """Publish this rank's record and wait for all; return what differs."""
+        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
+        # The buffer is reused: calls of a group come one at a time, and after one that was
+        # abandoned there is no other.
+        _BOTH.pack_into(self._both, 0, *record, *map(operator.neg, record), extent)
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+        both = _BOTH.unpack(self._both)
+        return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
 
     def check_left(self, seq: int) -> None:
         """Raise if a peer has said that it takes no part in call `seq`."""
@@ -141,6 +154,47 @@ class Arrival:
         raise CollectiveMismatchError(
             _explain(seq, rows, order_lost=order_lost), breaks_group=order_lost
         )
+
+
+class BoardArrival(Arrival):
+    """The same over the node's shared memory: each rank reads the others' records."""
+
+    def __init__(self, comm: MPI.Comm, peers: Peers, memory: NodeMemory) -> None:
+        super().__init__(comm, peers)
+        self._memory = memory
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        memory, seq = self._memory, record[_SEQ]
+        mine = memory.record_at(self._rank, seq)
+        _POSTED.pack_into(memory.bytes, mine + 8, *record[1:], extent)
+        memory.fence()
+        memory.words[mine // 8] = seq
+        alike, largest = True, extent
+        there = memory.bytes[mine : mine + 8 * _FIELDS]
+        for rank in memory.peers:
+            at = memory.record_at(rank, seq)
+            if memory.words[at // 8] < seq:
+                yield True
+                while memory.words[at // 8] < seq:
+                    yield False
+            memory.fence()
+            alike = alike and memory.bytes[at : at + 8 * _FIELDS] == there
+            largest = max(largest, memory.words[at // 8 + _FIELDS])
+        if alike:
+            return record, record, largest
+        rows = [
+            memory.words[memory.record_at(r, seq) // 8 :][:_FIELDS].tolist()
+            for r in range(self._size)
+        ]
+        return (
+            tuple(map(max, zip(*rows, strict=True))),
+            tuple(map(min, zip(*rows, strict=True))),
+            largest,
+        )
+
+    def has_arrived(self, rank: int, seq: int) -> bool:
+        """Return whether a rank's record of call `seq` is there."""
+        return self._memory.words[self._memory.record_at(rank, seq) // 8] >= seq
 
 
 def _explain(seq: int, rows: list[tuple[object, ...]], *, order_lost: bool) -> str:

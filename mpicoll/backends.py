@@ -9,10 +9,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from . import memory
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI
 from .transports.base import Transport
 from .transports.mpi import MpiTransport
+from .transports.shm import ShmTransport
 
 OWN = ("auto", "gloo", "mpi")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
@@ -58,9 +60,17 @@ def check_device(device: object) -> str:
     return "cpu"
 
 
-def choose(comm: MPI.Intracomm) -> Transport:
+def share(comm: MPI.Intracomm, backend: str) -> memory.Shares:
+    """Let the ranks of a group share memory, where its backend would use it."""
+    if backend == "mpi" or comm.Get_size() == 1:
+        return None
+    shared = yield from memory.share(comm)
+    return shared
+
+
+def choose(comm: MPI.Intracomm, shared: memory.NodeMemory | None) -> Transport:
     """Return the transport of a group over a private communicator."""
-    return MpiTransport(comm)
+    return MpiTransport(comm) if shared is None else ShmTransport(comm, shared)
 
 
 def factory_arguments(timeout: float, device: str) -> tuple[timedelta, Any]:

@@ -74,6 +74,7 @@ class Call:
         send, recv: what is read and what is written; the same object where in place.
         count: elements of one block; arrival compares it between ranks.
         digest: whatever else must be equal on all ranks, in 63 bits.
+        seq: the call's number in its group, from 1; 0 for a message.
         refused: why this rank's arguments were refused; such a call only arrives.
         leaving: this rank ends; such a call only arrives, and peers in another call raise.
         parts: the members of a coalesced call.
@@ -92,6 +93,7 @@ class Call:
     tag: int = 0
     count: int = 0
     digest: int = 0
+    seq: int = 0
     refused: str = ""
     leaving: bool = False
     parts: tuple[Call, ...] = ()
@@ -110,8 +112,11 @@ class Call:
     @property
     def extent(self) -> int:
         """Elements that this rank sends or receives, whichever is more."""
-        here = max((b.total for b in (self.send, self.recv) if b is not None), default=0)
-        return max([here, *(part.extent for part in self.parts)])
+        if self.parts:
+            return max(part.extent for part in self.parts)
+        sent = 0 if self.send is None else self.send.total
+        received = 0 if self.recv is None else self.recv.total
+        return max(sent, received)
 
     def describe(self) -> str:
         """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""

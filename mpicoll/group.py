@@ -27,10 +27,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import backends, calls, rendezvous
-from .arrival import Arrival
+from .arrival import Arrival, BoardArrival
 from .calls import ANY_SOURCE, Call
 from .config import default_timeout, ranks_on_node, seconds
 from .errors import (
@@ -41,6 +41,7 @@ from .errors import (
     UnsupportedError,
 )
 from .library import MPI, Steps, highest_tag
+from .memory import NodeMemory
 from .ops import ReduceOp
 from .progress import Lane, crowded, engine
 from .recorder import Recorder
@@ -48,6 +49,8 @@ from .stores import Store, TCPStore
 from .work import Work
 
 SUM = ReduceOp.SUM
+
+Made: TypeAlias = "tuple[MPI.Intracomm | None, NodeMemory | None]"
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
 
@@ -71,8 +74,11 @@ class ProcessGroup:
         name: str,
         desc: str = "",
         progress: str = "caller",
+        backend: str = "auto",
+        shared: NodeMemory | None = None,
     ) -> None:
         self.comm = comm
+        self._backend = backend
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout = timeout
@@ -82,8 +88,11 @@ class ProcessGroup:
         self._highest_tag = highest_tag()
         self._recorder = Recorder()
         self._lane = Lane(name, comm)
-        self._transport = backends.choose(comm)
+        self._transport = backends.choose(comm, shared)
         self._arrival = Arrival(comm, self._lane.peers)
+        if shared is not None:
+            self._arrival = board = BoardArrival(comm, self._lane.peers, shared)
+            self._lane.peers.has_arrived = board.has_arrived
         self._lane.farewell = self._farewell
         self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)
@@ -509,9 +518,9 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             return Call("split_group", payload=calls.split_ranks(size, ranks))
 
-        comm, call = self._comm("split_group", timeout, check, make)
+        made, call = self._comm("split_group", timeout, check, make)
         name = group_name or f"{self.group_name}:split:{list(call.payload)}"
-        return self._child(comm, name, group_desc, timeout)
+        return self._child(made, name, group_desc, timeout)
 
     def split(self, color: int | None, key: int = 0, timeout: object = None) -> ProcessGroup | None:
         """Split the group as `Comm.Split` does: ranks of one color form a group.
@@ -532,8 +541,8 @@ class ProcessGroup:
             chosen, order = call.payload
             return rendezvous.split(self.comm, chosen, order, deadline)
 
-        comm, _ = self._comm("split", timeout, check, make)
-        return self._child(comm, f"{self.group_name}:split:{color}", None, timeout)
+        made, _ = self._comm("split", timeout, check, make)
+        return self._child(made, f"{self.group_name}:split:{color}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
@@ -553,8 +562,8 @@ class ProcessGroup:
             made = yield from rendezvous.split(self.comm, color, self._rank, deadline)
             return made
 
-        comm, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
-        group = self._child(comm, f"{self.group_name}:{kind}", None, timeout)
+        made, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
+        group = self._child(made, f"{self.group_name}:{kind}", None, timeout)
         assert group is not None
         return group
 
@@ -611,9 +620,9 @@ class ProcessGroup:
             made = yield from rendezvous.merge(self.comm, plan, deadline)
             return made
 
-        comm, call = self._comm("merge_remote_group", timeout, check, make)
+        made, call = self._comm("merge_remote_group", timeout, check, make)
         first = call.payload["groups"][0][0]
-        group = self._child(comm, group_name or f"{first}:merge", group_desc, timeout)
+        group = self._child(made, group_name or f"{first}:merge", group_desc, timeout)
         assert group is not None
         return group
 
@@ -623,7 +632,7 @@ class ProcessGroup:
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
-    ) -> tuple[MPI.Intracomm | None, Call]:
+    ) -> tuple[Made, Call]:
         """Run a call that makes a communicator, wait for it, and return both."""
 
         def then(work: Work) -> Steps:
@@ -631,15 +640,20 @@ class ProcessGroup:
             # All ranks of this group are here.  What makes the communicator keeps the deadline
             # itself, and its verdict needs a moment to reach them all.
             work.deadline += _VERDICT
-            work.call.result = yield from make(work.call, deadline)
+            comm = yield from make(work.call, deadline)
+            shared = None
+            if comm is not None:
+                shared = yield from backends.share(comm, self._backend)
+            work.call.result = comm, shared
 
         work = self._call(kind, timeout, check, then=then)
         work.wait()
         return work.call.result, work.call
 
     def _child(
-        self, comm: MPI.Intracomm | None, name: str, desc: str | None, timeout: object
+        self, made: Made, name: str, desc: str | None, timeout: object
     ) -> ProcessGroup | None:
+        comm, shared = made
         if comm is None:
             return None
         return ProcessGroup(
@@ -649,6 +663,8 @@ class ProcessGroup:
             name=name,
             desc=desc or "",
             progress=self._progress,
+            backend=self._backend,
+            shared=shared,
         )
 
     # ---- the end ----
@@ -734,6 +750,8 @@ class ProcessGroup:
         return work
 
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+        work.call.seq = work.seq
+        self._transport.prepare(work.call)
         yield from self._arrival.steps(work.call, work.seq)
         yield from self._transport.steps(work.call) if then is None else then(work)
 
@@ -869,7 +887,8 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq, _create(parent, lane, call, lane.seq), limit, recorder)
+    steps = _create(parent, lane, call, lane.seq, backend)
+    work = Work(lane, call, lane.seq, steps, limit, recorder)
     engine.launch(work)
     engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
     if refusal is not None:
@@ -878,7 +897,16 @@ def new_group(
         raise refusal
     work.wait()
     name = group_name or ("world" if comm is None else "comm")
-    group = ProcessGroup(call.result, timeout=limit, device=kind, name=name, progress=progress)
+    made, shared = call.result
+    group = ProcessGroup(
+        made,
+        timeout=limit,
+        device=kind,
+        name=name,
+        progress=progress,
+        backend=backend,
+        shared=shared,
+    )
     return group if factory is None else _from_factory(group, factory, limit, kind, options)
 
 
@@ -898,12 +926,13 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     return lane, recorder
 
 
-def _create(parent: MPI.Intracomm, lane: Lane, call: Call, seq: int) -> Steps:
+def _create(parent: MPI.Intracomm, lane: Lane, call: Call, seq: int, backend: str) -> Steps:
     made = yield from rendezvous.duplicate(parent)
     assert made is not None
     yield from Arrival(made, lane.peers).steps(call, seq)
     yield from rendezvous.name_job(made)
-    call.result = made
+    shared = yield from backends.share(made, backend)
+    call.result = made, shared
 
 
 def _from_factory(

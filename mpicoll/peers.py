@@ -49,6 +49,7 @@ class Peers:
         self.size = comm.Get_size()
         self.left: dict[int, Notice] = {}
         self.gone: set[int] = set()
+        self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
         self._answers: dict[int, Notice] = {}
         self._state = state
         self._tag = notice_tag()
@@ -94,7 +95,7 @@ class Peers:
         """Return the peers that have not said that they are in call `seq`, and what is known."""
         found = {}
         for rank in range(self.size):
-            if rank == self.rank:
+            if rank == self.rank or self.has_arrived(rank, seq):
                 continue
             heard = self._answers.get(rank)
             if rank in self.left and not (heard and heard.waiting):

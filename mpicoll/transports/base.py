@@ -25,15 +25,15 @@ class Transport(ABC):
     rank: int
     size: int
 
+    def prepare(self, call: Call) -> None:  # noqa: B027  (most have nothing to do)
+        """Do what should be done before this rank arrives."""
+
     def steps(self, call: Call) -> Steps:
         """Carry out a call."""
-        if call.parts:
-            for part in call.parts:
-                part.largest = call.largest
-                yield from self.steps(part)
-            return
-        move: Callable[[Call], Steps] = getattr(self, call.kind)
-        yield from move(call)
+        for part in call.parts or (call,):
+            part.largest = call.largest
+            move: Callable[[Call], Steps] = getattr(self, part.kind)
+            yield from move(part)
 
     @abstractmethod
     def allreduce(self, call: Call) -> Steps: ...

@@ -245,8 +245,21 @@ def _wire(call: Call) -> tuple[Reduction, Array, Array]:
 
 
 def _plan(call: Call) -> Reduction:
-    assert call.reduction is not None
-    return call.reduction
+    plan = call.reduction
+    assert plan is not None
+    if plan.mpi_op == "SUM" and plan.wire.itemsize < 4 and plan.wire.kind in "iu":
+        return _WIDER
+    return plan
+
+
+# Open MPI 5.0 adds 8- and 16-bit integers with saturation, where NumPy (and C) wrap around.
+_WIDER = Reduction(
+    np.dtype(np.int32),
+    "SUM",
+    False,
+    lambda array: array.astype(np.int32),
+    lambda wire, array: np.copyto(array, wire, casting="unsafe"),
+)
 
 
 def _two(call: Call) -> tuple[Blocks, Blocks]:

@@ -1,0 +1,371 @@
+"""Collectives through the node's shared memory: copy a chunk in, raise a flag, read the others'.
+
+What reduces is reduced from the slots, in rank order, so that all ranks and all runs get the same
+bits.  What only moves goes through the slots while it is small; larger, one copy by the MPI library
+beats two by us.
+
+A flag counts the rounds of one primitive; `epoch` numbers the primitives, alike on all ranks.
+Slots alternate: round c writes where round c - 2 was, which all have read once they have announced
+round c - 1.  Arrival separates the calls; inside a call a primitive waits for the one before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..buffers import Blocks
+from ..calls import Call
+from ..dtypes import Reduction
+from ..library import MPI, Steps
+from ..memory import PAYLOAD, SLOT, NodeMemory
+from .base import Transport
+from .mpi import MpiTransport
+
+Array = np.ndarray[Any, Any]
+
+MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is left to the MPI library
+SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
+
+_ROUNDS = 24  # bits of a flag that count rounds
+_END = (1 << _ROUNDS) - 1
+
+_UFUNC = {
+    "SUM": np.add,
+    "PROD": np.multiply,
+    "MIN": np.minimum,
+    "MAX": np.maximum,
+    "LAND": np.logical_and,
+    "LOR": np.logical_or,
+    "LXOR": np.logical_xor,
+    "BAND": np.bitwise_and,
+    "BOR": np.bitwise_or,
+    "BXOR": np.bitwise_xor,
+}
+
+
+class ShmTransport(Transport):
+    """The collectives of a group whose ranks share one node's memory."""
+
+    name = "shm"
+
+    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory) -> None:
+        self._mpi = MpiTransport(comm)
+        self._memory = memory
+        self.rank, self.size = memory.rank, memory.size
+        self._epoch = 0
+        self._apart = True  # an arrival lies between the last primitive and the next
+
+    def prepare(self, call: Call) -> None:
+        """Let a small allreduce ride along with the record."""
+        if _rides(call):
+            assert call.send is not None and call.reduction is not None
+            wire = call.reduction.encode(call.send.flat()).view(np.uint8)
+            self._memory.payloads(call.seq)[self.rank][: wire.size] = wire
+
+    def steps(self, call: Call) -> Steps:
+        self._apart = True
+        yield from super().steps(call)
+
+    def _begin(self) -> Steps:
+        if not self._apart:
+            yield from self._memory.all_seen(self._flag(_END))
+        self._apart = False
+        self._epoch += 1
+
+    def _flag(self, rounds: int) -> int:
+        return (self._epoch << _ROUNDS) + rounds
+
+    def _announce(self, rounds: int) -> None:
+        self._memory.announce(self._flag(rounds))
+
+    def _seen(self, rank: int, rounds: int) -> Steps:
+        return self._memory.seen(rank, self._flag(rounds))
+
+    def _all_seen(self, rounds: int) -> Steps:
+        return self._memory.all_seen(self._flag(rounds))
+
+    # ---- what reduces ----
+
+    def allreduce(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        if _rides(call):
+            parts = [p[: array.size * plan.wire.itemsize] for p in self._memory.payloads(call.seq)]
+            _fold(plan, [p.view(plan.wire) for p in parts], array)
+            return
+        yield from self._begin()
+        if self.size >= SHARED_WORK:
+            yield from self._allreduce_shared(plan, array)
+        else:
+            yield from self._in_chunks(plan, array, array, self.size)
+
+    def _in_chunks(self, plan: Reduction, array: Array, out: Array | None, upto: int) -> Steps:
+        """Reduce the first `upto` ranks' arrays, chunk by chunk, into `out` (None: nowhere)."""
+        for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
+            slots = self._memory.slots(c, plan.wire)
+            _encode(plan, array[start:end], slots[self.rank][: end - start])
+            self._announce(c + 1)
+            yield from self._all_seen(c + 1)
+            if out is not None and upto:
+                _fold(plan, [s[: end - start] for s in slots[:upto]], out[start:end])
+        self._announce(_END)
+
+    def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
+        """Each rank reduces its part of a chunk; all gather the parts."""
+        scratch = np.empty(SLOT // plan.wire.itemsize // self.size + 1, plan.wire)
+        for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
+            slots = self._memory.slots(c, plan.wire)
+            n = end - start
+            bounds = [n * r // self.size for r in range(self.size + 1)]
+            _encode(plan, array[start:end], slots[self.rank][:n])
+            self._announce(2 * c + 1)
+            yield from self._all_seen(2 * c + 1)
+            low, high = bounds[self.rank], bounds[self.rank + 1]
+            part = scratch[: high - low]
+            _combine(plan, [s[low:high] for s in slots], part)
+            slots[self.rank][low:high] = part
+            self._announce(2 * c + 2)
+            yield from self._all_seen(2 * c + 2)
+            for r in range(self.size):
+                low, high = bounds[r], bounds[r + 1]
+                _decode(plan, slots[r][low:high], array[start + low : start + high])
+        self._announce(_END)
+
+    def reduce(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        yield from self._begin()
+        for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
+            slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
+            if self.rank == call.root:
+                if (
+                    plan.direct and self.rank < 2
+                ):  # an operand of the first step: it is read in time
+                    slots[self.rank] = array[start:end]
+                else:
+                    _encode(plan, array[start:end], slots[self.rank])
+                yield from self._all_seen(c + 1)
+                _fold(plan, slots, array[start:end])
+            else:
+                if c >= 2:
+                    yield from self._seen(call.root, c - 1)
+                _encode(plan, array[start:end], slots[self.rank])
+            self._announce(c + 1)
+        self._announce(_END)
+
+    def reduce_scatter(self, call: Call) -> Steps:
+        plan, _ = _reducing(call)
+        assert call.send is not None and call.recv is not None
+        send, out = call.send, call.recv.flat()
+        room = SLOT // plan.wire.itemsize // self.size
+        yield from self._begin()
+        for c in range(_rounds(max(send.counts), room)):
+            slots = self._memory.slots(c, plan.wire)
+            for j in range(self.size):
+                piece = send.block(j)[c * room : (c + 1) * room]
+                if piece.size:
+                    _encode(plan, piece, slots[self.rank][j * room :][: piece.size])
+            self._announce(c + 1)
+            yield from self._all_seen(c + 1)
+            mine = out[c * room : (c + 1) * room]
+            if mine.size:
+                _fold(plan, [s[self.rank * room :][: mine.size] for s in slots], mine)
+        self._announce(_END)
+
+    def scan(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        yield from self._begin()
+        yield from self._in_chunks(plan, array, array, self.rank + 1)
+
+    def exscan(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        yield from self._begin()
+        yield from self._in_chunks(plan, array, array, self.rank)
+
+    # ---- what only moves ----
+
+    def broadcast(self, call: Call) -> Steps:
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        if blocks.nbytes > MOVE_LIMIT:
+            yield from self._mpi.broadcast(call)
+            return
+        array = blocks.flat().view(np.uint8)
+        yield from self._begin()
+        for c, (start, end) in enumerate(_spans(array.size, SLOT)):
+            slot = self._memory.slots(c, array.dtype)[call.root][: end - start]
+            if self.rank == call.root:
+                if c >= 2:
+                    yield from self._all_seen(c - 1)
+                slot[...] = array[start:end]
+            else:
+                yield from self._seen(call.root, c + 1)
+                array[start:end] = slot
+            self._announce(c + 1)
+        self._announce(_END)
+
+    def allgather(self, call: Call) -> Steps:
+        assert call.send is not None and call.recv is not None
+        if self._large(call):
+            yield from self._mpi.allgather(call)
+            return
+        mine, blocks = _octets(call.send)[0], _octets(call.recv)
+        yield from self._begin()
+        for c in range(_rounds(max(b.size for b in blocks), SLOT)):
+            slots = self._memory.slots(c, mine.dtype)
+            piece = mine[c * SLOT : (c + 1) * SLOT]
+            slots[self.rank][: piece.size] = piece
+            self._announce(c + 1)
+            blocks[self.rank][c * SLOT : (c + 1) * SLOT] = piece
+            for r in self._memory.peers:
+                into = blocks[r][c * SLOT : (c + 1) * SLOT]
+                yield from self._seen(r, c + 1)
+                into[...] = slots[r][: into.size]
+        self._announce(_END)
+
+    def gather(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._mpi.gather(call)
+            return
+        assert call.send is not None
+        mine = _octets(call.send)[0]
+        yield from self._begin()
+        if call.recv is None:
+            for c, (start, end) in enumerate(_spans(mine.size, SLOT)):
+                if c >= 2:
+                    yield from self._seen(call.root, c - 1)
+                self._memory.slots(c, mine.dtype)[self.rank][: end - start] = mine[start:end]
+                self._announce(c + 1)
+        else:
+            blocks = _octets(call.recv)
+            blocks[self.rank][...] = mine
+            for c in range(_rounds(max(b.size for b in blocks), SLOT)):
+                slots = self._memory.slots(c, mine.dtype)
+                for r in self._memory.peers:
+                    into = blocks[r][c * SLOT : (c + 1) * SLOT]
+                    if into.size:
+                        yield from self._seen(r, c + 1)
+                        into[...] = slots[r][: into.size]
+                self._announce(c + 1)
+        self._announce(_END)
+
+    def scatter(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._mpi.scatter(call)
+            return
+        assert call.recv is not None
+        into = _octets(call.recv)[0]
+        room = SLOT // self.size
+        yield from self._begin()
+        if call.send is None:
+            for c, (start, end) in enumerate(_spans(into.size, room)):
+                yield from self._seen(call.root, c + 1)
+                slot = self._memory.slots(c, into.dtype)[call.root]
+                into[start:end] = slot[self.rank * room :][: end - start]
+                self._announce(c + 1)
+        else:
+            blocks = _octets(call.send)
+            into[...] = blocks[self.rank]
+            for c in range(_rounds(max(b.size for b in blocks), room)):
+                slot = self._memory.slots(c, into.dtype)[self.rank]
+                for r in self._memory.peers:
+                    piece = blocks[r][c * room : (c + 1) * room]
+                    if piece.size:
+                        if c >= 2:
+                            yield from self._seen(r, c - 1)
+                        slot[r * room :][: piece.size] = piece
+                self._announce(c + 1)
+        self._announce(_END)
+
+    def alltoall(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._mpi.alltoall(call)
+            return
+        assert call.send is not None and call.recv is not None
+        sends, recvs = _octets(call.send), _octets(call.recv)
+        room = SLOT // self.size
+        longest = max(b.size for r in self._memory.peers for b in (sends[r], recvs[r]))
+        recvs[self.rank][...] = sends[self.rank]
+        yield from self._begin()
+        for c in range(_rounds(longest, room)):
+            slots = self._memory.slots(c, recvs[0].dtype)
+            for r in self._memory.peers:
+                piece = sends[r][c * room : (c + 1) * room]
+                if piece.size:
+                    if c >= 2:
+                        yield from self._seen(r, c)  # it has read round c - 2
+                    slots[self.rank][r * room :][: piece.size] = piece
+            self._announce(c + 1)
+            for r in self._memory.peers:
+                into = recvs[r][c * room : (c + 1) * room]
+                if into.size:
+                    yield from self._seen(r, c + 1)
+                    into[...] = slots[r][self.rank * room :][: into.size]
+        self._announce(_END)
+
+    def send(self, call: Call) -> Steps:
+        return self._mpi.send(call)
+
+    def recv(self, call: Call) -> Steps:
+        return self._mpi.recv(call)
+
+    def _large(self, call: Call) -> bool:
+        """Decide from what all ranks have said: `largest` is the same everywhere."""
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        return call.largest * blocks.dtype.itemsize > MOVE_LIMIT
+
+
+def _rides(call: Call) -> bool:
+    if call.kind != "allreduce" or call.send is None or call.reduction is None or not call.seq:
+        return False
+    return call.send.total * call.reduction.wire.itemsize <= PAYLOAD
+
+
+def _reducing(call: Call) -> tuple[Reduction, Array]:
+    assert call.reduction is not None and call.send is not None
+    return call.reduction, call.send.flat() if len(call.send.counts) == 1 else np.empty(0)
+
+
+def _spans(count: int, room: int) -> list[tuple[int, int]]:
+    return [(start, min(start + room, count)) for start in range(0, count, room)]
+
+
+def _rounds(count: int, room: int) -> int:
+    return -(-count // room)
+
+
+def _octets(blocks: Blocks) -> list[Array]:
+    return [blocks.block(i).view(np.uint8) for i in range(len(blocks.counts))]
+
+
+def _encode(plan: Reduction, array: Array, slot: Array) -> None:
+    slot[...] = array if plan.direct else plan.encode(array)
+
+
+def _decode(plan: Reduction, wire: Array, array: Array) -> None:
+    if plan.direct:
+        array[...] = wire
+    else:
+        plan.decode(wire, array)
+
+
+def _fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
+    """Reduce arrays of the wire type, in order, into an array of the user's."""
+    if plan.direct:
+        _combine(plan, arrays, out)
+    else:
+        wire = np.empty(out.size, plan.wire)
+        _combine(plan, arrays, wire)
+        plan.decode(wire, out)
+
+
+def _combine(plan: Reduction, arrays: list[Array], out: Array) -> None:
+    if len(arrays) == 1:
+        out[...] = arrays[0]
+        return
+    ufunc = _UFUNC[plan.mpi_op]
+    with np.errstate(all="ignore"):  # as MPI: what overflows is inf, and no word is lost about it
+        ufunc(arrays[0], arrays[1], out=out)
+        for array in arrays[2:]:
+            ufunc(out, array, out=out)
