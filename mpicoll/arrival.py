@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import struct
+import time
 from collections.abc import Generator
 from typing import TypeAlias
 
@@ -27,6 +28,8 @@ _REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
 _POSTED = struct.Struct(f"{_FIELDS}q")  # a record on the board, after its number; the extent
+
+_NEWS = 0.05  # seconds that a notice may take to come
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
 _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
@@ -191,6 +194,17 @@ class BoardArrival(Arrival):
             tuple(map(min, zip(*rows, strict=True))),
             largest,
         )
+
+    def check_left(self, seq: int) -> None:
+        for rank in self._memory.peers:
+            if self._memory.has_left(rank, seq):
+                # It has sent its reasons before it left the mark; they need a moment.
+                until = time.monotonic() + _NEWS
+                while rank not in self._peers.left and time.monotonic() < until:
+                    self._peers.poll()
+                notice = self._peers.left.get(rank)
+                text = "left the group" if notice is None else notice.text
+                raise RemoteRankError(f"rank {rank} {text}", rank=rank)
 
     def has_arrived(self, rank: int, seq: int) -> bool:
         """Return whether a rank's record of call `seq` is there."""

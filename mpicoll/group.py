@@ -93,6 +93,7 @@ class ProcessGroup:
         if shared is not None:
             self._arrival = board = BoardArrival(comm, self._lane.peers, shared)
             self._lane.peers.has_arrived = board.has_arrived
+            self._lane.peers.mark_left = shared.leave
         self._lane.farewell = self._farewell
         self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)

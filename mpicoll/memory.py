@@ -6,7 +6,8 @@ stays behind, whatever becomes of the processes.
 
 Each rank owns a page of control words and two slots for data:
 
-    page   two records that alternate (arrival.py), a flag, two payloads that alternate
+    page   two records that alternate (arrival.py), a flag, the call that the rank left,
+           two payloads that alternate
     slots  `SLOT` bytes each, in turn written by the owner and read by the others
 
 A rank writes only in its own page and slots.  What a flag announces is written before the flag.
@@ -70,6 +71,7 @@ class NodeMemory:
             [whole[r * _STRIDE + _PAYLOAD_AT + side * PAYLOAD :][:PAYLOAD] for r in range(size)]
             for side in (0, 1)
         ]
+        self._left = [(r * _STRIDE + 2 * _RECORD) // 8 + 1 for r in range(size)]
         self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
         self.fence = _fence()
 
@@ -89,6 +91,14 @@ class NodeMemory:
     def slots(self, chunk: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return the slots that hold a chunk, by rank."""
         return [slot.view(dtype) for slot in self._slots[chunk & 1]]
+
+    def leave(self, seq: int) -> None:
+        """Mark that this rank takes part in no call from `seq` on."""
+        self.words[self._left[self.rank]] = seq
+
+    def has_left(self, rank: int, seq: int) -> bool:
+        """Return whether a rank has marked that it takes no part in call `seq`."""
+        return 0 < self.words[self._left[rank]] <= seq
 
     def announce(self, flag: int) -> None:
         """Raise this rank's flag: all that was written before is there for who sees it."""

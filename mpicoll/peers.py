@@ -49,6 +49,7 @@ class Peers:
         self.size = comm.Get_size()
         self.left: dict[int, Notice] = {}
         self.gone: set[int] = set()
+        self.mark_left: Callable[[int], None] = lambda seq: None
         self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
         self._answers: dict[int, Notice] = {}
         self._state = state
@@ -67,6 +68,7 @@ class Peers:
         `arrived` says whether it had arrived in that call before it gave up.
         """
         self._tell_all(LEFT, seq, text, arrived)
+        self.mark_left(seq)
 
     def go(self) -> None:
         """Tell every peer that this process ends because of another's failure."""

@@ -92,14 +92,17 @@ CALLS = [
 ]
 
 
+@twice
 def test_calls_at_half_a_second(job):
     keeps_deadlines(job, CALLS, 0.5)
 
 
+@twice
 def test_calls_at_one_second(job):
     keeps_deadlines(job, CALLS[:4], 1.0)
 
 
+@twice
 def test_making_groups(job):
     calls = ["pg.split_group([0, 1], timeout=T)", "pg.split(0, timeout=T)"]
     keeps_deadlines(job, calls, 0.5)

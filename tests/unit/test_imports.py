@@ -13,8 +13,16 @@ import mpicoll
 
 PACKAGE = Path(mpicoll.__file__).parent
 ORDER = [
-    *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "arrival"),
-    *("peers", "progress", "work", "transports.base", "transports.mpi", "transports.shm"),
+    *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "memory"),
+    *(
+        "peers",
+        "arrival",
+        "progress",
+        "work",
+        "transports.base",
+        "transports.mpi",
+        "transports.shm",
+    ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
     *("backends", "stores", "rendezvous", "group"),
 ]
