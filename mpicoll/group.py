@@ -674,8 +674,8 @@ class ProcessGroup:
         """Finish what is under way, wait for all ranks, and give the communicator back.
 
         Afterwards the group raises `GroupClosedError`.  A second call does nothing.  On a
-        broken group it only closes this rank's side.  The error of a Work that nobody fetched
-        is raised here at the latest.
+        broken group it only closes this rank's side.  The error of a Work that was dropped
+        unasked is raised here at the latest.
         """
         lane = self._lane
         if lane.closed:
@@ -685,6 +685,7 @@ class ProcessGroup:
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
+                engine.delist(lane)  # nobody may listen on it any more
                 yield from rendezvous.free(self.comm, work.deadline)
 
             try:
@@ -793,19 +794,15 @@ class ProcessGroup:
                 f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
             )
         if lane.broken is not None:
-            if lane.unfetched is not None:
-                self._raise_unfetched()
             raise GroupBrokenError(
                 f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
             ) from lane.broken
 
     def _raise_unfetched(self) -> None:
-        failed = self._lane.unfetched
-        if failed is not None:
-            self._lane.unfetched = None
-            failed.fetched = True
-            assert failed.error is not None
-            raise failed.error
+        """Raise the error of a Work that was dropped before anybody asked for it."""
+        error, self._lane.unfetched = self._lane.unfetched, None
+        if error is not None:
+            raise error
 
 
 def _refuse_busy(call: Call) -> None:
@@ -844,7 +841,8 @@ def new_group(
     Every rank of the communicator must call.
 
     Args:
-        backend: "auto", "mpi", or a name given to `register_backend`; "gloo" means "auto".
+        backend: "auto" (shared memory where all ranks are on one node, else MPI), "mpi" (MPI
+            alone), or a name given to `register_backend`; "gloo" means "auto".
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
         device: "cpu" (or a `torch.device`).

@@ -116,7 +116,7 @@ class Lane:
         self.beside: list[Task] = []
         self.broken: BaseException | None = None
         self.closed = ""
-        self.unfetched: Task | None = None
+        self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
         self.last_finished = "nothing"
         self.farewell: Callable[[], None] | None = None
@@ -391,8 +391,8 @@ class Engine:
         task.error = error
         if error is None:
             lane.last_finished = f"{task.call.kind} #{task.seq}"
-        else:
-            lane.unfetched = task
+        elif not error.breaks_group:
+            error.__traceback__ = None  # its frames hold the task, which a drop should free
         task.ended()
         self._calls.extend(task.callbacks)
         if error is not None and error.breaks_group:

@@ -107,7 +107,7 @@ def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[bool, None, tuple
 
 
 def free(comm: MPI.Intracomm, deadline: float) -> Steps:
-    """Give a communicator back.  All ranks have arrived."""
+    """Give a communicator back.  All ranks have arrived.  The steps end with it."""
     yield True
     with engine.guard(deadline, "MPI_Comm_free"):
         comm.Free()

@@ -19,7 +19,7 @@ class Work(Task):
     """One call under way.  It owns the arrays of the call until the call is done.
 
     Works of one group run in program order.  Dropping a Work drops nothing else: the call
-    goes on, and an error that nobody fetched is raised by the group's next call.
+    goes on, and if it fails, the group's next call raises its error.
     """
 
     __slots__ = ("_entry", "_recorder")
@@ -48,6 +48,11 @@ class Work(Task):
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
+
+    def __del__(self) -> None:
+        # Runs anywhere, in the collector too: it only leaves a note.
+        if self.error is not None and not self.fetched:
+            self.lane.unfetched = self.error
 
     def ended(self) -> None:
         """Enter the end in the flight recorder."""
@@ -83,10 +88,7 @@ class Work(Task):
 
     def exception(self) -> BaseException | None:
         """Return the call's error, if it is over and failed."""
-        if self.error is not None:
-            self.fetched = True
-            if self.lane.unfetched is self:
-                self.lane.unfetched = None
+        self.fetched = self.error is not None
         return self.error
 
     def result(self) -> list[object]:
