@@ -16,7 +16,7 @@ import numpy as np
 
 from .calls import KIND_CODES, PAIRWISE, UNEVEN, Call
 from .errors import CollectiveMismatchError, RemoteRankError
-from .library import MPI, Steps, until
+from .library import IDLE, MOVED, MPI, Steps, until
 from .memory import NodeMemory
 from .peers import Peers
 
@@ -36,7 +36,7 @@ _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
 
 
 Record: TypeAlias = "tuple[int, ...]"
-Meets: TypeAlias = "Generator[bool, None, tuple[Record, Record, int]]"
+Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
 """Steps that end in each field's maximum and minimum over the ranks, and the largest extent."""
 
 
@@ -93,7 +93,7 @@ class Arrival:
         # The buffer is reused: calls of a group come one at a time, and after one that was
         # abandoned there is no other.
         _BOTH.pack_into(self._both, 0, *record, *map(operator.neg, record), extent)
-        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
         both = _BOTH.unpack(self._both)
         return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
 
@@ -177,9 +177,9 @@ class BoardArrival(Arrival):
         for rank in memory.peers:
             at = memory.record_at(rank, seq)
             if memory.words[at // 8] < seq:
-                yield True
+                yield MOVED
                 while memory.words[at // 8] < seq:
-                    yield False
+                    yield IDLE
             memory.fence()
             alike = alike and memory.bytes[at : at + 8 * _FIELDS] == there
             largest = max(largest, memory.words[at // 8 + _FIELDS])

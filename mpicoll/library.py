@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import TransportError
 
-Steps = Generator[bool, None, None]
-"""A collective under way.  It yields when, and only when, it waits for somebody else:
-True if it got something done since it was last resumed, else False."""
+IDLE, KEEN, MOVED = range(3)
+"""What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
+is asked, so ask again soon; something got done."""
+
+Steps = Generator[int, None, None]
+"""A collective under way.  It yields when, and only when, it waits for somebody else."""
 
 
 class _LazyMPI(ModuleType):
@@ -41,13 +44,16 @@ else:
     MPI = _LazyMPI("MPI")
 
 
-def until(request: MPI.Request) -> Steps:
-    """Wait for one MPI request: yield until it tests complete."""
+def until(request: MPI.Request, mood: int = KEEN) -> Steps:
+    """Wait for one MPI request: yield until it tests complete.
+
+    `mood` is IDLE where it may take long because a peer comes late.
+    """
     if request.Test():
         return
-    yield True
+    yield MOVED
     while not request.Test():
-        yield False
+        yield mood
 
 
 def until_all(requests: list[MPI.Request]) -> Steps:

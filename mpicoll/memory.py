@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .library import MPI, Steps, until
+from .library import IDLE, MOVED, MPI, Steps, until
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +51,7 @@ def _fence() -> Callable[[], None]:
     return MPI.Win.Create(None, comm=MPI.COMM_SELF).Sync
 
 
-Shares = Generator[bool, None, "NodeMemory | None"]
+Shares = Generator[int, None, "NodeMemory | None"]
 
 
 class NodeMemory:
@@ -109,9 +109,9 @@ class NodeMemory:
         """Wait until a rank has raised its flag at least to `flag`."""
         words, at = self.words, self._flags[rank]
         if words[at] < flag:
-            yield True
+            yield MOVED
             while words[at] < flag:
-                yield False
+                yield IDLE
         self.fence()
 
     def all_seen(self, flag: int) -> Steps:

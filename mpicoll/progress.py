@@ -42,7 +42,7 @@ from .errors import (
     RemoteRankError,
     translate,
 )
-from .library import MPI, Steps
+from .library import IDLE, KEEN, MOVED, MPI, Steps
 from .peers import Every, Peers
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Pace:
 
     SPINS = 200
     YIELDS = 2000
+    EAGERLY = 100_000  # yields to MPI's data before it is given up as stuck
     LONGEST = 1e-3
 
     def __init__(self, *, background: bool = False) -> None:
@@ -146,10 +147,18 @@ class Pace:
         self._idle = self._start
         self.quiet_since = 0.0
 
-    def rest(self) -> None:
-        """Give the machine back for a moment, the longer nothing has moved the longer."""
+    def after(self, found: int) -> None:
+        """Go on at once after a pass that moved something; else give the machine back a moment.
+
+        The longer nothing has moved the longer, but never for long where MPI is to be asked again.
+        """
+        if found == MOVED:
+            self.moved()
+            return
         self._idle += 1
-        if self._idle > self.YIELDS:
+        if found == KEEN and self._idle <= self._start + self.EAGERLY:
+            os.sched_yield()
+        elif self._idle > self.YIELDS:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
         elif self._idle > self.SPINS or _CROWDED:
             os.sched_yield()
@@ -235,13 +244,10 @@ class Engine:
                     "launch there, and wait outside"
                 )
             try:
-                moved = task.done or self._pass(pace)
+                found = MOVED if task.done else self._pass(pace)
             finally:
                 self._exit()
-            if moved:
-                pace.moved()
-            else:
-                pace.rest()
+            pace.after(found)
 
     def when_done(self, task: Task, callback: Callable[[], None]) -> None:
         """Have `callback` called, unlocked, when `task` is done; at once if it is."""
@@ -336,18 +342,19 @@ class Engine:
         (lane.queue if task.queued else lane.beside).append(task)
         self._active[lane] = None
 
-    def _pass(self, pace: Pace | None) -> bool:
-        moved = False
+    def _pass(self, pace: Pace | None) -> int:
+        found = IDLE
         for lane in list(self._active):
-            moved = self._advance(lane) or moved
-        if moved or pace is None:
-            return moved
+            found = max(found, self._advance(lane))
+        if found == MOVED or pace is None:
+            return found
         now = time.monotonic()
         if self._poll.due(now):
             for lane in self._to_hear():
-                moved = self._listen(lane) or moved
+                if self._listen(lane):
+                    found = MOVED
         self._look_at_clock(now, pace)
-        return moved
+        return found
 
     def _to_hear(self) -> list[Lane]:
         """Return the lanes to listen to now: the active ones, and some others in turn."""
@@ -356,20 +363,20 @@ class Engine:
             self._lanes[lane] = self._lanes.pop(lane)
         return list(dict.fromkeys([*self._active, *turn]))
 
-    def _advance(self, lane: Lane) -> bool:
-        moved = False
+    def _advance(self, lane: Lane) -> int:
+        found = IDLE
         while lane.queue:
             head = lane.queue[0]
-            moved = self._step(head) or moved
+            found = max(found, self._step(head))
             if not head.done:
                 break
         for task in list(lane.beside):
-            moved = self._step(task) or moved
+            found = max(found, self._step(task))
         if not lane.queue and not lane.beside:
             self._active.pop(lane, None)
-        return moved
+        return found
 
-    def _step(self, task: Task) -> bool:
+    def _step(self, task: Task) -> int:
         try:
             return next(task.steps)
         except StopIteration:
@@ -381,7 +388,7 @@ class Engine:
                 task, GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
             )
             raise
-        return True
+        return MOVED
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
@@ -493,7 +500,7 @@ class Engine:
                 if not (self._active or self._stay):
                     self._thread = None
                     return
-                moved = self._pass(pace)
+                found = self._pass(pace)
                 self._wake.clear()
                 idle = not self._active
             finally:
@@ -501,11 +508,8 @@ class Engine:
             if idle and not self._stop:
                 self._wake.wait()
                 pace.moved()
-                continue
-            if moved:
-                pace.moved()
             else:
-                pace.rest()
+                pace.after(found)
 
     # ---- the end of the process ----
 
@@ -572,13 +576,10 @@ class Engine:
                 return
             self._enter()
             try:
-                moved = self._pass(pace)
+                found = self._pass(pace)
             finally:
                 self._exit()
-            if moved:
-                pace.moved()
-            else:
-                pace.rest()
+            pace.after(found)
 
     def _abort(self, why: str) -> None:
         if why:

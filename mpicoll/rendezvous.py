@@ -21,11 +21,11 @@ from .errors import (
     MpicollError,
     UnsupportedError,
 )
-from .library import MPI, Steps, merge_tag, until
+from .library import IDLE, MOVED, MPI, Steps, merge_tag, until
 from .progress import engine
 from .stores import Store
 
-MakesComm: TypeAlias = "Generator[bool, None, MPI.Intracomm | None]"
+MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 """Steps that end in a communicator, or in None for a rank that is not in it."""
 
 _job = b""
@@ -35,7 +35,7 @@ _job = b""
 def duplicate(comm: MPI.Intracomm) -> MakesComm:
     """Make a private duplicate, without blocking inside MPI."""
     made, request = comm.Idup()
-    yield from until(request)
+    yield from until(request, IDLE)
     assert isinstance(made, MPI.Intracomm)
     return made
 
@@ -51,7 +51,7 @@ def name_job(comm: MPI.Intracomm) -> Steps:
 
 def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> MakesComm:
     """Split a communicator; `color` None is in no part.  All ranks have arrived."""
-    yield True
+    yield MOVED
     with engine.guard(deadline, "MPI_Comm_split"):
         made = comm.Split(MPI.UNDEFINED if color is None else color, key)
     assert isinstance(made, MPI.Intracomm)
@@ -87,13 +87,13 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     return made
 
 
-def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[bool, None, tuple[int, int]]:
+def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, tuple[int, int]]:
     """Find this rank's node: its lowest rank, and this rank's place in it.  All have arrived.
 
     Ranks are on one node if MPI says that they share memory and they have one host name:
     on a merged communicator MPI's word alone can be wrong.
     """
-    yield True
+    yield MOVED
     with engine.guard(deadline, "MPI_Comm_split_type"):
         near = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     assert isinstance(near, MPI.Intracomm)
@@ -108,7 +108,7 @@ def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[bool, None, tuple
 
 def free(comm: MPI.Intracomm, deadline: float) -> Steps:
     """Give a communicator back.  All ranks have arrived.  The steps end with it."""
-    yield True
+    yield MOVED
     with engine.guard(deadline, "MPI_Comm_free"):
         comm.Free()
 
@@ -210,7 +210,7 @@ class _Meeting:
 
 def meet(
     store: Store, name: str, ranks: list[int], size: int, deadline: float
-) -> Generator[bool, None, Plan]:
+) -> Generator[int, None, Plan]:
     """Find the other groups through a store; the leader of a group does this.
 
     Whatever goes wrong becomes part of the plan, so that all members hear of it.
@@ -222,7 +222,7 @@ def meet(
                 return {"late": f"not all of {size} ranks were there in time, {meeting.came()}"}
             resume = time.monotonic() + _BEAT
             while time.monotonic() < resume:
-                yield False
+                yield IDLE
     except MpicollError as error:
         return {"wrong": f"the store failed: {error}"}
     except Exception as error:
@@ -244,7 +244,7 @@ def merge(comm: MPI.Intracomm, plan: Plan, deadline: float) -> MakesComm:
         raise InvalidCallError(f"merge_remote_group: {plan['wrong']}")
     leaders = [leader for _, leader in plan["groups"]]
     place = leaders.index(world_ranks(comm)[0])
-    yield True
+    yield MOVED
     with engine.guard(deadline, "the merge of intercommunicators"):
         merged = comm if len(leaders) > 1 else comm.Dup()
         for i in range(max(1, place), len(leaders)):

@@ -20,13 +20,15 @@ from ..buffers import Blocks
 from ..calls import ANY_SOURCE, UNEVEN, Call
 from ..dtypes import BY_CODE, Reduction
 from ..errors import CollectiveMismatchError
-from ..library import MPI, Steps, exchange_tag, until, until_all
+from ..library import IDLE, KEEN, MOVED, MPI, Steps, exchange_tag, until, until_all
 from ..progress import Expired
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
 
 MAX_COUNT = 2**30  # elements that one MPI call is given at most
+
+EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
 _HEADER = struct.Struct("<4sIqq8x")  # magic, (unused), dtype code, elements
 _MAGIC = b"mpc1"
@@ -210,14 +212,15 @@ class MpiTransport(Transport):
         payload = call.recv.flat()
         header = np.zeros(_HEADER.size, dtype=np.uint8)
         message = _message(header, payload)
+        mood = KEEN if payload.nbytes > EAGER else IDLE
         source = MPI.ANY_SOURCE if call.peer == ANY_SOURCE else call.peer
         status = MPI.Status()
         try:
             request = self.comm.Irecv([MPI.BOTTOM, 1, message], source, call.tag)
             try:
-                yield True
+                yield MOVED
                 while not request.Test(status):
-                    yield False
+                    yield mood
             except Expired:
                 request.Cancel()
                 request.Wait(status)

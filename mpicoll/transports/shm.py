@@ -154,8 +154,8 @@ class ShmTransport(Transport):
         self._announce(_END)
 
     def reduce_scatter(self, call: Call) -> Steps:
-        plan, _ = _reducing(call)
-        assert call.send is not None and call.recv is not None
+        plan = call.reduction
+        assert plan is not None and call.send is not None and call.recv is not None
         send, out = call.send, call.recv.flat()
         room = SLOT // plan.wire.itemsize // self.size
         yield from self._begin()
@@ -324,7 +324,7 @@ def _rides(call: Call) -> bool:
 
 def _reducing(call: Call) -> tuple[Reduction, Array]:
     assert call.reduction is not None and call.send is not None
-    return call.reduction, call.send.flat() if len(call.send.counts) == 1 else np.empty(0)
+    return call.reduction, call.send.flat()
 
 
 def _spans(count: int, room: int) -> list[tuple[int, int]]:
