@@ -16,7 +16,7 @@ import numpy as np
 
 from .calls import KIND_CODES, PAIRWISE, UNEVEN, Call
 from .errors import CollectiveMismatchError, RemoteRankError
-from .library import IDLE, MOVED, MPI, Steps, until
+from .library import IDLE, MPI, Steps, until
 from .memory import NodeMemory
 from .peers import Peers
 
@@ -176,11 +176,7 @@ class BoardArrival(Arrival):
         there = memory.bytes[mine : mine + 8 * _FIELDS]
         for rank in memory.peers:
             at = memory.record_at(rank, seq)
-            if memory.words[at // 8] < seq:
-                yield MOVED
-                while memory.words[at // 8] < seq:
-                    yield IDLE
-            memory.fence()
+            yield from memory.reached(at // 8, seq)
             alike = alike and memory.bytes[at : at + 8 * _FIELDS] == there
             largest = max(largest, memory.words[at // 8 + _FIELDS])
         if alike:

@@ -33,6 +33,7 @@ Array = np.ndarray[Any, Any]
 
 SLOT = 256 * 1024  # bytes: what stays in the cache between being written and being read
 PAYLOAD = 1024  # bytes that ride along with a record
+SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
 _STRIDE = _PAGE + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
@@ -62,6 +63,8 @@ class NodeMemory:
         self._map = mmap.mmap(file, size * _STRIDE)
         self.words = memoryview(self._map).cast("q")
         self.bytes = memoryview(self._map)
+        # A peer on a core of its own is there in a moment; on ours it needs the core.
+        self._spins = range(SPINS if size <= len(os.sched_getaffinity(0)) else 0)
         self.peers = [r for r in range(size) if r != rank]
         whole = np.frombuffer(self._map, dtype=np.uint8)
         self._slots = [
@@ -107,11 +110,19 @@ class NodeMemory:
 
     def seen(self, rank: int, flag: int) -> Steps:
         """Wait until a rank has raised its flag at least to `flag`."""
-        words, at = self.words, self._flags[rank]
-        if words[at] < flag:
-            yield MOVED
-            while words[at] < flag:
-                yield IDLE
+        return self.reached(self._flags[rank], flag)
+
+    def reached(self, word: int, value: int) -> Steps:
+        """Wait until a control word is at least `value`."""
+        words = self.words
+        if words[word] < value:
+            for _ in self._spins:
+                if words[word] >= value:
+                    break
+            else:
+                yield MOVED
+                while words[word] < value:
+                    yield IDLE
         self.fence()
 
     def all_seen(self, flag: int) -> Steps:
