@@ -86,11 +86,6 @@ def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:
     return _from_array(obj, _as_array(obj, name), name, write)
 
 
-def overlaps(a: Buffer, b: Buffer) -> bool:
-    """Whether the two share any byte; empty ones never do."""
-    return np.may_share_memory(a.array, b.array)  # bounds: exact, as both are contiguous
-
-
 def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
     dtype = from_numpy(array.dtype, name)
     flags = array.flags

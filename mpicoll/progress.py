@@ -111,7 +111,6 @@ class Lane:
 
     def __init__(self, name: str, comm: MPI.Comm) -> None:
         self.name = name
-        self.comm = comm
         self.queue: deque[Task] = deque()
         self.beside: list[Task] = []
         self.broken: BaseException | None = None

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpicoll.buffers import Blocks, as_buffer, overlaps
+from mpicoll.buffers import Blocks, as_buffer
 from mpicoll.errors import InvalidCallError, UnsupportedError
 
 
@@ -330,20 +330,6 @@ def test_neither_torch_nor_ml_dtypes_is_imported():
 
 
 # ---- overlap ----
-
-
-def test_overlaps():
-    x = np.zeros(10, np.float32)
-    whole, left, right = write(x), write(x[:5]), write(x[5:])
-    assert overlaps(whole, whole)
-    assert overlaps(whole, left)
-    assert overlaps(right, whole)
-    assert not overlaps(left, right)
-    assert overlaps(write(x[:6]), right)
-    assert overlaps(write(x.view(np.uint8)[:1]), left)
-    assert not overlaps(write(x[3:3]), whole)
-    assert not overlaps(whole, write(np.zeros(10, np.float32)))
-    assert overlaps(write(memoryview(x)), left)
 
 
 # ---- blocks ----
