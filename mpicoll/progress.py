@@ -139,6 +139,7 @@ class Pace:
 
     def __init__(self, *, background: bool = False) -> None:
         self._start = self.YIELDS if background else 0
+        self._looked = 0.0
         self.moved()
 
     def moved(self) -> None:
@@ -163,9 +164,10 @@ class Pace:
             os.sched_yield()
 
     def quiet(self, now: float) -> bool:
-        """Return whether nothing has moved for `QUIET` seconds."""
-        if not self.quiet_since:
+        """Return whether nothing has moved for `QUIET` seconds of looking."""
+        if not self.quiet_since or now - self._looked > QUIET:
             self.quiet_since = now
+        self._looked = now
         return now - self.quiet_since >= QUIET
 
 
@@ -185,6 +187,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self._poll = Every(0.005)
+        self._polled = Pace()  # of those who poll instead of waiting
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stay = False  # whether the thread outlives the work at hand
@@ -258,10 +261,11 @@ class Engine:
             callback()
 
     def test(self) -> None:
-        """Make one pass."""
+        """Make one pass; who polls with this gets deadlines kept as well."""
         if self._enter():
             try:
-                self._pass(None)
+                if self._pass(self._polled) == MOVED:
+                    self._polled.moved()
             finally:
                 self._exit()
 
@@ -341,11 +345,11 @@ class Engine:
         (lane.queue if task.queued else lane.beside).append(task)
         self._active[lane] = None
 
-    def _pass(self, pace: Pace | None) -> int:
+    def _pass(self, pace: Pace) -> int:
         found = IDLE
         for lane in list(self._active):
             found = max(found, self._advance(lane))
-        if found == MOVED or pace is None:
+        if found == MOVED:
             return found
         now = time.monotonic()
         if self._poll.due(now):

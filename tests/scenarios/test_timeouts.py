@@ -89,12 +89,19 @@ CALLS = [
     "pg.allgather_object('x', timeout=T)",
     "pg.monitored_barrier(T)",
     "pg.monitored_barrier(T, True)",
+    "polled(pg.barrier(T))",
 ]
+POLLED = """
+def polled(work):
+    while not work.is_completed():
+        pass
+    return work
+"""
 
 
 @twice
 def test_calls_at_half_a_second(job):
-    keeps_deadlines(job, CALLS, 0.5)
+    keeps_deadlines(job, CALLS, 0.5, POLLED)
 
 
 @twice
