@@ -94,9 +94,10 @@ def _checked_keys(keys: object) -> list[str]:
 class KeyValueStore(abc.ABC):
     """What `FileStore`, `TCPStore` and `PrefixStore` have in common: the calls.
 
-    All calls may be made by several threads at once.  An error leaves the store usable.
+    All calls may be made by several threads at once, and raise the same.  An error leaves the store
+    usable.
 
-    Raises (all calls):
+    Raises:
         InvalidCallError: an argument is wrong.
         GroupClosedError: after `close`.
         TransportError: the folder or the connection failed; `code` is the errno.
