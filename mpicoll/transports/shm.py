@@ -98,17 +98,17 @@ class ShmTransport(Transport):
         if self.size >= SHARED_WORK:
             yield from self._allreduce_shared(plan, array)
         else:
-            yield from self._in_chunks(plan, array, array, self.size)
+            yield from self._in_chunks(plan, array, self.size)
 
-    def _in_chunks(self, plan: Reduction, array: Array, out: Array | None, upto: int) -> Steps:
-        """Reduce the first `upto` ranks' arrays, chunk by chunk, into `out` (None: nowhere)."""
+    def _in_chunks(self, plan: Reduction, array: Array, upto: int) -> Steps:
+        """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
         for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
             slots = self._memory.slots(c, plan.wire)
             _encode(plan, array[start:end], slots[self.rank][: end - start])
             self._announce(c + 1)
             yield from self._all_seen(c + 1)
-            if out is not None and upto:
-                _fold(plan, [s[: end - start] for s in slots[:upto]], out[start:end])
+            if upto:
+                _fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
         self._announce(_END)
 
     def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
@@ -175,12 +175,12 @@ class ShmTransport(Transport):
     def scan(self, call: Call) -> Steps:
         plan, array = _reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, array, self.rank + 1)
+        yield from self._in_chunks(plan, array, self.rank + 1)
 
     def exscan(self, call: Call) -> Steps:
         plan, array = _reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, array, self.rank)
+        yield from self._in_chunks(plan, array, self.rank)
 
     # ---- what only moves ----
 
