@@ -27,8 +27,6 @@ _REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
-_POSTED = struct.Struct(f"{_FIELDS}q")  # a record on the board, after its number; the extent
-
 _NEWS = 0.05  # seconds that a notice may take to come
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
@@ -68,7 +66,8 @@ class Arrival:
     def steps(self, call: Call, seq: int) -> Steps:
         """Wait until every rank has arrived at a call, and compare.
 
-        Fills in `call.largest`, so that what depends on size is decided alike everywhere.
+        Fills in `call.largest`, so that what depends on size is decided alike everywhere, and
+        sets `call.count` to UNEVEN on all ranks where their counts differ.
 
         Raises:
             CollectiveMismatchError: the calls differ, or a rank's call was refused.
@@ -84,8 +83,13 @@ class Arrival:
         differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
         if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
             yield from self._compare_pairs(call, seq)
+            call.count = UNEVEN
             return
         yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
+
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Return whether all have arrived without a wait: never, over MPI."""
+        return False
 
     def _meet(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
@@ -166,30 +170,27 @@ class BoardArrival(Arrival):
         super().__init__(comm, peers)
         self._memory = memory
 
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Arrive, and return whether all others are there within a moment and call the same.
+
+        If not, nothing is lost: `steps` arrives once more, in the same words.
+        """
+        extent = call.extent
+        if not self._memory.post(_record(call, seq), extent) or self._memory.any_left(seq):
+            return False
+        call.largest = extent
+        return True
+
     def _meet(self, record: Record, extent: int) -> Meets:
         memory, seq = self._memory, record[_SEQ]
-        mine = memory.record_at(self._rank, seq)
-        _POSTED.pack_into(memory.bytes, mine + 8, *record[1:], extent)
-        memory.fence()
-        memory.words[mine // 8] = seq
-        alike, largest = True, extent
-        there = memory.bytes[mine : mine + 8 * _FIELDS]
+        if memory.post(record, extent):
+            return record, record, extent
         for rank in memory.peers:
-            at = memory.record_at(rank, seq)
-            yield from memory.reached(at // 8, seq)
-            alike = alike and memory.bytes[at : at + 8 * _FIELDS] == there
-            largest = max(largest, memory.words[at // 8 + _FIELDS])
-        if alike:
-            return record, record, largest
-        rows = [
-            memory.words[memory.record_at(r, seq) // 8 :][:_FIELDS].tolist()
-            for r in range(self._size)
-        ]
-        return (
-            tuple(map(max, zip(*rows, strict=True))),
-            tuple(map(min, zip(*rows, strict=True))),
-            largest,
-        )
+            yield from memory.arrived(rank, seq)
+        rows = memory.records(seq)
+        largest = max(row[_FIELDS] for row in rows)
+        columns = list(zip(*rows, strict=True))[:_FIELDS]
+        return tuple(map(max, columns)), tuple(map(min, columns)), largest
 
     def check_left(self, seq: int) -> None:
         for rank in self._memory.peers:
@@ -204,7 +205,7 @@ class BoardArrival(Arrival):
 
     def has_arrived(self, rank: int, seq: int) -> bool:
         """Return whether a rank's record of call `seq` is there."""
-        return self._memory.words[self._memory.record_at(rank, seq) // 8] >= seq
+        return self._memory.has_posted(rank, seq)
 
 
 def _explain(seq: int, rows: list[tuple[object, ...]], *, order_lost: bool) -> str:

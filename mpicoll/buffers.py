@@ -97,7 +97,7 @@ def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
             f"{name} must be writable, as the result lands in it, but got a read-only "
             f"{type(owner).__name__}: pass a copy, such as np.array({name})"
         )
-    flat = array.ravel()
+    flat = array if array.ndim == 1 else array.ravel()
     if flat.dtype is not dtype.storage:
         flat = flat.view(dtype.storage)
     return Buffer(owner, flat, dtype, array.shape, writable)
@@ -228,7 +228,15 @@ class Blocks:
     @classmethod
     def single(cls, buffer: Buffer) -> Blocks:
         """One block: the whole buffer."""
-        return cls((buffer,), (buffer.count,), buffer.array)
+        blocks = cls.__new__(cls)  # without the sums: every call makes one of these
+        blocks.buffers = (buffer,)
+        blocks.total = count = buffer.count
+        blocks.counts = (count,)
+        blocks.displs = (0,)
+        blocks.dtype = buffer.dtype
+        blocks.nbytes = buffer.nbytes
+        blocks._whole = buffer.array
+        return blocks
 
     @classmethod
     def split(cls, buffer: Buffer, counts: Sequence[int]) -> Blocks:

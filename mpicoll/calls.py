@@ -74,7 +74,6 @@ class Call:
         send, recv: what is read and what is written; the same object where in place.
         count: elements of one block; arrival compares it between ranks.
         digest: whatever else must be equal on all ranks, in 63 bits.
-        seq: the call's number in its group, from 1; 0 for a message.
         refused: why this rank's arguments were refused; such a call only arrives.
         leaving: this rank ends; such a call only arrives, and peers in another call raise.
         parts: the members of a coalesced call.
@@ -93,7 +92,6 @@ class Call:
     tag: int = 0
     count: int = 0
     digest: int = 0
-    seq: int = 0
     refused: str = ""
     leaving: bool = False
     parts: tuple[Call, ...] = ()
@@ -112,6 +110,8 @@ class Call:
     @property
     def extent(self) -> int:
         """Elements that this rank sends or receives, whichever is more."""
+        if self.send is self.recv and self.send is not None:
+            return self.send.total
         if self.parts:
             return max(part.extent for part in self.parts)
         sent = 0 if self.send is None else self.send.total

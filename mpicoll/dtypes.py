@@ -7,7 +7,6 @@ What has no exact rule is refused, with the remedy; nothing is ever approximated
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -157,8 +156,13 @@ def reduction(dtype: DType, op: ReduceOp, size: int) -> Reduction:
     Raises:
         UnsupportedError: there is no exact rule; the message says what to do instead.
     """
-    # Factors come in any number, so plans with one are not kept.
-    return _kept(dtype, op, size) if op.factor is None else _plan(dtype, op, size)
+    if op.factor is not None:  # factors come in any number, so plans with one are not kept
+        return _plan(dtype, op, size)
+    key = dtype.code, op.code, size
+    plan = _kept.get(key)
+    if plan is None:
+        plan = _kept[key] = _plan(dtype, op, size)
+    return plan
 
 
 def _plan(dtype: DType, op: ReduceOp, size: int) -> Reduction:
@@ -180,7 +184,7 @@ def _plan(dtype: DType, op: ReduceOp, size: int) -> Reduction:
     raise _refused(dtype, op, "cast to float64, for which NaN give one answer on every rank")
 
 
-_kept = functools.lru_cache(maxsize=1024)(_plan)
+_kept: dict[tuple[int, int, int], Reduction] = {}
 
 
 def _refused(dtype: DType, op: ReduceOp, remedy: str) -> UnsupportedError:

@@ -739,23 +739,37 @@ class ProcessGroup:
         lane.seq += 1
         seq = lane.seq
         try:
-            limit = seconds(timeout, self._timeout)
-            self._raise_unfetched()
+            limit = self._timeout if timeout is None else seconds(timeout, self._timeout)
+            if lane.unfetched is not None:
+                self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
-            _refuse_busy(call)
+            if engine.busy:
+                _refuse_busy(call)
         except Exception as error:
             self._arrive_refused(kind, seq, error)
             raise
-        work = Work(lane, call, seq, iter(()), limit, self._recorder)  # type: ignore[arg-type]
-        work.steps = self._steps(work, then)
-        engine.launch(work)
+        work = Work(lane, call, seq, limit, self._recorder)
+        if then is not None or not engine.at_once(work, self._at_once):
+            engine.launch(work, self._steps(work, then))
         return work
 
+    def _at_once(self, call: Call, seq: int) -> bool:
+        """Carry out a call whose data ride on the records, if all others are there already."""
+        if not (self._transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
+            return False
+        self._transport.finish(call, seq)
+        return True
+
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
-        work.call.seq = work.seq
-        self._transport.prepare(work.call)
-        yield from self._arrival.steps(work.call, work.seq)
-        yield from self._transport.steps(work.call) if then is None else then(work)
+        call, seq = work.call, work.seq
+        self._transport.prepare(call, seq)
+        yield from self._arrival.steps(call, seq)
+        if then is not None:
+            yield from then(work)
+        elif self._transport.rides(call):
+            self._transport.finish(call, seq)
+        else:
+            yield from self._transport.steps(call)
 
     def _message(self, kind: str, timeout: object, check: Callable[[], Call]) -> Work:
         """Launch a send or recv: it takes no number and waits for no queue."""
@@ -763,17 +777,18 @@ class ProcessGroup:
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
-        _refuse_busy(call)
+        if engine.busy:
+            _refuse_busy(call)
         move = self._transport.send if kind == "send" else self._transport.recv
-        work = Work(self._lane, call, 0, move(call), limit, self._recorder)
-        engine.launch(work)
+        work = Work(self._lane, call, 0, limit, self._recorder)
+        engine.launch(work, move(call))
         return work
 
     def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:
         """Let the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         steps = self._arrival.steps(call, seq)
-        engine.launch(Work(self._lane, call, seq, steps, self._timeout, self._recorder))
+        engine.launch(Work(self._lane, call, seq, self._timeout, self._recorder), steps)
         if self._size > 1:
             with contextlib.suppress(MpicollError):
                 engine.background()
@@ -783,8 +798,7 @@ class ProcessGroup:
         self._lane.seq += 1
         call = Call("shutdown", leaving=True)
         steps = self._arrival.steps(call, self._lane.seq)
-        timeout = self._timeout
-        engine.launch(Work(self._lane, call, self._lane.seq, steps, timeout, self._recorder))
+        engine.launch(Work(self._lane, call, self._lane.seq, self._timeout, self._recorder), steps)
 
     def _usable(self) -> None:
         engine.check_process()
@@ -807,8 +821,6 @@ class ProcessGroup:
 
 def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
-    if not engine.busy:
-        return
     reads, writes = call.spans()
     for task in engine.unfinished():
         their_reads, their_writes = task.call.spans()
@@ -887,8 +899,8 @@ def new_group(
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
     steps = _create(parent, lane, call, lane.seq, backend)
-    work = Work(lane, call, lane.seq, steps, limit, recorder)
-    engine.launch(work)
+    work = Work(lane, call, lane.seq, limit, recorder)
+    engine.launch(work, steps)
     engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
     if refusal is not None:
         if parent.Get_size() > 1:

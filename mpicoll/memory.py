@@ -4,11 +4,11 @@ Not an MPI window: windows are freed collectively, run out, and die of SIGBUS wh
 full.  The file is reserved when it is made and unlinked as soon as all have opened it, so nothing
 stays behind, whatever becomes of the processes.
 
-Each rank owns a page of control words and two slots for data:
+Each rank owns a page of control words and two each of two kinds of room for data:
 
-    page   two records that alternate (arrival.py), a flag, the call that the rank left,
-           two payloads that alternate
-    slots  `SLOT` bytes each, in turn written by the owner and read by the others
+    page      two records that alternate (arrival.py), a flag, the call that the rank left
+    payloads  `PAYLOAD` bytes each, one per record: data that is there when the record is
+    slots     `SLOT` bytes each, in turn written by the owner and read by the others
 
 A rank writes only in its own page and slots.  What a flag announces is written before the flag.
 """
@@ -20,6 +20,7 @@ import functools
 import mmap
 import os
 import platform
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Generator
@@ -32,11 +33,12 @@ from .library import IDLE, MOVED, MPI, Steps, until
 Array = np.ndarray[Any, Any]
 
 SLOT = 256 * 1024  # bytes: what stays in the cache between being written and being read
-PAYLOAD = 1024  # bytes that ride along with a record
+PAYLOAD = 256 * 1024  # bytes that ride along with a record
 SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
-_STRIDE = _PAGE + 2 * SLOT
+_STRIDE = _PAGE + 2 * PAYLOAD + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
+_SAID = struct.Struct("8q")  # a record after its number, and the extent
 _FOLDER = "/dev/shm"
 
 
@@ -62,38 +64,78 @@ class NodeMemory:
         self.rank, self.size = rank, size
         self._map = mmap.mmap(file, size * _STRIDE)
         self.words = memoryview(self._map).cast("q")
-        self.bytes = memoryview(self._map)
         # A peer on a core of its own is there in a moment; on ours it needs the core.
         self._spins = range(SPINS if size <= len(os.sched_getaffinity(0)) else 0)
         self.peers = [r for r in range(size) if r != rank]
-        whole = np.frombuffer(self._map, dtype=np.uint8)
-        self._slots = [
-            [whole[self._slot_at(r, side) :][:SLOT] for r in range(size)] for side in (0, 1)
-        ]
-        self._payloads = [
-            [whole[r * _STRIDE + _PAYLOAD_AT + side * PAYLOAD :][:PAYLOAD] for r in range(size)]
-            for side in (0, 1)
-        ]
+        self._whole = np.frombuffer(self._map, dtype=np.uint8)
+        self._views: dict[np.dtype[Any], tuple[list[list[Array]], list[list[Array]]]] = {}
         self._left = [(r * _STRIDE + 2 * _RECORD) // 8 + 1 for r in range(size)]
         self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
         self.fence = _fence()
 
-    @staticmethod
-    def _slot_at(rank: int, side: int) -> int:
-        return rank * _STRIDE + _PAGE + side * SLOT
+    def post(self, record: tuple[int, ...], extent: int) -> bool:
+        """Publish this rank's record of a call; true if all others' are there and the same.
+
+        Looks at them for a moment only.  The record begins with the number of the call, at which
+        the others look: it is written last.
+        """
+        seq, said = record[0], _SAID.pack(*record[1:], extent)
+        words, whole = self.words, self._map
+        first = (seq & 1) * _RECORD
+        at = self.rank * _STRIDE + first
+        whole[at + 8 : at + 72] = said
+        self.fence()
+        words[at >> 3] = seq
+        alike = True
+        for rank in self.peers:
+            at = rank * _STRIDE + first
+            word = at >> 3
+            if words[word] != seq:
+                for _ in self._spins:
+                    if words[word] == seq:
+                        break
+                else:
+                    return False
+            self.fence()
+            alike = alike and whole[at + 8 : at + 72] == said
+        return alike
+
+    def has_posted(self, rank: int, seq: int) -> bool:
+        """Return whether a rank's record of call `seq` is there."""
+        return self.words[self._record_at(rank, seq) >> 3] >= seq
+
+    def arrived(self, rank: int, seq: int) -> Steps:
+        """Wait until a rank's record of call `seq` is there."""
+        return self.reached(self._record_at(rank, seq) >> 3, seq)
+
+    def records(self, seq: int) -> list[list[int]]:
+        """Return the records of call `seq`, by rank, each with the extent behind it."""
+        starts = [self._record_at(r, seq) >> 3 for r in range(self.size)]
+        return [self.words[at : at + 9].tolist() for at in starts]
 
     @staticmethod
-    def record_at(rank: int, seq: int) -> int:
-        """Return where a rank's record of call `seq` lies, in bytes."""
+    def _record_at(rank: int, seq: int) -> int:
         return rank * _STRIDE + (seq & 1) * _RECORD
 
-    def payloads(self, seq: int) -> list[Array]:
+    def payloads(self, seq: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return what rides along with the records of call `seq`, by rank."""
-        return self._payloads[seq & 1]
+        return (self._views.get(dtype) or self._view(dtype))[0][seq & 1]
 
     def slots(self, chunk: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return the slots that hold a chunk, by rank."""
-        return [slot.view(dtype) for slot in self._slots[chunk & 1]]
+        return (self._views.get(dtype) or self._view(dtype))[1][chunk & 1]
+
+    def _view(self, dtype: np.dtype[Any]) -> tuple[list[list[Array]], list[list[Array]]]:
+        # Kept, because slicing and viewing all of them takes longer than a small call.
+        def rooms(first: int, length: int) -> list[list[Array]]:
+            return [
+                [self._whole[r * _STRIDE + at :][:length].view(dtype) for r in range(self.size)]
+                for at in (first, first + length)
+            ]
+
+        views = rooms(_PAGE, PAYLOAD), rooms(_PAGE + 2 * PAYLOAD, SLOT)
+        self._views[dtype] = views
+        return views
 
     def leave(self, seq: int) -> None:
         """Mark that this rank takes part in no call from `seq` on."""
@@ -102,6 +144,14 @@ class NodeMemory:
     def has_left(self, rank: int, seq: int) -> bool:
         """Return whether a rank has marked that it takes no part in call `seq`."""
         return 0 < self.words[self._left[rank]] <= seq
+
+    def any_left(self, seq: int) -> bool:
+        """Return whether any rank has marked that it takes no part in call `seq`."""
+        words = self.words
+        for word in self._left:
+            if words[word] and words[word] <= seq:
+                return True
+        return False
 
     def announce(self, flag: int) -> None:
         """Raise this rank's flag: all that was written before is there for who sees it."""
@@ -129,9 +179,6 @@ class NodeMemory:
         """Wait until all others have raised their flags at least to `flag`."""
         for rank in self.peers:
             yield from self.seen(rank, flag)
-
-
-_PAYLOAD_AT = _PAGE - 2 * PAYLOAD
 
 
 def share(comm: MPI.Intracomm) -> Shares:

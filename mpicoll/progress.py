@@ -78,11 +78,12 @@ class Task:
         "timeout",
     )
 
-    def __init__(self, lane: Lane, call: Call, seq: int, steps: Steps, timeout: float) -> None:
+    steps: Steps  # given at the launch
+
+    def __init__(self, lane: Lane, call: Call, seq: int, timeout: float) -> None:
         self.lane = lane
         self.call = call
         self.seq = seq
-        self.steps = steps
         self.timeout = timeout
         self.called = time.monotonic()
         self.deadline = self.called + timeout
@@ -117,7 +118,7 @@ class Lane:
         self.closed = ""
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
-        self.last_finished = "nothing"
+        self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.farewell: Callable[[], None] | None = None
         self.peers = Peers(comm, self._where)
 
@@ -126,7 +127,8 @@ class Lane:
         if self.queue:
             head = self.queue[0]
             return head.seq, True, f"is in call #{head.seq}, {head.call.describe()}"
-        return self.seq, False, f"is in no call of this group; last finished {self.last_finished}"
+        last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
+        return self.seq, False, f"is in no call of this group; last finished {last}"
 
 
 class Pace:
@@ -195,6 +197,7 @@ class Engine:
         self._failed: str = ""  # the uncaught exception that ends this process
         self._follows = False  # it was a peer's error
         self._hooked = False
+        self._forked = False
 
     # ---- what groups call ----
 
@@ -209,7 +212,7 @@ class Engine:
 
     def check_process(self) -> None:
         """Refuse a forked child, and a process that has finalized MPI."""
-        if self._hooked and os.getpid() != self._pid:
+        if self._forked:
             raise GroupClosedError(
                 f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
                 "use mpicoll in the parent only"
@@ -217,8 +220,32 @@ class Engine:
         if MPI.Is_finalized():
             raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")
 
-    def launch(self, task: Task) -> None:
+    def at_once(self, task: Task, attempt: Callable[[Call, int], bool]) -> bool:
+        """Have a call carried out in one go, and return whether that could be.
+
+        Not where anything else is under way, which would have to come first.  An attempt that
+        returns False has done nothing that the task's steps don't do again.
+        """
+        if self._active or not self._enter():
+            return False
+        try:
+            if self._active or not attempt(task.call, task.seq):
+                return False
+            self._settle(task, None)
+            self._hear(task.called)  # who never waits answers its peers' questions, too
+            return True
+        except Exception as error:
+            self._end(task, translate(error, task.call.kind))
+            return True
+        except BaseException as error:
+            self._end(task, _interrupted(error, task))
+            raise
+        finally:
+            self._exit()
+
+    def launch(self, task: Task, steps: Steps) -> None:
         """Enter a task, and take it as far as its first wait if it is its lane's head."""
+        task.steps = steps
         if not self._enter():
             self._handed.append(lambda: self._admit(task))
             return
@@ -352,12 +379,18 @@ class Engine:
         if found == MOVED:
             return found
         now = time.monotonic()
-        if self._poll.due(now):
-            for lane in self._to_hear():
-                if self._listen(lane):
-                    found = MOVED
+        if self._hear(now):
+            found = MOVED
         self._look_at_clock(now, pace)
         return found
+
+    def _hear(self, now: float) -> bool:
+        """Every few milliseconds read what peers say; return whether it ended a task."""
+        ended = False
+        if self._poll.due(now):
+            for lane in self._to_hear():
+                ended = self._listen(lane) or ended
+        return ended
 
     def _to_hear(self) -> list[Lane]:
         """Return the lanes to listen to now: the active ones, and some others in turn."""
@@ -387,9 +420,7 @@ class Engine:
         except Exception as error:
             self._end(task, translate(error, task.call.kind))
         except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
-            self._end(
-                task, GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
-            )
+            self._end(task, _interrupted(error, task))
             raise
         return MOVED
 
@@ -397,18 +428,22 @@ class Engine:
         lane = task.lane
         with contextlib.suppress(ValueError):
             (lane.queue if task.queued else lane.beside).remove(task)
-        task.done = True
-        task.error = error
-        if error is None:
-            lane.last_finished = f"{task.call.kind} #{task.seq}"
-        elif not error.breaks_group:
-            error.__traceback__ = None  # its frames hold the task, which a drop should free
-        task.ended()
-        self._calls.extend(task.callbacks)
+        self._settle(task, error)
         if error is not None and error.breaks_group:
             self._abandoned.append(task)
             seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
             self._break(lane, error, seq, arrived=task.queued)
+
+    def _settle(self, task: Task, error: MpicollError | None) -> None:
+        task.done = True
+        task.error = error
+        if error is None:
+            task.lane.finished = task.call.kind, task.seq
+        elif not error.breaks_group:
+            error.__traceback__ = None  # its frames hold the task, which a drop should free
+        task.ended()
+        if task.callbacks:
+            self._calls.extend(task.callbacks)
 
     def _give_up(self, lane: Lane, error: BaseException) -> None:
         under_way = bool(lane.queue)
@@ -529,6 +564,10 @@ class Engine:
 
         sys.excepthook = excepthook
         atexit.register(self._leave)
+        os.register_at_fork(after_in_child=self._note_fork)
+
+    def _note_fork(self) -> None:
+        self._forked = True
 
     def _leave(self) -> None:
         """Finish what is under way; where that can't be, end the job instead of hanging in it."""
@@ -600,6 +639,10 @@ def _from_a_peer(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _interrupted(error: BaseException, task: Task) -> GroupBrokenError:
+    return GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
 
 
 def _look_ahead(task: Task) -> float:

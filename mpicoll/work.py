@@ -10,7 +10,6 @@ from typing import Any
 from .calls import Call
 from .config import seconds
 from .errors import InvalidCallError
-from .library import Steps
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder
 
@@ -25,25 +24,11 @@ class Work(Task):
     __slots__ = ("_entry", "_recorder")
 
     def __init__(
-        self,
-        lane: Lane,
-        call: Call,
-        seq: int,
-        steps: Steps,
-        timeout: float,
-        recorder: Recorder,
+        self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
     ) -> None:
-        super().__init__(lane, call, seq, steps, timeout)
+        super().__init__(lane, call, seq, timeout)
         self._recorder = recorder
-        dtype = call.dtype
-        self._entry: Entry = recorder.note(
-            seq,
-            call.kind,
-            "" if dtype is None else dtype.name,
-            call.count,
-            "" if call.op is None else call.op.name,
-            call.root,
-        )
+        self._entry: Entry = recorder.note(seq, call, self.called)
 
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
@@ -70,7 +55,8 @@ class Work(Task):
         Raises:
             MpicollError: what became of the call; its class says in which state the group is.
         """
-        engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
+        if not self.done or timeout is not None:
+            engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
         error = self.exception()
         if error is not None:
             raise error

@@ -25,8 +25,16 @@ class Transport(ABC):
     rank: int
     size: int
 
-    def prepare(self, call: Call) -> None:  # noqa: B027  (most have nothing to do)
-        """Do what should be done before this rank arrives."""
+    def prepare(self, call: Call, seq: int) -> bool:
+        """Before this rank arrives: give what can ride along with its record; true if it does."""
+        return False
+
+    def rides(self, call: Call) -> bool:
+        """After all have arrived: return whether all data rode along; alike on all ranks."""
+        return False
+
+    def finish(self, call: Call, seq: int) -> None:
+        """Carry out a call whose data rode along."""
 
     def steps(self, call: Call) -> Steps:
         """Carry out a call."""
