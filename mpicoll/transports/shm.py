@@ -1,8 +1,8 @@
 """Collectives through the node's shared memory: copy a chunk in, raise a flag, read the others'.
 
 What reduces is reduced from the slots, in rank order, so that all ranks and all runs get the same
-bits.  What only moves goes through the slots while it is small; larger, one copy by the MPI library
-beats two by us.
+bits.  What only moves goes through the slots while it is small; larger, one copy straight from the
+peer's array beats two.
 
 A flag counts the rounds of one primitive; `epoch` numbers the primitives, alike on all ranks.
 Slots alternate: round c writes where round c - 2 was, which all have read once they have announced
@@ -12,6 +12,7 @@ round c - 1.  Arrival separates the calls; inside a call a primitive waits for t
 from __future__ import annotations
 
 import contextvars
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,16 @@ import numpy as np
 from ..buffers import Blocks
 from ..calls import KINDS, PAIRWISE, UNEVEN, Call
 from ..dtypes import Reduction
-from ..library import MPI, Steps
+from ..library import MOVED, MPI, Steps
 from ..memory import PAYLOAD, SLOT, NodeMemory
+from . import direct
 from .base import Transport
 from .mpi import MpiTransport
 
 Array = np.ndarray[Any, Any]
 
-MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is left to the MPI library
+MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is read from the peer's own array
+READ = 2**26  # bytes of one such read: others get their turn in between
 SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
 
 _ROUNDS = 24  # bits of a flag that count rounds
@@ -60,6 +63,7 @@ class ShmTransport(Transport):
         self.rank, self.size = memory.rank, memory.size
         self._epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
+        self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
 
     # ---- what rides along with the records ----
     #
@@ -235,7 +239,7 @@ class ShmTransport(Transport):
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
         if blocks.nbytes > MOVE_LIMIT:
-            yield from self._mpi.broadcast(call)
+            yield from self._move_large(call, self._mpi.broadcast)
             return
         array = blocks.flat().view(np.uint8)
         yield from self._begin()
@@ -254,7 +258,7 @@ class ShmTransport(Transport):
     def allgather(self, call: Call) -> Steps:
         assert call.send is not None and call.recv is not None
         if self._large(call):
-            yield from self._mpi.allgather(call)
+            yield from self._move_large(call, self._mpi.allgather)
             return
         mine, blocks = _octets(call.send)[0], _octets(call.recv)
         yield from self._begin()
@@ -272,7 +276,7 @@ class ShmTransport(Transport):
 
     def gather(self, call: Call) -> Steps:
         if self._large(call):
-            yield from self._mpi.gather(call)
+            yield from self._move_large(call, self._mpi.gather)
             return
         assert call.send is not None
         mine = _octets(call.send)[0]
@@ -298,7 +302,7 @@ class ShmTransport(Transport):
 
     def scatter(self, call: Call) -> Steps:
         if self._large(call):
-            yield from self._mpi.scatter(call)
+            yield from self._move_large(call, self._mpi.scatter)
             return
         assert call.recv is not None
         into = _octets(call.recv)[0]
@@ -326,7 +330,7 @@ class ShmTransport(Transport):
 
     def alltoall(self, call: Call) -> Steps:
         if self._large(call):
-            yield from self._mpi.alltoall(call)
+            yield from self._move_large(call, self._mpi.alltoall)
             return
         assert call.send is not None and call.recv is not None
         sends, recvs = _octets(call.send), _octets(call.recv)
@@ -349,6 +353,66 @@ class ShmTransport(Transport):
                     yield from self._seen(r, c + 1)
                     into[...] = slots[r][self.rank * room :][: into.size]
         self._announce(_END)
+
+    # ---- large moves: everyone reads what it gets from the arrays of the others ----
+
+    def _move_large(self, call: Call, by_mpi: Callable[[Call], Steps]) -> Steps:
+        yield from self._begin()
+        if self._reads is None:
+            yield from self._try_reading()
+            yield from self._begin()
+        if self._reads:
+            yield from self._read(call)
+        else:
+            self._announce(_END)
+            yield from by_mpi(call)
+
+    def _try_reading(self) -> Steps:
+        """Find out, with all others, whether each may read its neighbour's memory."""
+        slots = self._memory.slots(0, np.dtype(np.int64))
+        secret = np.frombuffer(os.urandom(8), dtype=np.int64)
+        mine = slots[self.rank]
+        mine[:3] = os.getpid(), secret.ctypes.data, secret[0]
+        self._announce(1)
+        yield from self._all_seen(1)
+        process, address, word = slots[(self.rank + 1) % self.size][:3].tolist()
+        mine[3] = direct.can_read(process, address, word)
+        self._announce(2)
+        yield from self._all_seen(2)
+        self._reads = all(slot[3] for slot in slots)
+        self._processes = [int(slot[0]) for slot in slots]
+        self._announce(_END)
+
+    def _read(self, call: Call) -> Steps:
+        memory, own, recv = self._memory, self.rank, call.recv
+        slots = memory.slots(1, np.dtype(np.int64))
+        blocks = [] if call.send is None else _octets(call.send)
+        slots[own][: len(blocks)] = [block.ctypes.data for block in blocks]
+        self._announce(1)
+        if recv is not None:
+            yield from self._read_blocks(call, recv, blocks, slots)
+        self._announce(_END)
+        yield from memory.all_seen(self._flag(_END))  # until then the peers read our array
+
+    def _read_blocks(
+        self, call: Call, recv: Blocks, gives: list[Array], slots: list[Array]
+    ) -> Steps:
+        # One source, or all, each rank beginning with its neighbour, so that they don't meet.
+        one = call.kind in ("broadcast", "scatter")
+        sources = [call.root] if one else [(self.rank + i) % self.size for i in range(self.size)]
+        for r in sources:
+            into = recv.block(0 if one else r).view(np.uint8)
+            if not into.size or (r == self.rank and call.kind == "broadcast"):
+                continue
+            if r == self.rank:
+                into[...] = gives[r if len(gives) > 1 else 0]
+                continue
+            yield from self._seen(r, 1)
+            parted = call.kind in ("scatter", "alltoall", "all_to_all_single")
+            address = int(slots[r][self.rank if parted else 0])
+            for start, end in _spans(into.size, READ):
+                direct.read(self._processes[r], address + start, into[start:end])
+                yield MOVED
 
     def send(self, call: Call) -> Steps:
         return self._mpi.send(call)

@@ -1,4 +1,4 @@
-"""Shared memory with ranks out of step: random delays before every flag and after every wait."""
+"""Shared memory with ranks out of step: random delays before and after all that they share."""
 
 import random
 import time
@@ -6,12 +6,20 @@ import time
 import pytest
 
 from mpicoll.cli.trials import TRIALS
+from mpicoll.transports import shm
 
 
-@pytest.mark.parametrize("count", [5, 1000, 200_000])
-def test_every_collective_with_delays_in_every_step(fresh, count):
+@pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
+@pytest.mark.parametrize("count", [5, 20_000, 200_000])
+def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypatch):
     if fresh.name() != "shm":
         pytest.skip("the group doesn't go through shared memory")
+    if way != "ride":
+        monkeypatch.setattr(shm, "PAYLOAD", 0)
+    if way in ("read", "MPI"):
+        monkeypatch.setattr(shm, "MOVE_LIMIT", 0)
+    if way == "MPI":  # as where the system doesn't permit reading
+        monkeypatch.setattr(fresh._transport, "_reads", False)
     memory, dice = fresh._transport._memory, random.Random(1000 * count + fresh.rank())
     announce, reached = memory.announce, memory.reached
 
@@ -27,7 +35,18 @@ def test_every_collective_with_delays_in_every_step(fresh, count):
         yield from reached(word, value)
         dawdle()
 
+    post, payloads = memory.post, memory.payloads
+
+    def late_post(record, extent):
+        dawdle()
+        return post(record, extent)
+
+    def late_payloads(seq, dtype):  # before they are written, and before they are read
+        dawdle()
+        return payloads(seq, dtype)
+
     memory.announce, memory.reached = late_announce, late_reached
+    memory.post, memory.payloads = late_post, late_payloads
     for _ in range(3):
         for name, make in TRIALS.items():
             trial = make(fresh, count)
