@@ -7,7 +7,7 @@ stays behind, whatever becomes of the processes.
 Each rank owns a page of control words and two slots for data:
 
     page   two records that alternate (arrival.py), a flag, the call that the rank left,
-           two payloads that alternate
+           two payloads that alternate; on rank 0's two outcomes of arrivals across nodes
     slots  `SLOT` bytes each, in turn written by the owner and read by the others
 
 A rank writes only in its own page and slots.  What a flag announces is written before the flag.
@@ -37,6 +37,7 @@ SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
 _STRIDE = _PAGE + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
+_OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _FOLDER = "/dev/shm"
 
 
@@ -86,6 +87,11 @@ class NodeMemory:
     def record_at(rank: int, seq: int) -> int:
         """Return where a rank's record of call `seq` lies, in bytes."""
         return rank * _STRIDE + (seq & 1) * _RECORD
+
+    @staticmethod
+    def outcome_at(seq: int) -> int:
+        """Return where rank 0 puts what its node hears of call `seq` from others, in bytes."""
+        return _OUTCOME_AT + (seq & 1) * _OUTCOME
 
     def payloads(self, seq: int) -> list[Array]:
         """Return what rides along with the records of call `seq`, by rank."""
@@ -173,3 +179,11 @@ def share(comm: MPI.Intracomm) -> Shares:
     if file >= 0:
         os.close(file)
     return shared
+
+
+def whereabouts() -> int:
+    """Return a number that differs between containers which share a host name but no memory."""
+    try:
+        return os.stat(_FOLDER).st_dev
+    except OSError:
+        return 0
