@@ -100,7 +100,8 @@ class Arrival:
         if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
             yield from self._compare_pairs(call, seq)
             return
-        yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
+        lost = "The order of the calls is lost" if _SEQ in differing else ""
+        yield from self._mismatch(call, seq, lost)
 
     def _meet(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
@@ -133,7 +134,7 @@ class Arrival:
                 f"which sends {comes[j]}"
                 for j in odd
             )
-            yield from self._mismatch(call, seq, order_lost=False, said=said)
+            yield from self._mismatch(call, seq, said=said)
 
     def _pair_counts(self, call: Call) -> tuple[list[int], list[int]]:
         """Return how many elements this rank sends to, and expects from, each rank."""
@@ -153,15 +154,16 @@ class Arrival:
             sends, expects = list(call.send.counts), list(call.recv.counts)
         return sends, expects
 
-    def _mismatch(self, call: Call, seq: int, *, order_lost: bool, said: str = "") -> Steps:
-        """Gather who called what, and raise it on every rank."""
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        """Gather who called what, and raise it on every rank; `lost` says why the group is."""
         text = (said or call.describe()).encode()[:_TEXT]
         mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
         everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
         yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
-        if (call.refused and not order_lost) or call.leaving:
-            return  # this rank has raised its own, more precise error
         rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
+        alike = all(row[_STATE] == _REFUSED for row in rows)
+        if call.leaving or (call.refused and (alike or not lost)):
+            return  # this rank has raised its own, more precise error
         for rank, row in zip(self._ranks(), rows, strict=True):
             if row[_STATE] == _LEAVING:
                 raise RemoteRankError(
@@ -170,7 +172,7 @@ class Arrival:
                     rank=rank,
                 )
         raise CollectiveMismatchError(
-            _explain(seq, self._ranks(), rows, order_lost=order_lost), breaks_group=order_lost
+            _explain(seq, self._ranks(), rows, lost), breaks_group=bool(lost)
         )
 
     def _ranks(self) -> Sequence[int]:
@@ -289,9 +291,10 @@ class NodesArrival(BoardArrival):
         both = _BOTH.unpack_from(memory.bytes, at + 8)
         return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
 
-    def _mismatch(self, call: Call, seq: int, *, order_lost: bool, said: str = "") -> Steps:
-        alone = self._asked is self._near_comm
-        yield from super()._mismatch(call, seq, order_lost=order_lost or alone, said=said)
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        if self._asked is self._near_comm:
+            lost = lost or "checks='node': the other nodes don't know of it"
+        yield from super()._mismatch(call, seq, lost, said)
 
     def _ranks(self) -> Sequence[int]:
         return self._near if self._asked is self._near_comm else super()._ranks()
@@ -301,9 +304,7 @@ class NodesArrival(BoardArrival):
         Arrival.check_left(self, seq)
 
 
-def _explain(
-    seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], *, order_lost: bool
-) -> str:
+def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], lost: str) -> str:
     """Say who called what, and name the odd ones out where there is a majority."""
     same: dict[tuple[object, ...], list[int]] = {}
     for rank, row in zip(callers, rows, strict=True):
@@ -315,15 +316,15 @@ def _explain(
         words = text.rstrip(b"\0").decode(errors="replace")
         if not words.startswith("rank "):  # a pairwise comparison has said who already
             words = f"{_ranks(ranks)} called {words}"
-        sentences.append(words + (f" as its call #{row[_SEQ]}" if order_lost else ""))
+        sentences.append(words + (f" as its call #{row[_SEQ]}" if lost else ""))
     head = f"call #{seq} differs between the ranks"
     largest = max(same.values(), key=len)
     if 2 * len(largest) > len(rows):
         odd = sorted(set(callers) - set(largest))
         head += f" ({_ranks(odd)} against the rest)" if odd else ""
     tail = (
-        "The order of the calls is lost, so the group can't be used any more"
-        if order_lost
+        f"{lost}, so the group can't be used any more"
+        if lost
         else "No data was moved; the group is still usable"
     )
     return f"{head}: {'; '.join(sentences)}. {tail}"
