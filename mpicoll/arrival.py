@@ -2,6 +2,8 @@
 
 Over MPI the records meet in one nonblocking allreduce of each field's minimum and maximum:
 constant size at any number of ranks.  Who called what is gathered only where they differ.
+On a node they meet on a board in shared memory; across nodes on the boards first, then in an
+allreduce between the nodes' first ranks.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import operator
 import struct
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -32,6 +34,18 @@ _NEWS = 0.05  # seconds that a notice may take to come
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
 _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
 
+
+# Calls whose records say the same on all ranks, or the program is wrong: no other rank's record
+# is needed to carry them out.
+_ALIKE_BY_CONTRACT = frozenset(
+    KIND_CODES[kind]
+    for kind in (
+        *("allreduce", "broadcast", "reduce", "scan", "exscan"),
+        *("allgather", "all_gather_single", "reduce_scatter", "reduce_scatter_single"),
+        *("allreduce_coalesced", "allgather_coalesced", "all_gather_single_coalesced"),
+        "reduce_scatter_single_coalesced",
+    )
+)
 
 Record: TypeAlias = "tuple[int, ...]"
 Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
@@ -60,6 +74,7 @@ class Arrival:
         self._peers = peers
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
+        self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
         self._both = bytearray(_BOTH.size)
         self._spec = [self._both, MPI.INT64_T]
 
@@ -85,7 +100,8 @@ class Arrival:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
             return
-        yield from self._mismatch(call, seq, order_lost=_SEQ in differing)
+        lost = "The order of the calls is lost" if _SEQ in differing else ""
+        yield from self._mismatch(call, seq, lost)
 
     def at_once(self, call: Call, seq: int) -> bool:
         """Return whether all have arrived without a wait: never, over MPI."""
@@ -122,7 +138,7 @@ class Arrival:
                 f"which sends {comes[j]}"
                 for j in odd
             )
-            yield from self._mismatch(call, seq, order_lost=False, said=said)
+            yield from self._mismatch(call, seq, said=said)
 
     def _pair_counts(self, call: Call) -> tuple[list[int], list[int]]:
         """Return how many elements this rank sends to, and expects from, each rank."""
@@ -142,16 +158,17 @@ class Arrival:
             sends, expects = list(call.send.counts), list(call.recv.counts)
         return sends, expects
 
-    def _mismatch(self, call: Call, seq: int, *, order_lost: bool, said: str = "") -> Steps:
-        """Gather who called what, and raise it on every rank."""
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        """Gather who called what, and raise it on every rank; `lost` says why the group is."""
         text = (said or call.describe()).encode()[:_TEXT]
         mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
-        everyone = np.empty(self._size * _DETAIL.size, dtype=np.uint8)
-        yield from until(self._comm.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
-        if call.refused or call.leaving:
-            return  # this rank has raised its own, more precise error
+        everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
+        yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
         rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
-        for rank, row in enumerate(rows):
+        alike = all(row[_STATE] == _REFUSED for row in rows)
+        if call.leaving or (call.refused and (alike or not lost)):
+            return  # this rank has raised its own, more precise error
+        for rank, row in zip(self._ranks(), rows, strict=True):
             if row[_STATE] == _LEAVING:
                 raise RemoteRankError(
                     f"rank {rank} left the program while this rank was in {call.describe()} "
@@ -159,16 +176,28 @@ class Arrival:
                     rank=rank,
                 )
         raise CollectiveMismatchError(
-            _explain(seq, rows, order_lost=order_lost), breaks_group=order_lost
+            _explain(seq, self._ranks(), rows, lost), breaks_group=bool(lost)
         )
+
+    def _ranks(self) -> Sequence[int]:
+        """Return the group's ranks that a mismatch is gathered from."""
+        return range(self._size)
 
 
 class BoardArrival(Arrival):
-    """The same over the node's shared memory: each rank reads the others' records."""
+    """The same over the node's shared memory: each rank reads the others' records.
 
-    def __init__(self, comm: MPI.Comm, peers: Peers, memory: NodeMemory) -> None:
+    Args:
+        ranks: the group's ranks that share the memory, in order.
+    """
+
+    def __init__(
+        self, comm: MPI.Comm, peers: Peers, memory: NodeMemory, ranks: Sequence[int]
+    ) -> None:
         super().__init__(comm, peers)
         self._memory = memory
+        self._near = ranks
+        self._place = {rank: place for place, rank in enumerate(ranks)}
 
     def at_once(self, call: Call, seq: int) -> bool:
         """Arrive, and return whether all others are there within a moment and call the same.
@@ -193,8 +222,9 @@ class BoardArrival(Arrival):
         return tuple(map(max, columns)), tuple(map(min, columns)), largest
 
     def check_left(self, seq: int) -> None:
-        for rank in self._memory.peers:
-            if self._memory.has_left(rank, seq):
+        for place in self._memory.peers:
+            if self._memory.has_left(place, seq):
+                rank = self._near[place]
                 # It has sent its reasons before it left the mark; they need a moment.
                 until = time.monotonic() + _NEWS
                 while rank not in self._peers.left and time.monotonic() < until:
@@ -204,14 +234,82 @@ class BoardArrival(Arrival):
                 raise RemoteRankError(f"rank {rank} {text}", rank=rank)
 
     def has_arrived(self, rank: int, seq: int) -> bool:
-        """Return whether a rank's record of call `seq` is there."""
-        return self._memory.has_posted(rank, seq)
+        """Return whether a rank's record of call `seq` is seen to be there."""
+        place = self._place.get(rank)
+        return place is not None and self._memory.has_posted(place, seq)
 
 
-def _explain(seq: int, rows: list[tuple[object, ...]], *, order_lost: bool) -> str:
+class NodesArrival(BoardArrival):
+    """Across nodes: on each node's board, then between the nodes' first ranks.
+
+    The first rank puts what it hears on its node's board, so that all ranks of all nodes come
+    to one verdict.  Where only nodes are to check (`everywhere` False), calls that all ranks
+    must make alike are left to the node's own comparison; a mismatch found there breaks the
+    group, since the other nodes don't know of it.
+
+    Args:
+        near: the communicator of the node's ranks.
+        leaders: that of the nodes' first ranks; None on other ranks.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        peers: Peers,
+        memory: NodeMemory,
+        ranks: Sequence[int],
+        *,
+        near: MPI.Comm,
+        leaders: MPI.Comm | None,
+        everywhere: bool,
+    ) -> None:
+        super().__init__(comm, peers, memory, ranks)
+        self._near_comm = near
+        self._leaders = leaders
+        self._everywhere = everywhere
+
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Return whether all have arrived without a wait: never, between nodes."""
+        return False
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        highest, lowest, largest = yield from super()._meet(record, extent)
+        self._asked = self._comm
+        if not self._everywhere and (
+            highest[_KIND] != lowest[_KIND] or highest[_KIND] in _ALIKE_BY_CONTRACT
+        ):
+            self._asked = self._near_comm
+            return highest, lowest, largest
+        memory, seq = self._memory, record[_SEQ]
+        outcome = memory.outcome(seq).cast("B")
+        if memory.rank == 0:
+            assert self._leaders is not None
+            _BOTH.pack_into(self._both, 0, *highest, *map(operator.neg, lowest), largest)
+            yield from until(self._leaders.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
+            outcome[: _BOTH.size] = self._both
+            memory.conclude(seq)
+        else:
+            yield from memory.concluded(seq)
+        both = _BOTH.unpack_from(outcome)
+        return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
+
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        if self._asked is self._near_comm:
+            lost = lost or "checks='node': the other nodes don't know of it"
+        yield from super()._mismatch(call, seq, lost, said)
+
+    def _ranks(self) -> Sequence[int]:
+        return self._near if self._asked is self._near_comm else super()._ranks()
+
+    def check_left(self, seq: int) -> None:
+        super().check_left(seq)
+        Arrival.check_left(self, seq)
+
+
+def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], lost: str) -> str:
     """Say who called what, and name the odd ones out where there is a majority."""
     same: dict[tuple[object, ...], list[int]] = {}
-    for rank, row in enumerate(rows):
+    for rank, row in zip(callers, rows, strict=True):
         same.setdefault(row, []).append(rank)
     sentences = []
     for row, ranks in same.items():
@@ -220,15 +318,15 @@ def _explain(seq: int, rows: list[tuple[object, ...]], *, order_lost: bool) -> s
         words = text.rstrip(b"\0").decode(errors="replace")
         if not words.startswith("rank "):  # a pairwise comparison has said who already
             words = f"{_ranks(ranks)} called {words}"
-        sentences.append(words + (f" as its call #{row[_SEQ]}" if order_lost else ""))
+        sentences.append(words + (f" as its call #{row[_SEQ]}" if lost else ""))
     head = f"call #{seq} differs between the ranks"
     largest = max(same.values(), key=len)
     if 2 * len(largest) > len(rows):
-        odd = sorted(set(range(len(rows))) - set(largest))
+        odd = sorted(set(callers) - set(largest))
         head += f" ({_ranks(odd)} against the rest)" if odd else ""
     tail = (
-        "The order of the calls is lost, so the group can't be used any more"
-        if order_lost
+        f"{lost}, so the group can't be used any more"
+        if lost
         else "No data was moved; the group is still usable"
     )
     return f"{head}: {'; '.join(sentences)}. {tail}"

@@ -5,14 +5,22 @@ The choice is made when a group is created and agreed by all its ranks, never at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
-from . import memory
+import numpy as np
+
+from . import memory, rendezvous
+from .arrival import Arrival, BoardArrival, NodesArrival
+from .calls import digest
 from .errors import InvalidCallError, UnsupportedError
-from .library import MPI
+from .library import MPI, until
+from .nodes import Nodes
+from .peers import Peers
 from .transports.base import Transport
+from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
 from .transports.shm import ShmTransport
 
@@ -60,17 +68,125 @@ def check_device(device: object) -> str:
     return "cpu"
 
 
-def share(comm: MPI.Intracomm, backend: str) -> memory.Shares:
-    """Let the ranks of a group share memory, where its backend would use it."""
-    if backend == "mpi" or comm.Get_size() == 1:
-        return None
-    shared = yield from memory.share(comm)
-    return shared
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a group was asked to run on: alike on all its ranks, and handed to its children.
+
+    Attributes:
+        backend: one of `OWN`, or a name given to `register_backend`.
+        checks: "full" or "node": how far the ranks of a call are compared.
+        sizes: ranks of each node that MPICOLL_NODES pretends.
+    """
+
+    backend: str
+    checks: str
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.checks not in ("full", "node"):
+            raise InvalidCallError(
+                f"checks must be 'full' (compare all ranks of a call) or 'node' (those of each "
+                f"node), but got {self.checks!r}"
+            )
+
+    def digest(self) -> int:
+        """Return a number that differs where ranks want different things."""
+        backend = "auto" if self.backend == "gloo" else self.backend
+        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes)
+
+    def __str__(self) -> str:
+        """Say it as it was asked for."""
+        nodes = f", MPICOLL_NODES={','.join(map(str, self.sizes))}" if self.sizes else ""
+        return f"{self.backend!r}, checks={self.checks!r}{nodes}"
 
 
-def choose(comm: MPI.Intracomm, shared: memory.NodeMemory | None) -> Transport:
-    """Return the transport of a group over a private communicator."""
-    return MpiTransport(comm) if shared is None else ShmTransport(comm, shared)
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the ranks of a group have between them; which of it there is chooses the transport.
+
+    Attributes:
+        comm: the group's private communicator.
+        shared: the memory of this rank's node, where it is used.
+        nodes: who is on which node, where there are several and their memory is used.
+        near, across: then, the communicators of this node and of this rank's stripe.
+    """
+
+    comm: MPI.Intracomm
+    shared: memory.NodeMemory | None = None
+    nodes: Nodes | None = None
+    near: MPI.Intracomm | None = None
+    across: MPI.Intracomm | None = None
+
+    @property
+    def comms(self) -> list[MPI.Intracomm]:
+        """All communicators, to be given back with the group."""
+        return [comm for comm in (self.near, self.across, self.comm) if comm is not None]
+
+
+Prepares: TypeAlias = "Generator[int, None, Ground]"
+
+
+def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+    """Find the nodes, and let their ranks share memory.  All have arrived.
+
+    Where one node can't share memory, none does.
+    """
+    if wanted.backend == "mpi" or comm.Get_size() == 1:
+        return Ground(comm)
+    nodes = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    if len(nodes.members) == 1:
+        shared = yield from memory.share(comm)
+        return Ground(comm, shared)
+    if max(map(len, nodes.members)) == 1:
+        return Ground(comm)
+    node, place = nodes.locate(comm.Get_rank())
+    near = yield from rendezvous.split(comm, node, place, deadline)
+    assert near is not None
+    shared = yield from memory.share(near)
+    agreed = np.array([shared is not None], dtype=np.int64)
+    yield from until(comm.Iallreduce(MPI.IN_PLACE, [agreed, MPI.INT64_T], MPI.MIN))
+    if not agreed[0]:
+        yield from rendezvous.free([near], deadline)
+        return Ground(comm)
+    stripe = place if place < nodes.stripes else None
+    across = yield from rendezvous.split(comm, stripe, node, deadline)
+    return Ground(comm, shared, nodes, near, across)
+
+
+def transport(ground: Ground) -> Transport:
+    """Return the transport of a group."""
+    if ground.shared is None:
+        return MpiTransport(ground.comm)
+    if ground.nodes is None:
+        return ShmTransport(ground.comm, ground.shared)
+    assert ground.near is not None
+    return HierarchicalTransport(
+        ground.comm, ground.nodes, ground.near, ground.shared, ground.across
+    )
+
+
+def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
+    """Return how the ranks of a group meet in its calls, and let its peers look there too."""
+    shared = ground.shared
+    if shared is None:
+        return Arrival(ground.comm, peers)
+    if ground.nodes is None:
+        board = BoardArrival(ground.comm, peers, shared, range(shared.size))
+    else:
+        assert ground.near is not None
+        node, place = ground.nodes.locate(ground.comm.Get_rank())
+        board = NodesArrival(
+            ground.comm,
+            peers,
+            shared,
+            ground.nodes.members[node],
+            near=ground.near,
+            leaders=ground.across if place == 0 else None,
+            everywhere=wanted.checks == "full",
+        )
+    peers.has_arrived = board.has_arrived
+    peers.mark_left = shared.leave
+    return board
 
 
 def factory_arguments(timeout: float, device: str) -> tuple[timedelta, Any]:

@@ -143,6 +143,8 @@ class Call:
             said.append(f"root={self.root}")
         if self.kind == "merge_remote_group":
             said.append(f"size={self.count}")
+        if self.kind == "new_group" and self.payload is not None:
+            said.append(str(self.payload))
         if self.kind == "send":
             said.append(f"dst={self.peer}, tag={self.tag}")
         if self.kind == "recv":

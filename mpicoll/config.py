@@ -36,6 +36,28 @@ def ranks_on_node() -> int | None:
     return None
 
 
+def node_sizes(world: int) -> tuple[int, ...]:
+    """Ranks on each node that MPICOLL_NODES pretends, in the order of the world; () if unset.
+
+    "2" makes that many nodes, as even as can be; "3,1" gives their sizes.
+    """
+    text = os.environ.get("MPICOLL_NODES", "")
+    if not text:
+        return ()
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) == 1 and 1 <= sizes[0] <= world:
+        sizes = [(i + 1) * world // sizes[0] - i * world // sizes[0] for i in range(sizes[0])]
+    if sum(sizes) != world or min(sizes) < 1:
+        raise InvalidCallError(
+            f"MPICOLL_NODES must be a number of nodes up to the world's {world} ranks, or sizes "
+            f"of nodes that add up to {world}, such as '2' or '3,1', but is {text!r}"
+        )
+    return tuple(sizes)
+
+
 def store_secret() -> str | None:
     """The secret shared by the members of a `TCPStore`: MPICOLL_STORE_SECRET."""
     return os.environ.get("MPICOLL_STORE_SECRET")

@@ -27,12 +27,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import SimpleNamespace, TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from . import backends, calls, rendezvous
-from .arrival import Arrival, BoardArrival
+from .arrival import Arrival
+from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, Call
-from .config import default_timeout, ranks_on_node, seconds
+from .config import default_timeout, node_sizes, ranks_on_node, seconds
 from .errors import (
     GroupBrokenError,
     GroupClosedError,
@@ -41,7 +42,6 @@ from .errors import (
     UnsupportedError,
 )
 from .library import MPI, Steps, highest_tag
-from .memory import NodeMemory
 from .ops import ReduceOp
 from .progress import Lane, crowded, engine
 from .recorder import Recorder
@@ -49,8 +49,6 @@ from .stores import Store, TCPStore
 from .work import Work
 
 SUM = ReduceOp.SUM
-
-Made: TypeAlias = "tuple[MPI.Intracomm | None, NodeMemory | None]"
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
 
@@ -67,18 +65,18 @@ class ProcessGroup:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        ground: Ground,
+        wanted: Wanted,
         *,
         timeout: float,
         device: str,
         name: str,
         desc: str = "",
         progress: str = "caller",
-        backend: str = "auto",
-        shared: NodeMemory | None = None,
     ) -> None:
-        self.comm = comm
-        self._backend = backend
+        self.comm = comm = ground.comm
+        self._ground = ground
+        self._wanted = wanted
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout = timeout
@@ -88,12 +86,8 @@ class ProcessGroup:
         self._highest_tag = highest_tag()
         self._recorder = Recorder()
         self._lane = Lane(name, comm)
-        self._transport = backends.choose(comm, shared)
-        self._arrival = Arrival(comm, self._lane.peers)
-        if shared is not None:
-            self._arrival = board = BoardArrival(comm, self._lane.peers, shared)
-            self._lane.peers.has_arrived = board.has_arrived
-            self._lane.peers.mark_left = shared.leave
+        self._transport = backends.transport(ground)
+        self._arrival = backends.arrival(ground, self._lane.peers, wanted)
         self._lane.farewell = self._farewell
         self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)
@@ -548,7 +542,7 @@ class ProcessGroup:
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
 
-        A node is where MPI says that ranks share memory and the host name is one.
+        A node is one host name and one folder for shared memory; MPICOLL_NODES pretends more.
         """
         return self._by_node("local_group", timeout)
 
@@ -558,7 +552,8 @@ class ProcessGroup:
 
     def _by_node(self, kind: str, timeout: object) -> ProcessGroup:
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
-            node, place = yield from rendezvous.node_of(self.comm, deadline)
+            nodes = yield from rendezvous.nodes_of(self.comm, self._wanted.sizes)
+            node, place = nodes.locate(self._rank)
             color = node if kind == "local_group" else place
             made = yield from rendezvous.split(self.comm, color, self._rank, deadline)
             return made
@@ -633,7 +628,7 @@ class ProcessGroup:
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
-    ) -> tuple[Made, Call]:
+    ) -> tuple[Ground | None, Call]:
         """Run a call that makes a communicator, wait for it, and return both."""
 
         def then(work: Work) -> Steps:
@@ -642,30 +637,28 @@ class ProcessGroup:
             # itself, and its verdict needs a moment to reach them all.
             work.deadline += _VERDICT
             comm = yield from make(work.call, deadline)
-            shared = None
             if comm is not None:
-                shared = yield from backends.share(comm, self._backend)
-            work.call.result = comm, shared
+                work.call.result = yield from backends.prepare(comm, self._wanted, deadline)
+            else:
+                work.call.result = None
 
         work = self._call(kind, timeout, check, then=then)
         work.wait()
         return work.call.result, work.call
 
     def _child(
-        self, made: Made, name: str, desc: str | None, timeout: object
+        self, made: Ground | None, name: str, desc: str | None, timeout: object
     ) -> ProcessGroup | None:
-        comm, shared = made
-        if comm is None:
+        if made is None:
             return None
         return ProcessGroup(
-            comm,
+            made,
+            self._wanted,
             timeout=seconds(timeout, self._timeout),
             device=self._device,
             name=name,
             desc=desc or "",
             progress=self._progress,
-            backend=self._backend,
-            shared=shared,
         )
 
     # ---- the end ----
@@ -686,7 +679,7 @@ class ProcessGroup:
 
             def then(work: Work) -> Steps:
                 engine.delist(lane)  # nobody may listen on it any more
-                yield from rendezvous.free(self.comm, work.deadline)
+                yield from rendezvous.free(self._ground.comms, work.deadline)
 
             try:
                 self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
@@ -845,6 +838,7 @@ def new_group(
     *,
     comm: MPI.Intracomm | None = None,
     group_name: str | None = None,
+    checks: str = "full",
     progress: str = "caller",
     **options: object,
 ) -> ProcessGroup:
@@ -853,13 +847,18 @@ def new_group(
     Every rank of the communicator must call.
 
     Args:
-        backend: "auto" (shared memory where all ranks are on one node, else MPI), "mpi" (MPI
-            alone), or a name given to `register_backend`; "gloo" means "auto".
+        backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
+            name given to `register_backend`; "gloo" means "auto".
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
         device: "cpu" (or a `torch.device`).
         comm: an mpi4py intracommunicator; the group works on a duplicate of it.
         group_name: for messages, and to tell merging groups apart.
+        checks: "full": every call is compared between all ranks.  "node": in a group over several
+            nodes, an allreduce, broadcast, reduce, allgather, reduce_scatter, scan or exscan is
+            compared only between the ranks of each node, which saves an exchange between the
+            nodes.  Calls that differ between nodes then go unnoticed: they give wrong data, or
+            time out.  A mismatch inside a node breaks the group.
         progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
         options: for a registered backend's factory.
 
@@ -892,15 +891,15 @@ def new_group(
         if options and factory is None:
             raise InvalidCallError(
                 f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
-                "comm, group_name and progress"
+                "comm, group_name, checks and progress"
             )
-        call.digest = calls.digest(*("auto" if backend == "gloo" else backend).encode())
+        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()))
+        call.digest, call.payload = wanted.digest(), wanted
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    steps = _create(parent, lane, call, lane.seq, backend)
     work = Work(lane, call, lane.seq, limit, recorder)
-    engine.launch(work, steps)
+    engine.launch(work, _create(parent, work))
     engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
     if refusal is not None:
         if parent.Get_size() > 1:
@@ -908,15 +907,8 @@ def new_group(
         raise refusal
     work.wait()
     name = group_name or ("world" if comm is None else "comm")
-    made, shared = call.result
     group = ProcessGroup(
-        made,
-        timeout=limit,
-        device=kind,
-        name=name,
-        progress=progress,
-        backend=backend,
-        shared=shared,
+        call.result, wanted, timeout=limit, device=kind, name=name, progress=progress
     )
     return group if factory is None else _from_factory(group, factory, limit, kind, options)
 
@@ -937,13 +929,12 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     return lane, recorder
 
 
-def _create(parent: MPI.Intracomm, lane: Lane, call: Call, seq: int, backend: str) -> Steps:
+def _create(parent: MPI.Intracomm, work: Work) -> Steps:
     made = yield from rendezvous.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, lane.peers).steps(call, seq)
+    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
     yield from rendezvous.name_job(made)
-    shared = yield from backends.share(made, backend)
-    call.result = made, shared
+    work.call.result = yield from backends.prepare(made, work.call.payload, work.deadline)
 
 
 def _from_factory(

@@ -6,7 +6,8 @@ stays behind, whatever becomes of the processes.
 
 Each rank owns a page of control words and two each of two kinds of room for data:
 
-    page      two records that alternate (arrival.py), a flag, the call that the rank left
+    page      two records that alternate (arrival.py), a flag, the call that the rank left; on
+              rank 0's two outcomes of arrivals across nodes
     payloads  `PAYLOAD` bytes each, one per record: data that is there when the record is
     slots     `SLOT` bytes each, in turn written by the owner and read by the others
 
@@ -39,6 +40,7 @@ _PAGE = 4096
 _STRIDE = _PAGE + 2 * PAYLOAD + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
 _SAID = struct.Struct("8q")  # a record after its number, and the extent
+_OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _FOLDER = "/dev/shm"
 
 
@@ -117,6 +119,23 @@ class NodeMemory:
     def _record_at(rank: int, seq: int) -> int:
         return rank * _STRIDE + (seq & 1) * _RECORD
 
+    def outcome(self, seq: int) -> memoryview:
+        """Return room for what rank 0 hears of call `seq` from other nodes; after its number."""
+        return self.words[self._outcome_at(seq) + 1 : self._outcome_at(seq) + _OUTCOME // 8]
+
+    def conclude(self, seq: int) -> None:
+        """Say that the outcome of a call is there."""
+        self.fence()
+        self.words[self._outcome_at(seq)] = seq
+
+    def concluded(self, seq: int) -> Steps:
+        """Wait until the outcome of a call is there."""
+        return self.reached(self._outcome_at(seq), seq)
+
+    @staticmethod
+    def _outcome_at(seq: int) -> int:
+        return (_OUTCOME_AT + (seq & 1) * _OUTCOME) // 8
+
     def payloads(self, seq: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return what rides along with the records of call `seq`, by rank."""
         return (self._views.get(dtype) or self._view(dtype))[0][seq & 1]
@@ -148,10 +167,7 @@ class NodeMemory:
     def any_left(self, seq: int) -> bool:
         """Return whether any rank has marked that it takes no part in call `seq`."""
         words = self.words
-        for word in self._left:
-            if words[word] and words[word] <= seq:
-                return True
-        return False
+        return any([0 < words[word] <= seq for word in self._left])
 
     def announce(self, flag: int) -> None:
         """Raise this rank's flag: all that was written before is there for who sees it."""
@@ -220,3 +236,11 @@ def share(comm: MPI.Intracomm) -> Shares:
     if file >= 0:
         os.close(file)
     return shared
+
+
+def whereabouts() -> int:
+    """Return a number that differs between containers which share a host name but no memory."""
+    try:
+        return os.stat(_FOLDER).st_dev
+    except OSError:
+        return 0

@@ -5,6 +5,8 @@ Whatever blocks inside MPI comes after an arrival and under the engine's guard.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import time
@@ -22,6 +24,8 @@ from .errors import (
     UnsupportedError,
 )
 from .library import IDLE, MOVED, MPI, Steps, merge_tag, until
+from .memory import whereabouts
+from .nodes import Nodes
 from .progress import engine
 from .stores import Store
 
@@ -87,30 +91,27 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     return made
 
 
-def node_of(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, tuple[int, int]]:
-    """Find this rank's node: its lowest rank, and this rank's place in it.  All have arrived.
+def nodes_of(comm: MPI.Intracomm, sizes: Sequence[int]) -> Generator[int, None, Nodes]:
+    """Find which ranks share a node; `sizes` are those of nodes to pretend, by world rank.
 
-    Ranks are on one node if MPI says that they share memory and they have one host name:
-    on a merged communicator MPI's word alone can be wrong.
+    Ranks are on one node if they have one host name and one folder for shared memory.  MPI's
+    own word for it can be wrong on a merged communicator.
     """
-    yield MOVED
-    with engine.guard(deadline, "MPI_Comm_split_type"):
-        near = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
-    assert isinstance(near, MPI.Intracomm)
-    host = digest(*MPI.Get_processor_name().encode())
-    mine = np.array([host, comm.Get_rank()], dtype=np.int64)
-    table = np.empty((near.Get_size(), 2), dtype=np.int64)
-    yield from until(near.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
-    ranks = table[table[:, 0] == host, 1].tolist()
-    yield from free(near, deadline)
-    return min(ranks), ranks.index(comm.Get_rank())
+    mark = [*MPI.Get_processor_name().encode(), whereabouts()]
+    if sizes:
+        mark.append(bisect.bisect(list(itertools.accumulate(sizes)), MPI.COMM_WORLD.Get_rank()))
+    mine = np.array([digest(*mark)], dtype=np.int64)
+    keys = np.empty(comm.Get_size(), dtype=np.int64)
+    yield from until(comm.Iallgather([mine, MPI.INT64_T], [keys, MPI.INT64_T]))
+    return Nodes.of(keys.tolist())
 
 
-def free(comm: MPI.Intracomm, deadline: float) -> Steps:
-    """Give a communicator back.  All ranks have arrived.  The steps end with it."""
+def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
+    """Give communicators back.  All ranks have arrived.  The steps end with it."""
     yield MOVED
     with engine.guard(deadline, "MPI_Comm_free"):
-        comm.Free()
+        for comm in comms:
+            comm.Free()
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:

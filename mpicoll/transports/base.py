@@ -33,7 +33,7 @@ class Transport(ABC):
         """After all have arrived: return whether all data rode along; alike on all ranks."""
         return False
 
-    def finish(self, call: Call, seq: int) -> None:
+    def finish(self, call: Call, seq: int) -> None:  # noqa: B027  (most have nothing to do)
         """Carry out a call whose data rode along."""
 
     def steps(self, call: Call) -> Steps:
@@ -87,16 +87,16 @@ class Transport(ABC):
 
     def broadcast_object(self, call: Call) -> Steps:
         length = np.array([len(call.payload or b"")], dtype=np.int64)
-        yield from self.broadcast(_inner("broadcast", call.root, length, length))
+        yield from self.broadcast(inner_call("broadcast", call.root, length, length))
         data = _bytes(call.payload, int(length[0]))
-        yield from self.broadcast(_inner("broadcast", call.root, data, data))
+        yield from self.broadcast(inner_call("broadcast", call.root, data, data))
         call.result = data
 
     def allgather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
         mine = _bytes(call.payload, len(call.payload))
         everyone = np.empty(sum(lengths), dtype=np.uint8)
-        inner = _inner("allgather", -1, mine, everyone, recv_counts=lengths)
+        inner = inner_call("allgather", -1, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.allgather(inner)
         call.result = _cut(everyone, lengths)
@@ -105,7 +105,7 @@ class Transport(ABC):
         lengths = yield from self._all_lengths(call)
         mine = _bytes(call.payload, len(call.payload))
         everyone = np.empty(sum(lengths), dtype=np.uint8) if self.rank == call.root else None
-        inner = _inner("gather", call.root, mine, everyone, recv_counts=lengths)
+        inner = inner_call("gather", call.root, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.gather(inner)
         if everyone is not None:
@@ -119,11 +119,11 @@ class Transport(ABC):
         row = np.empty(2, dtype=np.int64)
         at_root = self.rank == call.root
         yield from self.scatter(
-            _inner("scatter", call.root, table if at_root else None, row, [2] * self.size)
+            inner_call("scatter", call.root, table if at_root else None, row, [2] * self.size)
         )
         mine = np.empty(int(row[0]), dtype=np.uint8)
         data = _bytes(b"".join(pieces), sum(lengths)) if at_root else None
-        inner = _inner("scatter", call.root, data, mine, lengths)
+        inner = inner_call("scatter", call.root, data, mine, lengths)
         inner.largest = int(row[1])
         inner.count = UNEVEN
         yield from self.scatter(inner)
@@ -133,7 +133,7 @@ class Transport(ABC):
         lengths = np.empty(self.size, dtype=np.int64)
         mine = np.array([len(call.payload)], dtype=np.int64)
         yield from self.allgather(
-            _inner("allgather", -1, mine, lengths, recv_counts=[1] * self.size)
+            inner_call("allgather", -1, mine, lengths, recv_counts=[1] * self.size)
         )
         found: list[int] = lengths.tolist()
         return found
@@ -142,7 +142,7 @@ class Transport(ABC):
 LengthSteps = Any  # a generator that returns a list: Steps with a value
 
 
-def _inner(
+def inner_call(
     kind: str,
     root: int,
     send: np.ndarray[Any, Any] | None,

@@ -14,6 +14,7 @@ import mpicoll
 PACKAGE = Path(mpicoll.__file__).parent
 ORDER = [
     *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "memory"),
+    "nodes",
     *(
         "peers",
         "arrival",
@@ -24,7 +25,7 @@ ORDER = [
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
-    *("backends", "stores", "rendezvous", "group"),
+    *("stores", "rendezvous", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
 FILES = {

@@ -1,0 +1,437 @@
+"""Collectives across nodes: what is done inside a node is done there, and stripes cross over.
+
+The data is cut in stripes, as many as the smallest node has ranks.  Stripe i is reduced on each
+node to the rank at place i, exchanged between the nodes by the ranks at place i, and gathered on
+each node; so every byte crosses between nodes once, and all of those ranks share in sending.
+Large arrays go in pieces: while one is between the nodes, the next is inside them.
+
+Each path is chosen from the call's own arguments, which are the same on all ranks.  What does not
+gain, and what is small, goes by MPI over the whole group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..calls import UNEVEN, Call
+from ..dtypes import Reduction
+from ..library import IDLE, MPI, Steps
+from ..memory import NodeMemory
+from ..nodes import Nodes, shares, spans
+from .base import Transport, inner_call
+from .mpi import MpiTransport
+from .shm import ShmTransport
+
+Array = np.ndarray[Any, Any]
+
+SMALL = 64 * 1024  # bytes below which MPI over the whole group is as fast
+PIECE = 512 * 1024  # bytes of one stripe that are between the nodes at a time
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+class HierarchicalTransport(Transport):
+    """The collectives of a group on several nodes, some with more than one rank.
+
+    Args:
+        comm: the group's communicator.
+        near: that of the ranks of this node.
+        memory: what they share.
+        across: that of the ranks of this place on all nodes; None where the place has no stripe.
+    """
+
+    name = "hierarchical"
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        nodes: Nodes,
+        near: MPI.Intracomm,
+        memory: NodeMemory,
+        across: MPI.Intracomm | None,
+    ) -> None:
+        self._mpi = MpiTransport(comm)
+        self._near = ShmTransport(near, memory)
+        self._across = None if across is None else MpiTransport(across)
+        self.rank, self.size = self._mpi.rank, self._mpi.size
+        self._nodes = nodes
+        self._node, self._place = nodes.locate(self.rank)
+        self._stripes = nodes.stripes
+        self._served = nodes.by_stripe()
+
+    # ---- what reduces ----
+
+    def allreduce(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        if array.size * plan.wire.itemsize < SMALL:
+            return self._mpi.allreduce(call)
+        pieces = _Pieces(self, plan, array)
+
+        def across(k: int) -> Steps:
+            assert self._across is not None
+            part = pieces.part(k)
+            return self._across.allreduce(_reduction("allreduce", plan, part, part))
+
+        def spread(k: int) -> Steps:
+            yield from self._gather_stripes(pieces.part(k), pieces.wire(k))
+            pieces.decode(k)
+
+        return self._pipeline(pieces.count, pieces.reduce_stripes, across, spread)
+
+    def reduce(self, call: Call) -> Steps:
+        plan, array = _reducing(call)
+        if array.size * plan.wire.itemsize < SMALL:
+            return self._mpi.reduce(call)
+        pieces = _Pieces(self, plan, array)
+        home, place = self._nodes.locate(call.root)
+
+        def across(k: int) -> Steps:
+            assert self._across is not None
+            part = pieces.part(k)
+            return self._across.reduce(_reduction("reduce", plan, part, part, root=home))
+
+        def collect(k: int) -> Steps:
+            if self._node == home:
+                wire = pieces.wire(k)
+                inner = inner_call(
+                    "gather",
+                    place,
+                    pieces.part(k),
+                    wire if self.rank == call.root else None,
+                    recv_counts=self._stripe_counts(wire.size),
+                )
+                inner.largest = wire.size
+                yield from self._near.gather(inner)
+                if self.rank == call.root:
+                    pieces.decode(k)
+
+        return self._pipeline(pieces.count, pieces.reduce_stripes, across, collect)
+
+    def reduce_scatter(self, call: Call) -> Steps:
+        plan = call.reduction
+        assert plan is not None and call.send is not None and call.recv is not None
+        send, out = call.send, call.recv.flat()
+        if send.total * plan.wire.itemsize < SMALL:
+            return self._mpi.reduce_scatter(call)
+        blocks = _Rounds(self, send.counts, plan.wire.itemsize)
+        pool = _Pool(plan.wire)
+        mine: dict[int, Array] = {}  # what a round has brought to this rank
+
+        def inside(k: int) -> Steps:
+            """Reduce each stripe's blocks to the rank at its place."""
+            counts = [sum(blocks.counts(k, stripe)) for stripe in range(self._stripes)]
+            wire = pool.room(0, k, sum(counts))
+            order = [rank for stripe in self._served for ranks in stripe for rank in ranks]
+            sizes = [blocks.count(k, rank) for rank in order]
+            for rank, (start, end) in zip(order, spans(sizes), strict=True):
+                _encode(plan, blocks.slice(k, send.block(rank)), wire[start:end])
+            counts += [0] * (self._near.size - self._stripes)
+            part = pool.room(1, k, counts[self._place])
+            yield from self._near.reduce_scatter(
+                _reduction("reduce_scatter", plan, wire, part, send_counts=counts)
+            )
+
+        def across(k: int) -> Steps:
+            assert self._across is not None
+            counts = blocks.counts(k, self._place)
+            part = pool.room(1, k, sum(counts))
+            mine[k] = pool.room(2, k, counts[self._node])
+            return self._across.reduce_scatter(
+                _reduction("reduce_scatter", plan, part, mine[k], send_counts=counts)
+            )
+
+        def pass_on(k: int) -> Steps:
+            """Hand out the blocks of ranks beyond the smallest node's places."""
+            got = mine.pop(k, _NOTHING.view(plan.wire))
+            into = blocks.slice(k, out)
+            if self._near.size > self._stripes:
+                wire = pool.room(3, k, into.size)
+                yield from self._near.alltoall(
+                    self._handing(k, blocks, got, wire, from_stripes=True)
+                )
+                got = wire
+            _decode(plan, got[: into.size], into)
+
+        return self._pipeline(blocks.rounds, inside, across, pass_on)
+
+    # ---- what only moves ----
+
+    def broadcast(self, call: Call) -> Steps:
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        if blocks.nbytes < SMALL:
+            return self._mpi.broadcast(call)
+        array = blocks.flat().view(np.uint8)
+        bounds = spans(shares(array.size, -(-array.size // (PIECE * self._stripes))))
+        home, place = self._nodes.locate(call.root)
+
+        def piece(k: int) -> Array:
+            return array[slice(*bounds[k])]
+
+        def part(k: int) -> Array:
+            whole = piece(k)
+            return whole[slice(*spans(self._stripe_counts(whole.size))[self._place])]
+
+        def inside(k: int) -> Steps:
+            if self._node == home:
+                yield from self._near.broadcast(inner_call("broadcast", place, piece(k), piece(k)))
+
+        def across(k: int) -> Steps:
+            assert self._across is not None
+            return self._across.broadcast(inner_call("broadcast", home, part(k), part(k)))
+
+        def spread(k: int) -> Steps:
+            if self._node != home:
+                yield from self._gather_stripes(part(k), piece(k))
+
+        return self._pipeline(len(bounds), inside, across, spread)
+
+    def allgather(self, call: Call) -> Steps:
+        assert call.send is not None and call.recv is not None
+        recv = call.recv
+        if recv.nbytes < SMALL:
+            return self._mpi.allgather(call)
+        size = recv.dtype.itemsize
+        blocks = _Rounds(self, [count * size for count in recv.counts], 1)
+        pool = _Pool(np.dtype(np.uint8))
+        mine = call.send.flat().view(np.uint8)
+        into = [recv.block(rank).view(np.uint8) for rank in range(self.size)]
+
+        def own(k: int) -> Array:
+            """Return what this rank, or others of its node through it, sends to other nodes."""
+            if self._near.size == self._stripes:
+                return blocks.slice(k, mine)
+            held = blocks.counts(k, self._place)[self._node] if self._across is not None else 0
+            return pool.room(0, k, held)
+
+        def inside(k: int) -> Steps:
+            """Hand blocks of ranks beyond the smallest node's places to those that send them."""
+            if self._near.size > self._stripes:
+                yield from self._near.alltoall(
+                    self._handing(k, blocks, own(k), blocks.slice(k, mine), from_stripes=False)
+                )
+
+        def across(k: int) -> Steps:
+            assert self._across is not None
+            counts = blocks.counts(k, self._place)
+            got = pool.room(1, k, sum(counts))
+            return self._across.allgather(
+                _sized(inner_call("allgather", -1, own(k), got, recv_counts=counts), got.size)
+            )
+
+        def spread(k: int) -> Steps:
+            counts = [sum(blocks.counts(k, stripe)) for stripe in range(self._stripes)]
+            counts += [0] * (self._near.size - self._stripes)
+            whole = pool.room(2, k, sum(counts))
+            got = pool.room(1, k, counts[self._place])
+            yield from self._near.allgather(
+                _sized(inner_call("allgather", -1, got, whole, recv_counts=counts), whole.size)
+            )
+            order = [rank for stripe in self._served for ranks in stripe for rank in ranks]
+            sizes = [blocks.count(k, rank) for rank in order]
+            for rank, (start, end) in zip(order, spans(sizes), strict=True):
+                blocks.slice(k, into[rank])[...] = whole[start:end]
+
+        return self._pipeline(blocks.rounds, inside, across, spread)
+
+    # ---- what MPI does as well over the whole group ----
+
+    def gather(self, call: Call) -> Steps:
+        return self._mpi.gather(call)
+
+    def scatter(self, call: Call) -> Steps:
+        return self._mpi.scatter(call)
+
+    def alltoall(self, call: Call) -> Steps:
+        return self._mpi.alltoall(call)
+
+    def scan(self, call: Call) -> Steps:
+        return self._mpi.scan(call)
+
+    def exscan(self, call: Call) -> Steps:
+        return self._mpi.exscan(call)
+
+    def send(self, call: Call) -> Steps:
+        return self._mpi.send(call)
+
+    def recv(self, call: Call) -> Steps:
+        return self._mpi.recv(call)
+
+    # ---- what these are made of ----
+
+    def _pipeline(
+        self,
+        pieces: int,
+        inside: Callable[[int], Steps],
+        across: Callable[[int], Steps],
+        after: Callable[[int], Steps],
+    ) -> Steps:
+        """Take each piece through its three stages; while one is across, the next is inside.
+
+        At most two pieces are under way, and one in each stage.
+        """
+        crossing: Steps = _none()
+        for k in range(pieces):
+            for mood in inside(k):
+                yield max(mood, next(crossing, IDLE))
+            yield from crossing
+            if k:
+                yield from after(k - 1)
+            if self._across is not None:
+                crossing = across(k)
+                next(crossing, None)  # it starts, and goes on while the next piece is inside
+        yield from crossing
+        yield from after(pieces - 1)
+
+    def _stripe_counts(self, count: int) -> list[int]:
+        """Divide a piece among the places of this node."""
+        return shares(count, self._stripes) + [0] * (self._near.size - self._stripes)
+
+    def _gather_stripes(self, part: Array, whole: Array) -> Steps:
+        """Gather the stripes of a piece on every rank of the node."""
+        counts = self._stripe_counts(whole.size)
+        return self._near.allgather(
+            _sized(inner_call("allgather", -1, part, whole, recv_counts=counts), whole.size)
+        )
+
+    def _handing(
+        self, k: int, blocks: _Rounds, held: Array, own: Array, *, from_stripes: bool
+    ) -> Call:
+        """Return the call that moves blocks between ranks and those that serve their stripe.
+
+        `held` is what this rank holds for those that it serves, `own` is its own block.
+        """
+        near = self._nodes.members[self._node]
+        server = self._place % self._stripes
+        outward, inward = [0] * len(near), [0] * len(near)
+        if self._across is not None:
+            for rank in self._served[self._place][self._node]:
+                outward[near.index(rank)] = blocks.count(k, rank)
+        inward[server] = own.size
+        if from_stripes:
+            return inner_call("alltoall", -1, held, own, outward, inward)
+        return inner_call("alltoall", -1, own, held, inward, outward)
+
+
+class _Pool:
+    """Scratch arrays of one call: one per use and parity of the piece."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._arrays: dict[tuple[int, int], Array] = {}
+
+    def room(self, use: int, k: int, count: int) -> Array:
+        found = self._arrays.get((use, k & 1))
+        if found is None or found.size < count:
+            found = self._arrays[use, k & 1] = np.empty(count, self._dtype)
+        return found[:count]
+
+
+class _Pieces:
+    """An array that is reduced in place, piece by piece, on the wire type."""
+
+    def __init__(self, transport: HierarchicalTransport, plan: Reduction, array: Array) -> None:
+        self._transport, self._plan, self._array = transport, plan, array
+        stripes = transport._stripes
+        self._spans = spans(
+            shares(array.size, -(-array.size * plan.wire.itemsize // (PIECE * stripes)))
+        )
+        self.count = len(self._spans)
+        self._pool = _Pool(plan.wire)
+
+    def _user(self, k: int) -> Array:
+        return self._array[slice(*self._spans[k])]
+
+    def wire(self, k: int) -> Array:
+        """Return the piece as the nodes reduce it: the user's own memory where it can be."""
+        user = self._user(k)
+        return user if self._plan.direct else self._pool.room(0, k, user.size)
+
+    def part(self, k: int) -> Array:
+        """Return this rank's stripe of the piece; of no elements where its place has none."""
+        t = self._transport
+        return self._pool.room(1, k, t._stripe_counts(self._user(k).size)[t._place])
+
+    def reduce_stripes(self, k: int) -> Steps:
+        """Reduce each stripe of the piece, on this node, to the rank at its place."""
+        wire = self.wire(k)
+        if not self._plan.direct:
+            wire[...] = self._plan.encode(self._user(k))
+        counts = self._transport._stripe_counts(wire.size)
+        return self._transport._near.reduce_scatter(
+            _reduction("reduce_scatter", self._plan, wire, self.part(k), send_counts=counts)
+        )
+
+    def decode(self, k: int) -> None:
+        """Bring the piece, reduced, into the user's memory, unless it is there."""
+        if not self._plan.direct:
+            self._plan.decode(self.wire(k), self._user(k))
+
+
+class _Rounds:
+    """Blocks, one per rank, that move in rounds: a piece of each at a time."""
+
+    def __init__(
+        self, transport: HierarchicalTransport, counts: list[int] | tuple[int, ...], itemsize: int
+    ) -> None:
+        self._counts = counts
+        self._served = transport._served
+        most = PIECE * transport._stripes // itemsize
+        self.rounds = -(-sum(counts) // most)
+        self._room = -(-max(counts) // self.rounds)
+
+    def slice(self, k: int, block: Array) -> Array:
+        """Return what round k takes of a block."""
+        return block[k * self._room : (k + 1) * self._room]
+
+    def count(self, k: int, rank: int) -> int:
+        """Return how many elements round k takes of a rank's block."""
+        return max(0, min(self._room, self._counts[rank] - k * self._room))
+
+    def counts(self, k: int, stripe: int) -> list[int]:
+        """Return how many elements round k takes of what a stripe serves, by node."""
+        return [sum(self.count(k, rank) for rank in ranks) for ranks in self._served[stripe]]
+
+
+def _reduction(
+    kind: str,
+    plan: Reduction,
+    send: Array,
+    recv: Array,
+    root: int = -1,
+    send_counts: list[int] | None = None,
+) -> Call:
+    """Make a call that reduces arrays of a plan's wire type."""
+    call = inner_call(kind, root, send, recv, send_counts)
+    call.reduction = dataclasses.replace(plan, direct=True)
+    call.count = UNEVEN
+    return _sized(call, send.size)
+
+
+def _sized(call: Call, largest: int) -> Call:
+    call.largest = largest
+    return call
+
+
+def _reducing(call: Call) -> tuple[Reduction, Array]:
+    assert call.reduction is not None and call.send is not None
+    return call.reduction, call.send.flat()
+
+
+def _encode(plan: Reduction, array: Array, wire: Array) -> None:
+    wire[...] = array if plan.direct else plan.encode(array)
+
+
+def _decode(plan: Reduction, wire: Array, array: Array) -> None:
+    if plan.direct:
+        array[...] = wire
+    else:
+        plan.decode(wire, array)
+
+
+def _none() -> Steps:
+    yield from ()
