@@ -8,6 +8,7 @@ refused before anything is sent.
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import pickle
 import struct
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .buffers import Blocks, Buffer, as_buffer
-from .dtypes import DType, Reduction, reduction
+from .dtypes import DType, Reduction, from_numpy, reduction
 from .errors import InvalidCallError, UnsupportedError
 from .ops import ReduceOp, as_reduce_op
 
@@ -58,6 +59,7 @@ KINDS = (
     "shutdown",
     "send",
     "recv",
+    "empty",
 )
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 
@@ -600,6 +602,21 @@ def transposed(lists: object, size: int, each: int) -> list[list[Any]]:
                 f"but has {len(row)}"
             )
     return [[row[k] for row in rows] for k in range(each)]
+
+
+def empty(shape: object, dtype: object) -> Call:
+    """Check the arguments of `empty`; the call's count is in bytes, its payload shape and dtype."""
+    extents = shape if isinstance(shape, (list, tuple)) else (shape,)
+    sides = tuple(integer(n, f"shape[{i}]") for i, n in enumerate(extents))
+    if min(sides, default=0) < 0:
+        raise InvalidCallError(f"shape must not have negative extents, but is {sides}")
+    try:
+        kind = np.dtype(dtype)  # type: ignore[call-overload]
+    except TypeError:
+        raise InvalidCallError(f"dtype must be a NumPy dtype, but got {dtype!r}") from None
+    code = from_numpy(kind, "dtype").code
+    nbytes = math.prod(sides) * kind.itemsize
+    return Call("empty", count=nbytes, digest=digest(code), payload=(sides, kind))
 
 
 def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) -> Call:

@@ -332,6 +332,27 @@ class ProcessGroup:
     def _prefix(kind: str) -> Callable[..., Call]:
         return lambda rank, size, tensor, op: calls.scan(kind, rank, size, tensor, op)
 
+    def empty(self, shape: object, dtype: object = "float32", timeout: object = None) -> Any:
+        """Make an array in the node's shared memory, which every rank of the group must call for.
+
+        Where each rank gives its array of one such call, or the like part of it, to `allreduce`,
+        `reduce` or `reduce_scatter_single`, the ranks work on one another's memory without copying
+        in and out (not in half precision, nor with AVG, PREMUL_SUM, or MIN and MAX of floats).
+        Elsewhere it is an array like any other, and it may outlive the group.
+
+        Args:
+            shape: an int or a tuple of ints; the same number of elements on all ranks.
+            dtype: a NumPy dtype, the same on all ranks.
+
+        Returns:
+            A NumPy array of undefined content.  Where ranks can't share memory, or /dev/shm has no
+            room for it (which warns), an ordinary one.
+        """
+        work = self._call("empty", timeout, lambda rank, size: calls.empty(shape, dtype))
+        work.wait()
+        sides, kind = work.call.payload
+        return work.call.result.view(kind).reshape(sides)
+
     # ---- several arrays in one call ----
 
     def allreduce_coalesced(

@@ -57,14 +57,15 @@ def _fence() -> Callable[[], None]:
 
 
 Shares = Generator[int, None, "NodeMemory | None"]
+Maps = Generator[int, None, "mmap.mmap | None"]
 
 
 class NodeMemory:
     """The mapped file of one group, seen from one of its ranks."""
 
-    def __init__(self, file: int, rank: int, size: int) -> None:
+    def __init__(self, room: mmap.mmap, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._map = mmap.mmap(file, size * _STRIDE)
+        self._map = room
         self.words = memoryview(self._map).cast("q")
         # A peer on a core of its own is there in a moment; on ours it needs the core.
         self._spins = range(SPINS if size <= len(os.sched_getaffinity(0)) else 0)
@@ -167,7 +168,7 @@ class NodeMemory:
     def any_left(self, seq: int) -> bool:
         """Return whether any rank has marked that it takes no part in call `seq`."""
         words = self.words
-        return any([0 < words[word] <= seq for word in self._left])
+        return any([0 < words[word] <= seq for word in self._left])  # noqa: C419  (a list is faster)
 
     def announce(self, flag: int) -> None:
         """Raise this rank's flag: all that was written before is there for who sees it."""
@@ -198,18 +199,25 @@ class NodeMemory:
 
 
 def share(comm: MPI.Intracomm) -> Shares:
+    """Share memory between all ranks of a communicator; None, with a warning, where it can't be."""
+    size = comm.Get_size()
+    room = yield from map_file(comm, size * _STRIDE)
+    return None if room is None else NodeMemory(room, comm.Get_rank(), size)
+
+
+def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
     """Map one file on all ranks of a communicator, or on none.
 
     None where the ranks don't share memory, or where there is no room for it.
     """
-    rank, size = comm.Get_rank(), comm.Get_size()
+    rank = comm.Get_rank()
     name = np.zeros(256, dtype=np.uint8)
     file, path, full = -1, "", False
     if rank == 0:
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="mpicoll-", dir=_FOLDER)
             try:
-                os.posix_fallocate(file, 0, size * _STRIDE)
+                os.posix_fallocate(file, 0, nbytes)
             except OSError:
                 full = True
             said = path.encode()
@@ -224,18 +232,18 @@ def share(comm: MPI.Intracomm) -> Shares:
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [heard, MPI.INT64_T], MPI.MIN))
     if path:
         os.unlink(path)
-    shared = None
+    room = None
     if heard[0] > 0 and heard[0] == -heard[1]:
-        shared = NodeMemory(file, rank, size)
+        room = mmap.mmap(file, nbytes)
     elif full:
         warnings.warn(
-            f"{_FOLDER} has no room for {size * _STRIDE >> 20} MiB: this group goes by MPI alone, "
-            "which is slower inside a node",
+            f"{_FOLDER} has no room for {nbytes / 2**20:.1f} MiB: these ranks go without shared "
+            "memory, which is slower inside a node",
             stacklevel=2,
         )
     if file >= 0:
         os.close(file)
-    return shared
+    return room
 
 
 def whereabouts() -> int:

@@ -64,8 +64,10 @@ class Hosts:
     def _keep(self, name: str, hosts: Path) -> None:
         """Start the process that keeps a host's namespaces; it ends when we close its input."""
         keeper = subprocess.Popen(
-            [*("unshare", "--net", "--uts", "--ipc", "--mount", "sh", "-ec")]
-            + [_KEEPER.format(name=name, hosts=hosts)],
+            [
+                *("unshare", "--net", "--uts", "--ipc", "--mount", "sh", "-ec"),
+                _KEEPER.format(name=name, hosts=hosts),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -79,8 +81,10 @@ class Hosts:
     def _cable(self) -> None:
         ends = [str(keeper.pid) for keeper in self._keepers]
         made = subprocess.run(
-            ["ip", "link", "add", "eth0", "netns", ends[0], "type", "veth"]
-            + ["peer", "name", "eth0", "netns", ends[1]],
+            [
+                *("ip", "link", "add", "eth0", "netns", ends[0], "type", "veth"),
+                *("peer", "name", "eth0", "netns", ends[1]),
+            ],
             capture_output=True,
         )
         if made.returncode:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 
+from ..arrays import SharedArrays
 from ..buffers import Blocks
 from ..calls import KINDS, PAIRWISE, UNEVEN, Call
 from ..dtypes import Reduction
@@ -28,6 +29,7 @@ from .base import Transport
 from .mpi import MpiTransport
 
 Array = np.ndarray[Any, Any]
+Finds = Generator[int, None, "list[Array] | None"]
 
 MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is read from the peer's own array
 READ = 2**26  # bytes of one such read: others get their turn in between
@@ -64,6 +66,8 @@ class ShmTransport(Transport):
         self._epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
         self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
+        self._comm = comm
+        self._arrays = SharedArrays()
 
     # ---- what rides along with the records ----
     #
@@ -145,6 +149,14 @@ class ShmTransport(Transport):
 
     def allreduce(self, call: Call) -> Steps:
         plan, array = _reducing(call)
+        arrays = yield from self._in_place(plan, array)
+        if arrays:
+            low, high = _part(array.size, self.rank, self.size)
+            for start, end, result in _folded(plan, arrays, low, high):
+                for each in arrays:
+                    each[start:end] = result
+            yield from self._end_in_place()
+            return
         yield from self._begin()
         if self.size >= SHARED_WORK:
             yield from self._allreduce_shared(plan, array)
@@ -185,6 +197,13 @@ class ShmTransport(Transport):
 
     def reduce(self, call: Call) -> Steps:
         plan, array = _reducing(call)
+        arrays = yield from self._in_place(plan, array)
+        if arrays:
+            if self.rank == call.root:
+                for start, end, result in _folded(plan, arrays, 0, array.size):
+                    array[start:end] = result
+            yield from self._end_in_place()
+            return
         yield from self._begin()
         for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
@@ -208,6 +227,13 @@ class ShmTransport(Transport):
         plan = call.reduction
         assert plan is not None and call.send is not None and call.recv is not None
         send, out = call.send, call.recv.flat()
+        arrays = yield from self._in_place(plan, send.flat() if len(send.buffers) == 1 else None)
+        if arrays:
+            low = send.displs[self.rank]
+            for start, end, result in _folded(plan, arrays, low, low + out.size):
+                out[start - low : end - low] = result
+            yield from self._end_in_place()
+            return
         room = SLOT // plan.wire.itemsize // self.size
         yield from self._begin()
         for c in range(_rounds(max(send.counts), room)):
@@ -222,6 +248,34 @@ class ShmTransport(Transport):
             if mine.size:
                 _fold(plan, [s[self.rank * room :][: mine.size] for s in slots], mine)
         self._announce(_END)
+
+    # ---- what reduces where it lies: in arrays that all ranks made by `empty` together ----
+
+    def empty(self, call: Call) -> Steps:
+        call.result = yield from self._arrays.make(self._comm, call.count)
+        if call.result is None:
+            yield from super().empty(call)
+
+    def _in_place(self, plan: Reduction, array: Array | None) -> Finds:
+        """Return all ranks' arrays, if each gave its part of one shared array; else None."""
+        if not (self._arrays.made and plan.direct):
+            return None
+        yield from self._begin()
+        slots = self._memory.slots(0, np.dtype(np.int64))
+        slots[self.rank][:2] = (0, 0) if array is None else self._arrays.find(array, self.rank)
+        self._announce(1)
+        yield from self._all_seen(1)
+        numbers = {int(slot[0]) for slot in slots}
+        offsets = [int(slot[1]) for slot in slots]
+        if numbers == {0} or len(numbers) > 1:
+            self._announce(_END)
+            return None
+        assert array is not None
+        return self._arrays.views(numbers.pop(), offsets, array)
+
+    def _end_in_place(self) -> Steps:
+        self._announce(_END)
+        yield from self._all_seen(_END)  # until then the peers use our array
 
     def scan(self, call: Call) -> Steps:
         plan, array = _reducing(call)
@@ -454,6 +508,21 @@ def _rounds(count: int, room: int) -> int:
 
 def _octets(blocks: Blocks) -> list[Array]:
     return [blocks.block(i).view(np.uint8) for i in range(len(blocks.counts))]
+
+
+def _part(count: int, rank: int, size: int) -> tuple[int, int]:
+    return count * rank // size, count * (rank + 1) // size
+
+
+def _folded(
+    plan: Reduction, arrays: list[Array], low: int, high: int
+) -> Iterator[tuple[int, int, Array]]:
+    """Reduce a range of all ranks' arrays, piece by piece in the cache; yield bounds and result."""
+    scratch = np.empty(SLOT // plan.wire.itemsize, plan.wire)
+    for first, last in _spans(high - low, scratch.size):
+        start, end = low + first, low + last
+        _combine(plan, [a[start:end] for a in arrays], scratch[: end - start])
+        yield start, end, scratch[: end - start]
 
 
 def _encode(plan: Reduction, array: Array, slot: Array) -> None:

@@ -14,7 +14,7 @@ import mpicoll
 PACKAGE = Path(mpicoll.__file__).parent
 ORDER = [
     *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "memory"),
-    "nodes",
+    *("nodes", "arrays"),
     *(
         "peers",
         "arrival",
@@ -22,6 +22,7 @@ ORDER = [
         "work",
         "transports.base",
         "transports.mpi",
+        "transports.direct",
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
