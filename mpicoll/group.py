@@ -954,6 +954,8 @@ def _create(parent: MPI.Intracomm, work: Work) -> Steps:
     made = yield from rendezvous.duplicate(parent)
     assert made is not None
     yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
+    if work.call.refused:
+        return  # the peers have heard of it, and go no further
     yield from rendezvous.name_job(made)
     work.call.result = yield from backends.prepare(made, work.call.payload, work.deadline)
 

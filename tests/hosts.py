@@ -79,14 +79,9 @@ class Hosts:
         (self._folder / name).write_text(str(keeper.pid))
 
     def _cable(self) -> None:
-        ends = [str(keeper.pid) for keeper in self._keepers]
-        made = subprocess.run(
-            [
-                *("ip", "link", "add", "eth0", "netns", ends[0], "type", "veth"),
-                *("peer", "name", "eth0", "netns", ends[1]),
-            ],
-            capture_output=True,
-        )
+        one, other = (str(keeper.pid) for keeper in self._keepers)
+        cable = ["eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other]
+        made = subprocess.run(["ip", "link", "add", *cable], capture_output=True)
         if made.returncode:
             raise OSError(f"no network between namespaces here: {made.stderr.decode().strip()}")
         for i, name in enumerate(NAMES, 1):

@@ -27,6 +27,7 @@ class Stage:
     ranks: int  # 0: plain pytest
     paths: list[str]
     limit: float  # seconds
+    nodes: str = ""  # MPICOLL_NODES
 
     def argv(self, keyword: str) -> list[str]:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
@@ -39,6 +40,16 @@ class Stage:
         return [*launcher, sys.executable, "-m", "pytest", *options, *self.paths]
 
 
+def _contract(*names: str) -> list[str]:
+    return [f"tests/contract/test_{name}.py" for name in names]
+
+
+ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
+    3: _contract("bad_input", "collectives", "delays", "groups", "mismatch", "nodes", "property"),
+    4: _contract("collectives", "delays", "dtypes", "mismatch", "nodes"),
+}
+
+
 def stages(soak: bool) -> list[Stage]:
     slower = 10 if soak else 1
     return [
@@ -46,6 +57,10 @@ def stages(soak: bool) -> list[Stage]:
         *(
             Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 300 * slower)
             for n in (1, 2, 3, 4)
+        ),
+        *(
+            Stage(f"contract, {n} ranks on 2 nodes", n, ACROSS_NODES[n], 300 * slower, "2")
+            for n in (3, 4)
         ),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
         Stage("scenarios", 0, ["tests/scenarios"], 400 * slower),
@@ -128,6 +143,8 @@ def main() -> int:
             extra = {"MPICOLL_TEST_LOG": str(log)}
             if options.soak or os.environ.get("MPICOLL_SOAK") == "1":
                 extra["MPICOLL_SOAK"] = "1"
+            if stage.nodes:
+                extra["MPICOLL_NODES"] = stage.nodes
             ended = run_bounded(stage.argv(options.keyword), stage.limit, environment(extra))
             count, failures = outcomes(log, ended)
             for title, text in failures:

@@ -133,7 +133,8 @@ class MpiTransport(Transport):
             mine = send.flat()
             yield from self._exchange([mine] * self.size, _each(recv))
             return
-        wire, into = send.flat(), recv.landing()
+        into = recv.landing()
+        wire = _apart(send.flat(), into)
         yield from until(self.comm.Iallgatherv([wire, _element(wire)], _spread(into, recv)))
         recv.unpack(into)
 
@@ -149,6 +150,7 @@ class MpiTransport(Transport):
             yield from until(self.comm.Igatherv([wire, _element(wire)], None, call.root))
         else:
             into = call.recv.landing()
+            wire = _apart(wire, into)
             yield from until(
                 self.comm.Igatherv([wire, _element(wire)], _spread(into, call.recv), call.root)
             )
@@ -263,6 +265,14 @@ _WIDER = Reduction(
     lambda array: array.astype(np.int32),
     lambda wire, array: np.copyto(array, wire, casting="unsafe"),
 )
+
+
+def _apart(send: Array, into: Array) -> Array:
+    """Return what to send: a copy where it is a part of what is received into.
+
+    Users' arrays never are; the stripes of a call across nodes are.  MPI refuses that.
+    """
+    return send.copy() if np.may_share_memory(send, into) else send
 
 
 def _two(call: Call) -> tuple[Blocks, Blocks]:

@@ -22,10 +22,14 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.transports import hierarchical
 from tests.contract.arrays import KINDS, Kind
 
-# All backends on 2 and 3 ranks; what every user gets on any number.
-BACKENDS = ("auto", "mpi") if MPI.COMM_WORLD.size in (2, 3) else ("auto",)
+# All backends on 2 and 3 ranks; what every user gets on any number, and over several nodes.
+NODES = os.environ.get("MPICOLL_NODES", "")
+BACKENDS = ("auto", "mpi") if MPI.COMM_WORLD.size in (2, 3) and not NODES else ("auto",)
+if NODES:  # the arrays of the tests are small: they are to cross between nodes in several pieces
+    hierarchical.SMALL, hierarchical.PIECE = 1, 32 * 1024
 GROUP_TIMEOUT = 20.0  # of every call that names no timeout of its own
 LIMIT = 45.0  # seconds that one test may take; @pytest.mark.limit(seconds) says otherwise
 OUTCOMES = ("passed", "skipped", "failed")

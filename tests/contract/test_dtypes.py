@@ -220,3 +220,25 @@ def test_bytes_move(pg):
     x = bytearray([pg.rank() + 1] * 5)
     pg.broadcast(x, pg.size() - 1).wait()
     assert x == bytearray([pg.size()] * 5)
+
+
+@pytest.mark.parametrize("op", ["SUM", "AVG", "MAX", "PREMUL_SUM"])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("name", ["allreduce", "reduce_scatter_single"])
+def test_a_large_call_gives_the_bits_of_many_small_ones(pg, dtype, op, name):
+    n, each, step = pg.size(), 150_000, 10_000
+    factor = ReduceOp.PREMUL_SUM(0.5 + pg.rank()) if op == "PREMUL_SUM" else getattr(ReduceOp, op)
+    x = np.random.default_rng(pg.rank()).standard_normal((n, each)).astype(dtype)
+    if name == "allreduce":
+        whole = x.reshape(-1).copy()
+        pg.allreduce(whole, op=factor).wait()
+        parts = x.reshape(-1).copy()
+        for start in range(0, n * each, step):
+            pg.allreduce(parts[start : start + step], op=factor).wait()
+    else:
+        whole, parts = np.empty(each, dtype), np.empty(each, dtype)
+        pg.reduce_scatter_single(whole, x, op=factor).wait()
+        for start in range(0, each, step):
+            some = np.ascontiguousarray(x[:, start : start + step])
+            pg.reduce_scatter_single(parts[start : start + step], some, op=factor).wait()
+    assert whole.tobytes() == parts.tobytes()
