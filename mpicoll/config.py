@@ -1,4 +1,4 @@
-"""What the environment says: the only module that reads `os.environ`."""
+"""What the environment and the machine say: the only module that reads `os.environ`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ def node_sizes(world: int) -> tuple[int, ...]:
             f"of nodes that add up to {world}, such as '2' or '3,1', but is {text!r}"
         )
     return tuple(sizes)
+
+
+def has_cores_for(ranks: int) -> bool:
+    """Whether so many ranks of this machine can run at the same time.
+
+    Where a launcher has bound each rank to cores of its own, this process sees only those.
+    """
+    machine = os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return ranks <= machine
+    allowed = len(os.sched_getaffinity(0))
+    return ranks <= allowed or ranks * allowed <= machine
 
 
 def store_secret() -> str | None:

@@ -43,7 +43,7 @@ from .errors import (
 )
 from .library import MPI, Steps, highest_tag
 from .ops import ReduceOp
-from .progress import Lane, crowded, engine
+from .progress import Lane, engine, share_machine
 from .recorder import Recorder
 from .stores import Store, TCPStore
 from .work import Work
@@ -938,7 +938,7 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     """Return the lane on which groups over `parent` are made, one after the other."""
     global _creation_key
     if not _creation_key:
-        crowded(ranks_on_node() or MPI.COMM_WORLD.Get_size())
+        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
         _creation_key = MPI.Comm.Create_keyval()
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)

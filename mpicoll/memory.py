@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import has_cores_for
 from .library import IDLE, MOVED, MPI, Steps, until
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +69,7 @@ class NodeMemory:
         self._map = room
         self.words = memoryview(self._map).cast("q")
         # A peer on a core of its own is there in a moment; on ours it needs the core.
-        self._spins = range(SPINS if size <= len(os.sched_getaffinity(0)) else 0)
+        self._spins = range(SPINS if has_cores_for(size) else 0)
         self.peers = [r for r in range(size) if r != rank]
         self._whole = np.frombuffer(self._map, dtype=np.uint8)
         self._views: dict[np.dtype[Any], tuple[list[list[Array]], list[list[Array]]]] = {}

@@ -31,8 +31,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .config import has_cores_for
 from .errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -674,11 +675,10 @@ def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> Collective
     )
 
 
-def crowded(ranks: int) -> None:
+def share_machine(ranks: int) -> None:
     """Say how many ranks share this machine, so that waiting suits them."""
     global _CROWDED
-    cores: Any = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    _CROWDED = ranks > max(1, len(cores))
+    _CROWDED = not has_cores_for(ranks)
 
 
 engine = Engine()
