@@ -204,16 +204,14 @@ class BoardArrival(Arrival):
 
         If not, nothing is lost: `steps` arrives once more, in the same words.
         """
-        extent = call.extent
-        if not self._memory.post(_record(call, seq), extent) or self._memory.any_left(seq):
-            return False
-        call.largest = extent
-        return True
+        call.largest = self._memory.post(_record(call, seq), call.extent)
+        return call.largest >= 0 and not self._memory.any_left(seq)
 
     def _meet(self, record: Record, extent: int) -> Meets:
         memory, seq = self._memory, record[_SEQ]
-        if memory.post(record, extent):
-            return record, record, extent
+        largest = memory.post(record, extent)
+        if largest >= 0:
+            return record, record, largest
         for rank in memory.peers:
             yield from memory.arrived(rank, seq)
         rows = memory.records(seq)

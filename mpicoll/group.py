@@ -769,9 +769,12 @@ class ProcessGroup:
 
     def _at_once(self, call: Call, seq: int) -> bool:
         """Carry out a call whose data ride on the records, if all others are there already."""
-        if not (self._transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
+        transport = self._transport
+        if not (transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
             return False
-        self._transport.finish(call, seq)
+        if not transport.rides(call):  # another rank's data is too large
+            return False
+        transport.finish(call, seq)
         return True
 
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:

@@ -77,11 +77,12 @@ class NodeMemory:
         self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
         self.fence = _fence()
 
-    def post(self, record: tuple[int, ...], extent: int) -> bool:
-        """Publish this rank's record of a call; true if all others' are there and the same.
+    def post(self, record: tuple[int, ...], extent: int) -> int:
+        """Publish this rank's record of a call, and the extent of its data.
 
-        Looks at them for a moment only.  The record begins with the number of the call, at which
-        the others look: it is written last.
+        Returns the largest extent of all ranks if all others' records are there and the same, else
+        -1; it waits for them for a moment only.  A record begins with the number of the call, at
+        which the others look: it is written last.
         """
         seq, said = record[0], _SAID.pack(*record[1:], extent)
         words, whole = self.words, self._map
@@ -90,7 +91,7 @@ class NodeMemory:
         whole[at + 8 : at + 72] = said
         self.fence()
         words[at >> 3] = seq
-        alike = True
+        largest = extent
         for rank in self.peers:
             at = rank * _STRIDE + first
             word = at >> 3
@@ -99,10 +100,15 @@ class NodeMemory:
                     if words[word] == seq:
                         break
                 else:
-                    return False
+                    return -1
             self.fence()
-            alike = alike and whole[at + 8 : at + 72] == said
-        return alike
+            theirs = whole[at + 8 : at + 72]
+            if theirs != said:
+                if theirs[:-8] != said[:-8]:
+                    largest = -1
+                elif largest >= 0:
+                    largest = max(largest, words[word + 8])
+        return largest
 
     def has_posted(self, rank: int, seq: int) -> bool:
         """Return whether a rank's record of call `seq` is there."""

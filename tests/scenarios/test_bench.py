@@ -1,4 +1,7 @@
-"""The benchmark: its results are right, and machines can read them.  Speed is not asserted."""
+"""The benchmark: its results are right, and people and machines can read them.
+
+Speed is not asserted.
+"""
 
 import json
 import sys
@@ -8,11 +11,37 @@ import pytest
 from tests.harness import environment, mpiexec, run_bounded
 
 
+def bench(ranks, *options):
+    argv = [*mpiexec(ranks), sys.executable, "-m", "mpicoll", "bench", "--budget", "0.02"]
+    return run_bounded([*argv, *options], 60, environment({}))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_bench(ranks):
-    argv = [*mpiexec(ranks), sys.executable, "-m", "mpicoll", "bench", "--json"]
-    ended = run_bounded([*argv, "--sizes", "4,4000,3000000"], 60, environment({}))
+def test_rows_for_machines(ranks):
+    ended = bench(ranks, "--json", "--sizes", "4,4000,3000000")
     assert ended.code == 0, ended.output
     rows = json.loads(ended.output.splitlines()[-1])
-    assert len({row["kind"] for row in rows}) == 6 and len(rows) == 18
+    assert len({row["kind"] for row in rows}) == 10 and len(rows) == 3 * 9 + 1
     assert all(row["min_us"] <= row["median_us"] <= row["p99_us"] for row in rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_dtypes(dtype):
+    ended = bench(2, "--json", "--dtype", dtype, "--sizes", "4000", "--kinds", "allreduce,scatter")
+    assert ended.code == 0, ended.output
+    assert [row["dtype"] for row in json.loads(ended.output.splitlines()[-1])] == [dtype] * 2
+
+
+def test_table_picture_and_gloo(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "curves.png"
+    options = ("--sizes", "4,4096", "--kinds", "allreduce,broadcast", "--gloo", "--plot", str(path))
+    ended = bench(2, *options)
+    assert ended.code == 0, ended.output
+    assert "gloo" in ended.output and "4 KiB" in ended.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_collective_is_refused():
+    ended = bench(2, "--kinds", "nonsense")
+    assert ended.code != 0 and "--kinds must be of allreduce" in ended.output

@@ -1,0 +1,86 @@
+"""Put the runs of scripts/bench-peers into one table and one picture.
+
+python scripts/peers.py FOLDER-OF-RUNS FOLDER-FOR-RESULTS RANKS
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+from mpicoll.cli.bench import in_words
+from mpicoll.cli.curves import draw
+
+PEERS = {
+    "mpich": ("MPICH", "#c1440e"),
+    "openmpi": ("Open MPI", "#2a6fbb"),
+    "impi": ("Intel MPI", "#7b4ea3"),
+    "gloo": ("gloo", "#8a8a8a"),
+}
+
+
+def collect(folder: Path) -> list[dict]:
+    """Return one row per collective and size: medians over the rounds, by way of calling."""
+    times: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        mpi = path.stem.split("-")[0]
+        for row in json.loads(path.read_text().splitlines()[-1]):
+            at = times.setdefault((row["kind"], row["nbytes"]), {})
+            at.setdefault("ours", []).append(row["median_us"])
+            at.setdefault(mpi, []).append(row["mpi4py_median_us"])
+            if row["gloo_median_us"] is not None:
+                at.setdefault("gloo", []).append(row["gloo_median_us"])
+    return [
+        {"kind": kind, "nbytes": nbytes, **{way: statistics.median(t) for way, t in at.items()}}
+        for (kind, nbytes), at in times.items()
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table; a ratio above 1 says that mpicoll is faster than the best peer."""
+    names = [name for name, _ in PEERS.values()]
+    lines = [f"| collective | size | mpicoll | {' | '.join(names)} | best peer / mpicoll |"]
+    lines.append("|---|---|" + "---:|" * (len(names) + 2))
+    for row in rows:
+        best = min(row[way] for way in PEERS if way in row)
+        cells = [_micro(row.get(way)) for way in ("ours", *PEERS)]
+        size = "" if row["kind"] == "barrier" else in_words(row["nbytes"])
+        lines.append(f"| {row['kind']} | {size} | {' | '.join(cells)} | {best / row['ours']:.2f} |")
+    return "\n".join(lines)
+
+
+def _micro(time: float | None) -> str:
+    return "" if time is None else f"{time:,.1f}" if time < 100 else f"{time:,.0f}"
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{os.cpu_count()} cores ({model}), {platform.system()}"
+
+
+def main() -> None:
+    """Read the runs, write peers.md and peers.png."""
+    found, into, ranks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    rows = collect(found)
+    (into / "peers.md").write_text(
+        "# Beside its peers\n\n"
+        f"Median time of a call in microseconds: {ranks} ranks, float32, {_machine()}, "
+        f"{datetime.date.today():%B %Y}, by `scripts/bench-peers -n {ranks}`. Each MPI library is "
+        "called bare, by mpi4py's blocking methods, in turns with mpicoll; mpicoll's own figure is "
+        "the median over all of the libraries. The last column is the best peer's time over "
+        "mpicoll's: above 1, mpicoll is faster than all of them.\n\n"
+        "![Time over size, one panel per collective](peers.png)\n\n" + table(rows) + "\n"
+    )
+    ways = {"ours": ("mpicoll", "#0b6e4f"), **PEERS}
+    draw(rows, str(into / "peers.png"), f"{ranks} ranks on one node, float32", ways)
+
+
+if __name__ == "__main__":
+    main()
