@@ -28,7 +28,7 @@ from .shm import ShmTransport
 
 Array = np.ndarray[Any, Any]
 
-SMALL = 64 * 1024  # bytes below which MPI over the whole group is as fast
+SMALL = 2**20  # bytes below which MPI over the whole group is as fast or faster
 PIECE = 512 * 1024  # bytes of one stripe that are between the nodes at a time
 
 _NOTHING = np.empty(0, np.uint8)
@@ -150,9 +150,7 @@ class HierarchicalTransport(Transport):
             into = blocks.slice(k, out)
             if self._near.size > self._stripes:
                 wire = pool.room(3, k, into.size)
-                yield from self._near.alltoall(
-                    self._handing(k, blocks, got, wire, from_stripes=True)
-                )
+                yield from self._hand_out(k, blocks, got, wire)
                 got = wire
             _decode(plan, got[: into.size], into)
 
@@ -168,13 +166,17 @@ class HierarchicalTransport(Transport):
         array = blocks.flat().view(np.uint8)
         bounds = spans(shares(array.size, -(-array.size // (PIECE * self._stripes))))
         home, place = self._nodes.locate(call.root)
+        pool = _Pool(array.dtype)
 
         def piece(k: int) -> Array:
             return array[slice(*bounds[k])]
 
         def part(k: int) -> Array:
             whole = piece(k)
-            return whole[slice(*spans(self._stripe_counts(whole.size))[self._place])]
+            counts = self._stripe_counts(whole.size)
+            if self._node != home:
+                return pool.room(0, k, counts[self._place])
+            return whole[slice(*spans(counts)[self._place])]
 
         def inside(k: int) -> Steps:
             if self._node == home:
@@ -190,55 +192,10 @@ class HierarchicalTransport(Transport):
 
         return self._pipeline(len(bounds), inside, across, spread)
 
-    def allgather(self, call: Call) -> Steps:
-        assert call.send is not None and call.recv is not None
-        recv = call.recv
-        if recv.nbytes < SMALL:
-            return self._mpi.allgather(call)
-        size = recv.dtype.itemsize
-        blocks = _Rounds(self, [count * size for count in recv.counts], 1)
-        pool = _Pool(np.dtype(np.uint8))
-        mine = call.send.flat().view(np.uint8)
-        into = [recv.block(rank).view(np.uint8) for rank in range(self.size)]
-
-        def own(k: int) -> Array:
-            """Return what this rank, or others of its node through it, sends to other nodes."""
-            if self._near.size == self._stripes:
-                return blocks.slice(k, mine)
-            held = blocks.counts(k, self._place)[self._node] if self._across is not None else 0
-            return pool.room(0, k, held)
-
-        def inside(k: int) -> Steps:
-            """Hand blocks of ranks beyond the smallest node's places to those that send them."""
-            if self._near.size > self._stripes:
-                yield from self._near.alltoall(
-                    self._handing(k, blocks, own(k), blocks.slice(k, mine), from_stripes=False)
-                )
-
-        def across(k: int) -> Steps:
-            assert self._across is not None
-            counts = blocks.counts(k, self._place)
-            got = pool.room(1, k, sum(counts))
-            return self._across.allgather(
-                _sized(inner_call("allgather", -1, own(k), got, recv_counts=counts), got.size)
-            )
-
-        def spread(k: int) -> Steps:
-            counts = [sum(blocks.counts(k, stripe)) for stripe in range(self._stripes)]
-            counts += [0] * (self._near.size - self._stripes)
-            whole = pool.room(2, k, sum(counts))
-            got = pool.room(1, k, counts[self._place])
-            yield from self._near.allgather(
-                _sized(inner_call("allgather", -1, got, whole, recv_counts=counts), whole.size)
-            )
-            order = [rank for stripe in self._served for ranks in stripe for rank in ranks]
-            sizes = [blocks.count(k, rank) for rank in order]
-            for rank, (start, end) in zip(order, spans(sizes), strict=True):
-                blocks.slice(k, into[rank])[...] = whole[start:end]
-
-        return self._pipeline(blocks.rounds, inside, across, spread)
-
     # ---- what MPI does as well over the whole group ----
+
+    def allgather(self, call: Call) -> Steps:
+        return self._mpi.allgather(call)  # a ring of ranks takes each block across once, too
 
     def gather(self, call: Call) -> Steps:
         return self._mpi.gather(call)
@@ -298,23 +255,15 @@ class HierarchicalTransport(Transport):
             _sized(inner_call("allgather", -1, part, whole, recv_counts=counts), whole.size)
         )
 
-    def _handing(
-        self, k: int, blocks: _Rounds, held: Array, own: Array, *, from_stripes: bool
-    ) -> Call:
-        """Return the call that moves blocks between ranks and those that serve their stripe.
-
-        `held` is what this rank holds for those that it serves, `own` is its own block.
-        """
+    def _hand_out(self, k: int, blocks: _Rounds, held: Array, own: Array) -> Steps:
+        """Give each rank of the node its block, `own`, from what the ranks with stripes hold."""
         near = self._nodes.members[self._node]
-        server = self._place % self._stripes
         outward, inward = [0] * len(near), [0] * len(near)
         if self._across is not None:
             for rank in self._served[self._place][self._node]:
                 outward[near.index(rank)] = blocks.count(k, rank)
-        inward[server] = own.size
-        if from_stripes:
-            return inner_call("alltoall", -1, held, own, outward, inward)
-        return inner_call("alltoall", -1, own, held, inward, outward)
+        inward[self._place % self._stripes] = own.size
+        return self._near.alltoall(inner_call("alltoall", -1, held, own, outward, inward))
 
 
 class _Pool:
