@@ -126,7 +126,7 @@ class Hosts:
         agent = str(self._folder / "agent")
         if installed_mpi() == "mpich":
             launcher += ["-launcher", "ssh", "-launcher-exec", agent, "-hosts", places]
-            env = {**env, "MPIR_CVAR_CH4_NETMOD": "ofi"}  # UCX loses messages on this network
+            env = {**env, "MPIR_CVAR_CH4_NETMOD": "ofi"}  # over UCX, calls hang here at times
         else:
             launcher += ["--allow-run-as-root", "--bind-to", "none", "--host", places]
             launcher += ["--prtemca", "plm_ssh_agent", agent]
