@@ -227,10 +227,13 @@ class Engine:
         Not where anything else is under way, which would have to come first.  An attempt that
         returns False has done nothing that the task's steps don't do again.
         """
-        if self._active or not self._enter():
+        self._lock.acquire()
+        if self._active or self._inside:
+            self._lock.release()
             return False
+        self._inside = True
         try:
-            if self._active or not attempt(task.call, task.seq):
+            if not attempt(task.call, task.seq):
                 return False
             self._settle(task, None)
             self._hear(task.called)  # who never waits answers its peers' questions, too

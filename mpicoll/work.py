@@ -57,9 +57,9 @@ class Work(Task):
         """
         if not self.done or timeout is not None:
             engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
-        error = self.exception()
-        if error is not None:
-            raise error
+        if self.error is not None:
+            self.fetched = True
+            raise self.error
         return True
 
     def is_completed(self) -> bool:

@@ -1,0 +1,22 @@
+"""Pretended nodes, where a group breaks."""
+
+from tests.harness import launch
+
+SCRIPT = """
+pg = mc.new_group(timeout=20, checks="node")
+pg.barrier().wait()
+try:
+    for _ in range(3):
+        op = mc.ReduceOp.MAX if RANK == 3 else mc.ReduceOp.SUM
+        pg.allreduce(np.ones(1000), op).wait()
+except MpicollError as error:
+    report(kind=type(error).__name__, text=str(error))
+"""
+
+
+def test_a_mismatch_inside_a_node_is_heard_on_the_other_with_checks_on_the_node():
+    """The node that differs knows who differed; the other one learns that it left the group."""
+    job = launch(4, SCRIPT, env={"MPICOLL_NODES": "2"})
+    assert not job.timed_out and not job.leftovers and job.code != 0, job.output
+    assert job["kind"] == ["RemoteRankError"] * 2 + ["CollectiveMismatchError"] * 2
+    assert all("rank 2" in text or "rank 3" in text for text in job["text"]), job["text"]
