@@ -23,6 +23,7 @@ from ..library import IDLE, MPI, Steps
 from ..memory import NodeMemory
 from ..nodes import Nodes, shares, spans
 from .base import Transport, inner_call
+from .folding import decode, encode, reducing
 from .mpi import MpiTransport
 from .shm import ShmTransport
 
@@ -66,7 +67,7 @@ class HierarchicalTransport(Transport):
     # ---- what reduces ----
 
     def allreduce(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         if array.size * plan.wire.itemsize < SMALL:
             return self._mpi.allreduce(call)
         pieces = _Pieces(self, plan, array)
@@ -83,7 +84,7 @@ class HierarchicalTransport(Transport):
         return self._pipeline(pieces.count, pieces.reduce_stripes, across, spread)
 
     def reduce(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         if array.size * plan.wire.itemsize < SMALL:
             return self._mpi.reduce(call)
         pieces = _Pieces(self, plan, array)
@@ -128,7 +129,7 @@ class HierarchicalTransport(Transport):
             order = [rank for stripe in self._served for ranks in stripe for rank in ranks]
             sizes = [blocks.count(k, rank) for rank in order]
             for rank, (start, end) in zip(order, spans(sizes), strict=True):
-                _encode(plan, blocks.slice(k, send.block(rank)), wire[start:end])
+                encode(plan, blocks.slice(k, send.block(rank)), wire[start:end])
             counts += [0] * (self._near.size - self._stripes)
             part = pool.room(1, k, counts[self._place])
             yield from self._near.reduce_scatter(
@@ -152,7 +153,7 @@ class HierarchicalTransport(Transport):
                 wire = pool.room(3, k, into.size)
                 yield from self._hand_out(k, blocks, got, wire)
                 got = wire
-            _decode(plan, got[: into.size], into)
+            decode(plan, got[: into.size], into)
 
         return self._pipeline(blocks.rounds, inside, across, pass_on)
 
@@ -364,22 +365,6 @@ def _reduction(
 def _sized(call: Call, largest: int) -> Call:
     call.largest = largest
     return call
-
-
-def _reducing(call: Call) -> tuple[Reduction, Array]:
-    assert call.reduction is not None and call.send is not None
-    return call.reduction, call.send.flat()
-
-
-def _encode(plan: Reduction, array: Array, wire: Array) -> None:
-    wire[...] = array if plan.direct else plan.encode(array)
-
-
-def _decode(plan: Reduction, wire: Array, array: Array) -> None:
-    if plan.direct:
-        array[...] = wire
-    else:
-        plan.decode(wire, array)
 
 
 def _none() -> Steps:

@@ -11,7 +11,6 @@ round c - 1.  Arrival separates the calls; inside a call a primitive waits for t
 
 from __future__ import annotations
 
-import contextvars
 import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -20,12 +19,13 @@ import numpy as np
 
 from ..arrays import SharedArrays
 from ..buffers import Blocks
-from ..calls import KINDS, PAIRWISE, UNEVEN, Call
+from ..calls import Call
 from ..dtypes import Reduction
 from ..library import MOVED, MPI, Steps
-from ..memory import PAYLOAD, SLOT, NodeMemory
-from . import direct
+from ..memory import SLOT, NodeMemory
+from . import direct, riding
 from .base import Transport
+from .folding import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from .mpi import MpiTransport
 
 Array = np.ndarray[Any, Any]
@@ -33,26 +33,10 @@ Finds = Generator[int, None, "list[Array] | None"]
 
 MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is read from the peer's own array
 READ = 2**26  # bytes of one such read: others get their turn in between
-PIECE = 2**15  # elements that are encoded at a time
 SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
 
 _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
-
-_RIDING = frozenset(KINDS[:12]) | {"scan", "exscan", "monitored_barrier"}
-
-_UFUNC = {
-    "SUM": np.add,
-    "PROD": np.multiply,
-    "MIN": np.minimum,
-    "MAX": np.maximum,
-    "LAND": np.logical_and,
-    "LOR": np.logical_or,
-    "LXOR": np.logical_xor,
-    "BAND": np.bitwise_and,
-    "BOR": np.bitwise_or,
-    "BXOR": np.bitwise_xor,
-}
 
 
 class ShmTransport(Transport):
@@ -71,58 +55,18 @@ class ShmTransport(Transport):
         self._arrays = SharedArrays()
 
     # ---- what rides along with the records ----
-    #
-    # Each rank writes what it gives before it arrives.  After that all is there to be read, and it
-    # stays until the call after the next: by then all have arrived at the next, done with this.
 
     def prepare(self, call: Call, seq: int) -> bool:
-        if not _fits(call, call.extent):
+        if not riding.fits(call, call.extent, self.size):
             return False
-        send = call.send
-        if send is None or (call.kind == "broadcast" and self.rank != call.root):
-            return True
-        plan = call.reduction
-        if plan is None:
-            mine = self._memory.payloads(seq, send.dtype.storage)[self.rank]
-        else:
-            mine = self._memory.payloads(seq, plan.wire)[self.rank]
-            if not plan.direct:
-                mine[: send.total] = plan.encode(send.flat())
-                return True
-        if len(send.buffers) == 1:
-            mine[: send.total] = send.buffers[0].array
-        else:
-            for i, start in enumerate(send.displs):
-                mine[start : start + send.counts[i]] = send.block(i)
+        riding.give(call, seq, self._memory)
         return True
 
     def rides(self, call: Call) -> bool:
-        return _fits(call, call.largest)
+        return riding.fits(call, call.largest, self.size)
 
     def finish(self, call: Call, seq: int) -> None:
-        kind, recv, plan, own = call.kind, call.recv, call.reduction, self.rank
-        if recv is None:
-            return
-        there = self._memory.payloads(seq, recv.dtype.storage if plan is None else plan.wire)
-        if plan is not None:
-            start, end = 0, recv.total
-            if kind == "scan" or kind == "exscan":
-                there = there[: own + (kind == "scan")]
-            elif kind != "allreduce" and kind != "reduce":
-                assert call.send is not None
-                start = call.send.displs[own]
-                end += start
-            if there:
-                _fold(plan, [p[start:end] for p in there], recv.flat())
-        elif kind == "broadcast":
-            recv.flat()[...] = there[call.root][: recv.total]
-        elif kind == "scatter":
-            start = own * recv.total
-            recv.flat()[...] = there[call.root][start : start + recv.total]
-        else:
-            start = own * recv.counts[own] if kind in ("alltoall", "all_to_all_single") else 0
-            for r, count in enumerate(recv.counts):
-                recv.block(r)[...] = there[r][start : start + count]
+        riding.take(call, seq, self._memory)
 
     def steps(self, call: Call) -> Steps:
         self._apart = True
@@ -149,7 +93,7 @@ class ShmTransport(Transport):
     # ---- what reduces ----
 
     def allreduce(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         arrays = yield from self._in_place(plan, array)
         if arrays:
             low, high = _part(array.size, self.rank, self.size)
@@ -159,40 +103,40 @@ class ShmTransport(Transport):
             yield from self._end_in_place()
             return
         yield from self._begin()
-        if self.size >= SHARED_WORK or _late(plan):
+        if self.size >= SHARED_WORK or late(plan):
             yield from self._allreduce_shared(plan, array)
         else:
             yield from self._in_chunks(plan, array, self.size)
 
     def _in_chunks(self, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
-        for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
+        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
             slots = self._memory.slots(c, plan.wire)
-            _encode(plan, array[start:end], slots[self.rank][: end - start])
+            encode(plan, array[start:end], slots[self.rank][: end - start])
             self._announce(c + 1)
             yield from self._all_seen(c + 1)
             if upto:
-                _fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
+                fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
         self._announce(_END)
 
     def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
         """Each rank reduces its part of a chunk; all gather the parts."""
-        late = _late(plan)
-        kind = array.dtype if late else plan.wire
+        is_late = late(plan)
+        kind = array.dtype if is_late else plan.wire
         scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
-        for c, (start, end) in enumerate(_spans(array.size, SLOT // kind.itemsize)):
+        for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
             slots = self._memory.slots(c, kind)
             n = end - start
             mine = slots[self.rank]
-            if late:
+            if is_late:
                 mine[:n] = array[start:end]
             else:
-                _encode(plan, array[start:end], mine[:n])
+                encode(plan, array[start:end], mine[:n])
             self._announce(2 * c + 1)
             yield from self._all_seen(2 * c + 1)
             low, high = _part(n, self.rank, self.size)
             part = scratch[: high - low]
-            reduce = _encode_and_fold if late else _combine
+            reduce = encode_and_fold if is_late else combine
             reduce(plan, [s[low:high] for s in slots], part)
             mine[low:high] = part
             self._announce(2 * c + 2)
@@ -200,14 +144,14 @@ class ShmTransport(Transport):
             for r in range(self.size):
                 low, high = _part(n, r, self.size)
                 into = array[start + low : start + high]
-                if late:
+                if is_late:
                     into[...] = slots[r][low:high]
                 else:
-                    _decode(plan, slots[r][low:high], into)
+                    decode(plan, slots[r][low:high], into)
         self._announce(_END)
 
     def reduce(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         arrays = yield from self._in_place(plan, array)
         if arrays:
             if self.rank == call.root:
@@ -216,7 +160,7 @@ class ShmTransport(Transport):
             yield from self._end_in_place()
             return
         yield from self._begin()
-        for c, (start, end) in enumerate(_spans(array.size, SLOT // plan.wire.itemsize)):
+        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
             if self.rank == call.root:
                 if (
@@ -224,13 +168,13 @@ class ShmTransport(Transport):
                 ):  # an operand of the first step: it is read in time
                     slots[self.rank] = array[start:end]
                 else:
-                    _encode(plan, array[start:end], slots[self.rank])
+                    encode(plan, array[start:end], slots[self.rank])
                 yield from self._all_seen(c + 1)
-                _fold(plan, slots, array[start:end])
+                fold(plan, slots, array[start:end])
             else:
                 if c >= 2:
                     yield from self._seen(call.root, c - 1)
-                _encode(plan, array[start:end], slots[self.rank])
+                encode(plan, array[start:end], slots[self.rank])
             self._announce(c + 1)
         self._announce(_END)
 
@@ -245,8 +189,8 @@ class ShmTransport(Transport):
                 out[start - low : end - low] = result
             yield from self._end_in_place()
             return
-        late = _late(plan)
-        kind = out.dtype if late else plan.wire
+        is_late = late(plan)
+        kind = out.dtype if is_late else plan.wire
         room = SLOT // kind.itemsize // self.size
         yield from self._begin()
         for c in range(_rounds(max(send.counts), room)):
@@ -254,15 +198,15 @@ class ShmTransport(Transport):
             for j in range(self.size):
                 piece = send.block(j)[c * room : (c + 1) * room]
                 into = slots[self.rank][j * room :][: piece.size]
-                if late:
+                if is_late:
                     into[...] = piece
                 elif piece.size:
-                    _encode(plan, piece, into)
+                    encode(plan, piece, into)
             self._announce(c + 1)
             yield from self._all_seen(c + 1)
             mine = out[c * room : (c + 1) * room]
             if mine.size:
-                reduce = _encode_and_fold if late else _fold
+                reduce = encode_and_fold if is_late else fold
                 reduce(plan, [s[self.rank * room :][: mine.size] for s in slots], mine)
         self._announce(_END)
 
@@ -295,12 +239,12 @@ class ShmTransport(Transport):
         yield from self._all_seen(_END)  # until then the peers use our array
 
     def scan(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         yield from self._begin()
         yield from self._in_chunks(plan, array, self.rank + 1)
 
     def exscan(self, call: Call) -> Steps:
-        plan, array = _reducing(call)
+        plan, array = reducing(call)
         yield from self._begin()
         yield from self._in_chunks(plan, array, self.rank)
 
@@ -314,7 +258,7 @@ class ShmTransport(Transport):
             return
         array = blocks.flat().view(np.uint8)
         yield from self._begin()
-        for c, (start, end) in enumerate(_spans(array.size, SLOT)):
+        for c, (start, end) in enumerate(spans(array.size, SLOT)):
             slot = self._memory.slots(c, array.dtype)[call.root][: end - start]
             if self.rank == call.root:
                 if c >= 2:
@@ -353,7 +297,7 @@ class ShmTransport(Transport):
         mine = _octets(call.send)[0]
         yield from self._begin()
         if call.recv is None:
-            for c, (start, end) in enumerate(_spans(mine.size, SLOT)):
+            for c, (start, end) in enumerate(spans(mine.size, SLOT)):
                 if c >= 2:
                     yield from self._seen(call.root, c - 1)
                 self._memory.slots(c, mine.dtype)[self.rank][: end - start] = mine[start:end]
@@ -380,7 +324,7 @@ class ShmTransport(Transport):
         room = SLOT // self.size
         yield from self._begin()
         if call.send is None:
-            for c, (start, end) in enumerate(_spans(into.size, room)):
+            for c, (start, end) in enumerate(spans(into.size, room)):
                 yield from self._seen(call.root, c + 1)
                 slot = self._memory.slots(c, into.dtype)[call.root]
                 into[start:end] = slot[self.rank * room :][: end - start]
@@ -481,7 +425,7 @@ class ShmTransport(Transport):
             yield from self._seen(r, 1)
             parted = call.kind in ("scatter", "alltoall", "all_to_all_single")
             address = int(slots[r][self.rank if parted else 0])
-            for start, end in _spans(into.size, READ):
+            for start, end in spans(into.size, READ):
                 direct.read(self._processes[r], address + start, into[start:end])
                 yield MOVED
 
@@ -496,27 +440,6 @@ class ShmTransport(Transport):
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
         return call.largest * blocks.dtype.itemsize > MOVE_LIMIT
-
-
-def _fits(call: Call, extent: int) -> bool:
-    """Return whether a call of this extent, the largest of all ranks, rides."""
-    if call.kind not in _RIDING or (call.count == UNEVEN and call.kind in PAIRWISE):
-        return False
-    blocks = call.send or call.recv
-    if blocks is None:
-        return True
-    plan = call.reduction
-    itemsize = blocks.dtype.itemsize if plan is None else plan.wire.itemsize
-    return extent * itemsize <= PAYLOAD
-
-
-def _reducing(call: Call) -> tuple[Reduction, Array]:
-    assert call.reduction is not None and call.send is not None
-    return call.reduction, call.send.flat()
-
-
-def _spans(count: int, room: int) -> list[tuple[int, int]]:
-    return [(start, min(start + room, count)) for start in range(0, count, room)]
 
 
 def _rounds(count: int, room: int) -> int:
@@ -536,70 +459,7 @@ def _folded(
 ) -> Iterator[tuple[int, int, Array]]:
     """Reduce a range of all ranks' arrays, piece by piece in the cache; yield bounds and result."""
     scratch = np.empty(SLOT // plan.wire.itemsize, plan.wire)
-    for first, last in _spans(high - low, scratch.size):
+    for first, last in spans(high - low, scratch.size):
         start, end = low + first, low + last
-        _combine(plan, [a[start:end] for a in arrays], scratch[: end - start])
+        combine(plan, [a[start:end] for a in arrays], scratch[: end - start])
         yield start, end, scratch[: end - start]
-
-
-def _encode(plan: Reduction, array: Array, slot: Array) -> None:
-    slot[...] = array if plan.direct else plan.encode(array)
-
-
-def _decode(plan: Reduction, wire: Array, array: Array) -> None:
-    if plan.direct:
-        array[...] = wire
-    else:
-        plan.decode(wire, array)
-
-
-def _fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
-    """Reduce arrays of the wire type, in order, into an array of the user's."""
-    if plan.direct:
-        _combine(plan, arrays, out)
-    else:
-        wire = np.empty(out.size, plan.wire)
-        _combine(plan, arrays, wire)
-        plan.decode(wire, out)
-
-
-def _late(plan: Reduction) -> bool:
-    """Return whether elements are shared as they are, and encoded by the rank that reduces them.
-
-    They are fewer bytes in half precision, and each rank encodes only the part that it reduces.
-    """
-    return plan.alike and not plan.direct
-
-
-def _encode_and_fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
-    """Reduce arrays of the user's type, in order, into one of them, in pieces that stay cached."""
-    ufunc = _UFUNC[plan.mpi_op]
-    for start, end in _spans(out.size, PIECE):
-        total = plan.encode(arrays[0][start:end])
-        for array in arrays[1:]:
-            _QUIETLY(ufunc, total, plan.encode(array[start:end]), total)
-        plan.decode(total, out[start:end])
-
-
-def _combine(plan: Reduction, arrays: list[Array], out: Array) -> None:
-    if len(arrays) == 1:
-        out[...] = arrays[0]
-        return
-    ufunc = _UFUNC[plan.mpi_op]
-    _QUIETLY(ufunc, arrays[0], arrays[1], out)
-    for array in arrays[2:]:
-        _QUIETLY(ufunc, out, array, out)
-
-
-def _quietly() -> Callable[..., object]:
-    """Return what calls a ufunc so that overflow is inf and no word is lost about it, as in MPI.
-
-    A context whose error state is set once costs 0.1 us a call, `np.errstate` 0.6 us.  It can't be
-    entered twice at a time, and isn't: only the engine's steps do, under its lock.
-    """
-    context = contextvars.copy_context()
-    context.run(np.seterr, all="ignore")
-    return context.run
-
-
-_QUIETLY = _quietly()

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from mpicoll.cli.trials import TRIALS
-from mpicoll.transports import shm
+from mpicoll.transports import riding, shm
 
 
 @pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
@@ -16,7 +16,7 @@ def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypat
     if memory is None:
         pytest.skip("the group doesn't go through shared memory")
     if way != "ride":
-        monkeypatch.setattr(shm, "PAYLOAD", 0)
+        monkeypatch.setattr(riding, "PAYLOAD", -1)
     if way in ("read", "MPI"):
         monkeypatch.setattr(shm, "MOVE_LIMIT", 0)
     if way == "MPI":  # as where the system doesn't permit reading

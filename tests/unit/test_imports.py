@@ -23,6 +23,8 @@ ORDER = [
         "transports.base",
         "transports.mpi",
         "transports.direct",
+        "transports.folding",
+        "transports.riding",
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
