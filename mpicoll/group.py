@@ -772,8 +772,8 @@ class ProcessGroup:
         transport = self._transport
         if not (transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
             return False
-        if not transport.rides(call):  # another rank's data is too large
-            return False
+        if call.largest != call.extent and not transport.rides(call):
+            return False  # another rank's data is too large
         transport.finish(call, seq)
         return True
 

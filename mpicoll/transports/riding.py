@@ -28,13 +28,11 @@ def fits(call: Call, extent: int, size: int) -> bool:
     """Return whether a call rides, if this is the largest extent of all its ranks."""
     if call.kind not in _KINDS or (call.count == UNEVEN and call.kind in PAIRWISE):
         return False
+    if call.reduction is not None:
+        nbytes = extent * call.reduction.wire.itemsize
+        return nbytes <= PAYLOAD and nbytes * size <= READ
     blocks = call.send or call.recv
-    if blocks is None:
-        return True
-    if call.reduction is None:
-        return extent * blocks.dtype.itemsize <= PAYLOAD
-    nbytes = extent * call.reduction.wire.itemsize
-    return nbytes <= PAYLOAD and nbytes * size <= READ
+    return blocks is None or extent * blocks.dtype.itemsize <= PAYLOAD
 
 
 def give(call: Call, seq: int, memory: NodeMemory) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.harness import PREAMBLE, installed_mpi
+from tests.harness import PREAMBLE
 
 # A script for torch.distributed._dist2, but for how it says who it is.
 DIST2 = """
