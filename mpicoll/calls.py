@@ -106,9 +106,10 @@ class Call:
 
     @property
     def dtype(self) -> DType | None:
-        blocks = self.send if self.send is not None else self.recv
-        if blocks is not None:
-            return blocks.dtype
+        if self.send is not None:
+            return self.send.dtype
+        if self.recv is not None:
+            return self.recv.dtype
         return self.parts[0].dtype if self.parts else None
 
     @property
@@ -249,8 +250,12 @@ def _disjoint(writes: Sequence[tuple[str, Buffer]], reads: Sequence[tuple[str, B
         writes[0][1].array, reads[0][1].array
     ):
         return  # exact for contiguous arrays, and four times faster than what follows
-    used = [(b.address, b.address + b.nbytes, name, True) for name, b in writes if b.nbytes]
-    used += [(b.address, b.address + b.nbytes, name, False) for name, b in reads if b.nbytes]
+    used = []
+    for write, named in ((True, writes), (False, reads)):
+        for name, b in named:
+            if b.nbytes:
+                start = b.address
+                used.append((start, start + b.nbytes, name, write))
     used.sort()
     reach, reach_name = -1, ""  # the furthest byte used so far
     written, written_name = -1, ""  # the furthest byte written so far

@@ -124,11 +124,11 @@ class Every:
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._next = 0.0
+        self.next = 0.0
 
     def due(self, now: float | None = None) -> bool:
         now = time.monotonic() if now is None else now
-        if now < self._next:
+        if now < self.next:
             return False
-        self._next = now + self._interval
+        self.next = now + self._interval
         return True

@@ -236,7 +236,8 @@ class Engine:
             if not attempt(task.call, task.seq):
                 return False
             self._settle(task, None)
-            self._hear(task.called)  # who never waits answers its peers' questions, too
+            if task.called >= self._poll.next:
+                self._hear(task.called)  # who never waits answers its peers' questions, too
             return True
         except Exception as error:
             self._end(task, translate(error, task.call.kind))

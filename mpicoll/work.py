@@ -26,7 +26,7 @@ class Work(Task):
     def __init__(
         self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
     ) -> None:
-        super().__init__(lane, call, seq, timeout)
+        Task.__init__(self, lane, call, seq, timeout)
         self._recorder = recorder
         self._entry: Entry = recorder.note(seq, call, self.called)
 

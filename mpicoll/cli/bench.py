@@ -6,13 +6,13 @@ Start it under MPI:
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
     mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
 
-Calls of mpicoll and of mpi4py's blocking methods alternate, so that both see the same machine;
-those of gloo follow.  A call takes as long as on its slowest rank.  Sizes are bytes of the larger
-array of a rank: of the output in all_gather_single and gather, of the input in
-reduce_scatter_single and scatter.  As in the OSU and NCCL tests, algorithm bandwidth is that size
-over the median time, and bus bandwidth multiplies it by 2 (n - 1) / n for allreduce, by (n - 1) / n
-where each rank has its part, and by 1 for broadcast, reduce and scan.  Every result is checked, and
-the exit status is not zero if one was wrong.
+Calls of mpicoll, of mpi4py's blocking methods, and for allreduce of `Iallreduce` and `Wait`,
+alternate, so that all see the same machine; those of gloo follow.  A call takes as long as on its
+slowest rank.  Sizes are bytes of the larger array of a rank: of the output in all_gather_single
+and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and NCCL tests,
+algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it by 2 (n - 1)
+/ n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast, reduce and
+scan.  Every result is checked, and the exit status is not zero if one was wrong.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Case:
     fill: Callable[[], None]
     right: Callable[[], bool]
     gloo: Calls | None = None
+    nonblocking: Calls | None = None
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Row:
     bus_gbps: float
     mpi4py_median_us: float
     ratio: float  # mpi4py's median over ours: above 1, mpicoll is faster
+    nonblocking_median_us: float | None  # mpi4py's Iallreduce and Wait
     gloo_median_us: float | None
 
 
@@ -108,6 +110,7 @@ class Bench:
             lambda: x.fill(self.rank + 1),
             lambda: bool((x == self.total()).all()),
             lambda: self.dist.all_reduce(t),
+            lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
         )
 
     def reduce(self, count: int) -> Case:
@@ -229,13 +232,14 @@ class Bench:
             way()
             # mpi4py has summed other numbers where there is no bfloat16.
             correct[0] &= way is not case.ours or case.right()
-        calls, times = self.alternate([case.ours, case.bare], budget)
+        ways = [case.ours, case.bare, *([case.nonblocking] if case.nonblocking else [])]
+        calls, times = self.alternate(ways, budget)
         gloo = None
         if self.dist is not None and case.gloo is not None:
             # Not in turns with the others: the threads it wakes would disturb them.
             gloo = float(np.median(self.alternate([case.gloo], budget / 3)[1]))
         self.pg.allreduce(correct, op=ReduceOp.MIN).wait()
-        ours, bare = times
+        ours, bare, *more = times
         median = float(np.median(ours))
         rate = nbytes / median / 1e3
         return Row(
@@ -250,6 +254,7 @@ class Bench:
             rate * BUS[kind](self.n),
             float(np.median(bare)),
             float(np.median(bare)) / median,
+            float(np.median(more[0])) if more else None,
             gloo,
         ), bool(correct[0])
 
@@ -365,21 +370,19 @@ def _bfloat16() -> Any:
 
 
 def _head(kind: str, gloo: bool) -> str:
-    names = [f"\n{kind:<24}", *("min us", "median", "p99", "alg GB/s", "bus GB/s", "mpi4py")]
-    return (
-        names[0]
-        + "".join(f"{n:>10}" for n in names[1:])
-        + f"{'ratio':>8}"
-        + (f"{'gloo':>10}" if gloo else "")
-    )
+    names = ["min us", "median", "p99", "alg GB/s", "bus GB/s", "mpi4py", "ratio"]
+    names += ["I + Wait"] if kind == "allreduce" else []
+    names += ["gloo"] if gloo else []
+    return f"\n{kind:<24}" + "".join(f"{name:>10}" for name in names)
 
 
 def _line(row: Row) -> str:
-    gloo = "" if row.gloo_median_us is None else f"{row.gloo_median_us:>10.1f}"
+    more = (row.nonblocking_median_us, row.gloo_median_us)
     return (
         f"{in_words(row.nbytes) if row.kind != 'barrier' else '':>24}{row.min_us:>10.1f}"
         f"{row.median_us:>10.1f}{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}"
-        f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>8.2f}{gloo}"
+        f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>10.2f}"
+        + "".join(f"{time:>10.1f}" for time in more if time is not None)
     )
 
 
