@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .calls import KIND_CODES, PAIRWISE, UNEVEN, Call
+from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call
 from .errors import CollectiveMismatchError, RemoteRankError
 from .library import IDLE, MPI, Steps, until
 from .memory import NodeMemory
@@ -30,6 +30,8 @@ _REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
 _NEWS = 0.05  # seconds that a notice may take to come
+_PAUSE = 0.05  # seconds between calls in which the peers may have given up waiting
+_LOOK = 0.001  # seconds to look for their notices then
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
 _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
@@ -75,6 +77,7 @@ class Arrival:
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
         self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
+        self._last = time.monotonic()  # when this rank arrived last
         self._both = bytearray(_BOTH.size)
         self._spec = [self._both, MPI.INT64_T]
 
@@ -119,10 +122,18 @@ class Arrival:
 
     def check_left(self, seq: int) -> None:
         """Raise if a peer has said that it takes no part in call `seq`."""
-        self._peers.poll()
-        for rank, notice in self._peers.left.items():
-            if notice.seq <= seq:
-                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+        # Who comes late may be the only one left in the call: then it looks more than once, since
+        # MPI may not see at once that a message has come.
+        now = time.monotonic()
+        until = now + _LOOK if now - self._last > _PAUSE else now
+        self._last = now
+        while True:
+            self._peers.poll()
+            for rank, notice in self._peers.left.items():
+                if notice.seq <= seq:
+                    raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+            if until == now or time.monotonic() >= until:
+                return
 
     def _compare_pairs(self, call: Call, seq: int) -> Steps:
         """Compare what each rank sends to each other with what that one expects."""
@@ -197,7 +208,7 @@ class BoardArrival(Arrival):
         super().__init__(comm, peers)
         self._memory = memory
         self._near = ranks
-        self._place = {rank: place for place, rank in enumerate(ranks)}
+        self.places = {rank: place for place, rank in enumerate(ranks)}
 
     def at_once(self, call: Call, seq: int) -> bool:
         """Arrive, and return whether all others are there within a moment and call the same.
@@ -233,8 +244,28 @@ class BoardArrival(Arrival):
 
     def has_arrived(self, rank: int, seq: int) -> bool:
         """Return whether a rank's record of call `seq` is seen to be there."""
-        place = self._place.get(rank)
+        place = self.places.get(rank)
         return place is not None and self._memory.has_posted(place, seq)
+
+    def last_seen(self, rank: int) -> str:
+        """Say what a rank of this node is doing, as the board shows it."""
+        place = self.places.get(rank)
+        if place is None:
+            return ""
+        finished = self._memory.words[self._memory.finished[place]]
+        rows = self._rows(place)
+        row = max(rows)
+        if row[_SEQ] > finished:
+            root = f", root {row[_ROOT]}" if row[_ROOT] >= 0 else ""
+            return f"it is in {KINDS[row[_KIND]]} #{row[_SEQ]}{root}"
+        if not finished:
+            return "it has made no call yet"
+        kinds = {r[_SEQ]: KINDS[r[_KIND]] for r in rows}
+        return f"last finished {kinds.get(finished, 'call')} #{finished}"
+
+    def _rows(self, place: int) -> list[list[int]]:
+        """Return the two last records of a rank of this node."""
+        return [self._memory.records(seq)[place] for seq in (0, 1)]
 
 
 class NodesArrival(BoardArrival):

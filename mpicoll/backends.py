@@ -6,15 +6,18 @@ The choice is made when a group is created and agreed by all its ranks, never at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from . import memory, rendezvous
+from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
+from .config import survives_deaths
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI, until
 from .nodes import Nodes
@@ -109,6 +112,7 @@ class Ground:
         shared: the memory of this rank's node, where it is used.
         nodes: who is on which node, where there are several and their memory is used.
         near, across: then, the communicators of this node and of this rank's stripe.
+        neighbours: ranks that are watched by their pids, those of this node and pid namespace.
     """
 
     comm: MPI.Intracomm
@@ -116,6 +120,7 @@ class Ground:
     nodes: Nodes | None = None
     near: MPI.Intracomm | None = None
     across: MPI.Intracomm | None = None
+    neighbours: dict[int, Identity] = field(default_factory=dict)
 
     @property
     def comms(self) -> list[MPI.Intracomm]:
@@ -131,26 +136,44 @@ def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
 
     Where one node can't share memory, none does.
     """
-    if wanted.backend == "mpi" or comm.Get_size() == 1:
+    if comm.Get_size() == 1:
         return Ground(comm)
-    nodes = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    nodes, processes = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    spaces = {who.namespace for who in processes.values()}
+    mine = processes[comm.Get_rank()].namespace
+    neighbours = {r: who for r, who in processes.items() if mine == who.namespace != NOBODY}
+    if wanted.backend == "mpi" or max(map(len, nodes.members)) == 1:
+        return Ground(comm, neighbours=neighbours)
+    locked = spaces != {mine} or mine == NOBODY
     if len(nodes.members) == 1:
-        shared = yield from memory.share(comm)
-        return Ground(comm, shared)
-    if max(map(len, nodes.members)) == 1:
-        return Ground(comm)
+        shared = yield from memory.share(comm, locked=locked)
+        return Ground(comm, shared, neighbours=neighbours)
     node, place = nodes.locate(comm.Get_rank())
     near = yield from rendezvous.split(comm, node, place, deadline)
     assert near is not None
-    shared = yield from memory.share(near)
+    shared = yield from memory.share(near, locked=locked)
     agreed = np.array([shared is not None], dtype=np.int64)
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [agreed, MPI.INT64_T], MPI.MIN))
     if not agreed[0]:
         yield from rendezvous.free([near], deadline)
-        return Ground(comm)
+        return Ground(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None
     across = yield from rendezvous.split(comm, stripe, node, deadline)
-    return Ground(comm, shared, nodes, near, across)
+    return Ground(comm, shared, nodes, near, across, neighbours)
+
+
+def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+    """`prepare` for those who survived a failure; if one dies meanwhile, for those who are left."""
+    while survives_deaths():
+        ground = None
+        try:
+            ground = yield from prepare(comm, wanted, deadline)
+        except MPI.Exception:  # a member died, or has seen one die
+            pass
+        if rendezvous.all_succeeded(comm, ground is not None, deadline) and ground is not None:
+            return ground
+        comm = rendezvous.survivors(comm, deadline)
+    return (yield from prepare(comm, wanted, deadline))
 
 
 def transport(ground: Ground) -> Transport:
@@ -167,6 +190,7 @@ def transport(ground: Ground) -> Transport:
 
 def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
+    peers.observe(ground.neighbours)
     shared = ground.shared
     if shared is None:
         return Arrival(ground.comm, peers)
@@ -185,7 +209,10 @@ def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
             everywhere=wanted.checks == "full",
         )
     peers.has_arrived = board.has_arrived
+    peers.last_seen = board.last_seen
     peers.mark_left = shared.leave
+    if shared.locked:
+        peers.observe_locks({r: partial(shared.has_died, p) for r, p in board.places.items()})
     return board
 
 

@@ -60,6 +60,7 @@ KINDS = (
     "send",
     "recv",
     "empty",
+    "shrink_group",
 )
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 
@@ -677,6 +678,19 @@ def _pickled(obj: object) -> bytes:
         raise InvalidCallError(
             f"obj of type {type(obj).__name__} can't be pickled: {error}"
         ) from error
+
+
+def excluded(rank: int, size: int, ranks: object) -> tuple[int, ...]:
+    """Check the argument of shrink_group: ranks of the group, this one not among them."""
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
+        raise InvalidCallError(f"ranks_to_exclude must be a list of ranks, but got {ranks!r}")
+    given = {rank_in(r, f"ranks_to_exclude[{i}]", size) for i, r in enumerate(ranks)}
+    if rank in given:
+        raise InvalidCallError(
+            f"ranks_to_exclude is {sorted(given)}, and this is rank {rank}: only those that stay "
+            "call shrink_group"
+        )
+    return tuple(sorted(given))
 
 
 def split_ranks(size: int, ranks: object) -> tuple[int, ...]:

@@ -27,6 +27,28 @@ def default_timeout() -> float:
     return value
 
 
+def grace() -> float:
+    """Seconds that a rank which failed gives peers that don't know of it: MPICOLL_GRACE, else 3."""
+    text = os.environ.get("MPICOLL_GRACE", "3")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value < math.inf):
+        raise InvalidCallError(f"MPICOLL_GRACE must be a number of seconds, but is {text!r}")
+    return value
+
+
+def survives_deaths() -> bool:
+    """Whether the launcher has switched on MPI's fault tolerance (ULFM) for this job.
+
+    Open MPI's `mpirun --with-ft ulfm` says so in the environment; without it MPI's calls for it
+    exist, return, and do nothing.
+    """
+    said = os.environ.get("OMPI_MCA_mpi_ft_enable", "")  # noqa: SIM112  (Open MPI's spelling)
+    return said.lower() in ("1", "true", "yes", "on")
+
+
 def ranks_on_node() -> int | None:
     """How many ranks the launcher says it started on this machine, if it says so."""
     for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):

@@ -96,7 +96,19 @@ class CollectiveMismatchError(MpicollError):
 
 
 class RankFailedError(MpicollError):
-    """A peer died.  The group is broken.  Nothing raises it yet: a death shows as a timeout."""
+    """A peer died.
+
+    Noticed within a fraction of a second on the same machine, and wherever MPI's fault tolerance
+    reports it; elsewhere a death shows as a timeout.  The group is broken, and the buffers of
+    the call are undefined; where the launcher lets the others live, `shrink_group` goes on.
+
+    Attributes:
+        rank: the peer, as a rank of the group.
+    """
+
+    def __init__(self, message: str, *, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class RemoteRankError(MpicollError):

@@ -26,6 +26,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -41,6 +42,7 @@ from .errors import (
     MpicollError,
     UnsupportedError,
 )
+from .leaving import check_process, ending
 from .library import MPI, Steps, highest_tag
 from .ops import ReduceOp
 from .progress import Lane, engine, share_machine
@@ -88,7 +90,10 @@ class ProcessGroup:
         self._lane = Lane(name, comm)
         self._transport = backends.transport(ground)
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
-        self._lane.farewell = self._farewell
+        if ground.shared is not None:
+            shared = ground.shared
+            self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
+        self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
         self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)
         if progress == "thread":
@@ -573,7 +578,7 @@ class ProcessGroup:
 
     def _by_node(self, kind: str, timeout: object) -> ProcessGroup:
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
-            nodes = yield from rendezvous.nodes_of(self.comm, self._wanted.sizes)
+            nodes, _ = yield from rendezvous.nodes_of(self.comm, self._wanted.sizes)
             node, place = nodes.locate(self._rank)
             color = node if kind == "local_group" else place
             made = yield from rendezvous.split(self.comm, color, self._rank, deadline)
@@ -642,6 +647,55 @@ class ProcessGroup:
         group = self._child(made, group_name or f"{first}:merge", group_desc, timeout)
         assert group is not None
         return group
+
+    def shrink_group(
+        self,
+        ranks_to_exclude: Sequence[int] = (),
+        timeout: object = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+    ) -> ProcessGroup:
+        """Make a group of the ranks that are left after a failure, and give this one up.
+
+        All that stay must call it, those that are excluded must not.  It works on a broken group,
+        whether a call timed out or a rank died, and is what goes on from there; on a working one
+        too, which it breaks.  Ranks that died are left out by themselves: where the launcher lets
+        the others live, as Open MPI's does with `--with-ft ulfm`.
+
+        Args:
+            ranks_to_exclude: ranks of this group that take no part, alike on all that do.
+            timeout: how long it may take, and the new group's default.
+
+        Returns:
+            The new group, in which ranks keep their order.
+
+        Raises:
+            CollectiveTimeoutError: some did not call; names them.  It may be called again.
+            CollectiveMismatchError: the ranks exclude different ones.  It may be called again.
+            UnsupportedError: a rank died, and one that lives is excluded.
+        """
+        check_process()
+        lane = self._lane
+        self._refuse_closed()
+        out = calls.excluded(self._rank, self._size, ranks_to_exclude)
+        limit = seconds(timeout, self._timeout)
+        if lane.broken is None:
+            engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
+        work = Work(lane, Call("shrink_group"), lane.seq, limit, self._recorder)
+        engine.launch(work, self._shrink(work, out))
+        work.wait()
+        lane.replaced = True
+        name = group_name or f"{self.group_name}:shrink"
+        group = self._child(work.call.result, name, group_desc, timeout)
+        assert group is not None
+        return group
+
+    def _shrink(self, work: Work, out: Sequence[int]) -> Steps:
+        deadline = work.deadline
+        work.deadline += _VERDICT
+        made = yield from rendezvous.shrink(self.comm, self._lane.peers, out, deadline)
+        assert made is not None
+        work.call.result = yield from backends.prepare_survivors(made, self._wanted, deadline)
 
     def _comm(
         self,
@@ -810,30 +864,35 @@ class ProcessGroup:
             with contextlib.suppress(MpicollError):
                 engine.background()
 
-    def _farewell(self) -> None:
-        """Launch this rank's last arrival in the group."""
-        self._lane.seq += 1
-        call = Call("shutdown", leaving=True)
-        steps = self._arrival.steps(call, self._lane.seq)
-        engine.launch(Work(self._lane, call, self._lane.seq, self._timeout, self._recorder), steps)
-
     def _usable(self) -> None:
-        engine.check_process()
+        check_process()
         lane = self._lane
-        if lane.closed:
-            raise GroupClosedError(
-                f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
-            )
+        self._refuse_closed()
         if lane.broken is not None:
             raise GroupBrokenError(
                 f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
             ) from lane.broken
+
+    def _refuse_closed(self) -> None:
+        if self._lane.closed:
+            raise GroupClosedError(
+                f"group {self._lane.name!r} was {self._lane.closed}: "
+                "make a new one with new_group()"
+            )
 
     def _raise_unfetched(self) -> None:
         """Raise the error of a Work that was dropped before anybody asked for it."""
         error, self._lane.unfetched = self._lane.unfetched, None
         if error is not None:
             raise error
+
+
+def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
+    """Launch this rank's last arrival in a group, which waits for the others' for long."""
+    lane.seq += 1
+    call = Call("shutdown", leaving=True)
+    work = Work(lane, call, lane.seq, default_timeout(), recorder)
+    engine.launch(work, arrival.steps(call, lane.seq))
 
 
 def _refuse_busy(call: Call) -> None:
@@ -892,7 +951,7 @@ def new_group(
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
         TransportError: there is no MPI library, or it failed.
     """
-    engine.check_process()
+    check_process()
     parent = MPI.COMM_WORLD if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
         raise InvalidCallError(
@@ -941,6 +1000,7 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     """Return the lane on which groups over `parent` are made, one after the other."""
     global _creation_key
     if not _creation_key:
+        ending.hook()
         share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
         _creation_key = MPI.Comm.Create_keyval()
     # An attribute, since it goes with the communicator; a handle may come to mean another one.

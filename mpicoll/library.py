@@ -44,6 +44,26 @@ else:
     MPI = _LazyMPI("MPI")
 
 
+class Abandoned(BaseException):
+    """Thrown into steps that nobody will take any further, where they wait."""
+
+
+pending: list[MPI.Request] = []
+"""What abandoned steps were waiting for.  MPI can't be finalized before all of it is complete."""
+
+
+def nothing_pending() -> bool:
+    """Return whether MPI has done with everything that was ever abandoned."""
+    for request in list(pending):
+        try:
+            done = request.Test()
+        except MPI.Exception:  # it failed, so it is over
+            done = True
+        if done:
+            pending.remove(request)
+    return not pending
+
+
 def until(request: MPI.Request, mood: int = KEEN) -> Steps:
     """Wait for one MPI request: yield until it tests complete.
 
@@ -51,15 +71,23 @@ def until(request: MPI.Request, mood: int = KEEN) -> Steps:
     """
     if request.Test():
         return
-    yield MOVED
-    while not request.Test():
-        yield mood
+    try:
+        yield MOVED
+        while not request.Test():
+            yield mood
+    except Abandoned:
+        pending.append(request)
+        raise
 
 
 def until_all(requests: list[MPI.Request]) -> Steps:
     """Wait for several MPI requests."""
-    for request in requests:
-        yield from until(request)
+    for i, request in enumerate(requests):
+        try:
+            yield from until(request)
+        except BaseException:
+            pending.extend(requests[i + 1 :])
+            raise
 
 
 RESERVED_TAGS = 256  # the highest tags of every communicator are ours
@@ -81,10 +109,15 @@ def exchange_tag() -> int:
     return highest_tag() + 2
 
 
+def shrink_tag() -> int:
+    """Tag under which the members of a smaller communicator make it (`rendezvous.py`)."""
+    return highest_tag() + 3
+
+
 def merge_tag(step: int) -> int:
     """Tag of the handshake between the leaders of two groups that merge (`rendezvous.py`).
 
     Steps that follow one another take different tags: with one tag for all, MPICH 5.0 crashes
     in the second intercommunicator of a chain.
     """
-    return highest_tag() + 3 + step % (RESERVED_TAGS - 3)
+    return highest_tag() + 4 + step % (RESERVED_TAGS - 4)

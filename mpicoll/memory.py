@@ -6,8 +6,8 @@ stays behind, whatever becomes of the processes.
 
 Each rank owns a page of control words and two each of two kinds of room for data:
 
-    page      two records that alternate (arrival.py), a flag, the call that the rank left; on
-              rank 0's two outcomes of arrivals across nodes
+    page      two records that alternate (arrival.py), a flag, the call that the rank left, the
+              last call that it finished; on rank 0's two outcomes of arrivals across nodes
     payloads  `PAYLOAD` bytes each, one per record: data that is there when the record is
     slots     `SLOT` bytes each, in turn written by the owner and read by the others
 
@@ -17,6 +17,7 @@ A rank writes only in its own page and slots.  What a flag announces is written 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import mmap
 import os
@@ -62,11 +63,17 @@ Maps = Generator[int, None, "mmap.mmap | None"]
 
 
 class NodeMemory:
-    """The mapped file of one group, seen from one of its ranks."""
+    """The mapped file of one group, seen from one of its ranks.
 
-    def __init__(self, room: mmap.mmap, rank: int, size: int) -> None:
+    Args:
+        file: open for as long as this is, where each rank holds a lock on the byte of its number,
+            which the system takes from it when it dies.
+    """
+
+    def __init__(self, room: mmap.mmap, rank: int, size: int, file: int | None = None) -> None:
         self.rank, self.size = rank, size
         self._map = room
+        self._file = None if file is None else os.fdopen(file, "r+b", buffering=0)
         self.words = memoryview(self._map).cast("q")
         # A peer on a core of its own is there in a moment; on ours it needs the core.
         self._spins = range(SPINS if has_cores_for(size) else 0)
@@ -75,6 +82,7 @@ class NodeMemory:
         self._views: dict[np.dtype[Any], tuple[list[list[Array]], list[list[Array]]]] = {}
         self._left = [(r * _STRIDE + 2 * _RECORD) // 8 + 1 for r in range(size)]
         self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
+        self.finished = [(r * _STRIDE + 2 * _RECORD) // 8 + 2 for r in range(size)]  # words
         self.fence = _fence()
 
     def post(self, record: tuple[int, ...], extent: int) -> int:
@@ -164,6 +172,21 @@ class NodeMemory:
         self._views[dtype] = views
         return views
 
+    @property
+    def locked(self) -> bool:
+        """Whether each rank's lock tells that it lives."""
+        return self._file is not None
+
+    def has_died(self, rank: int) -> bool:
+        """Return whether a rank's lock was taken from it."""
+        assert self._file is not None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return False  # it holds it, or another rank is looking just now
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
+        return True
+
     def leave(self, seq: int) -> None:
         """Mark that this rank takes part in no call from `seq` on."""
         self.words[self._left[self.rank]] = seq
@@ -205,11 +228,14 @@ class NodeMemory:
             yield from self.seen(rank, flag)
 
 
-def share(comm: MPI.Intracomm) -> Shares:
-    """Share memory between all ranks of a communicator; None, with a warning, where it can't be."""
-    size = comm.Get_size()
-    room = yield from map_file(comm, size * _STRIDE)
-    return None if room is None else NodeMemory(room, comm.Get_rank(), size)
+def share(comm: MPI.Intracomm, *, locked: bool = False) -> Shares:
+    """Share memory between all ranks of a communicator; None, with a warning, where it can't be.
+
+    With `locked`, each holds a lock that dies with it.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    room, file = yield from _map(comm, size * _STRIDE, rank if locked else None)
+    return None if room is None else NodeMemory(room, rank, size, file)
 
 
 def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
@@ -217,6 +243,14 @@ def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
 
     None where the ranks don't share memory, or where there is no room for it.
     """
+    room, _ = yield from _map(comm, nbytes, None)
+    return room
+
+
+def _map(
+    comm: MPI.Intracomm, nbytes: int, lock: int | None
+) -> Generator[int, None, tuple[mmap.mmap | None, int | None]]:
+    """Map a file; with `lock`, hold a lock on that byte, and return the open file, too."""
     rank = comm.Get_rank()
     name = np.zeros(256, dtype=np.uint8)
     file, path, full = -1, "", False
@@ -233,6 +267,8 @@ def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
     if rank > 0 and name.any():
         with contextlib.suppress(OSError):
             file = os.open(name.tobytes().rstrip(b"\0"), os.O_RDWR | os.O_CLOEXEC)
+    if file >= 0 and lock is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
     # The inode too: another node may hold a file of that name.
     inode = os.fstat(file).st_ino if file >= 0 else 0
     heard = np.array([inode if file >= 0 and not full else -1, -inode], dtype=np.int64)
@@ -248,9 +284,11 @@ def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
             "memory, which is slower inside a node",
             stacklevel=2,
         )
+    if room is not None and lock is not None:
+        return room, file
     if file >= 0:
         os.close(file)
-    return room
+    return room, None
 
 
 def whereabouts() -> int:

@@ -1,4 +1,4 @@
-"""What the members of a group tell one another outside their collectives.
+"""What the members of a group know of one another outside their collectives.
 
 A rank that waits, or that leaves a call early, sends short notices point to point on the
 group's communicator, under a tag of our own:
@@ -6,24 +6,34 @@ group's communicator, under a tag of our own:
     QUERY  "where are you?"               asked shortly before a deadline
     STATE  "I am in call k; it is ..."    the answer, given by every rank that waits
     LEFT   "I left call k, and why"       by a rank that timed out, raised or aborted
-    GONE   "I am leaving the process"     by a rank that only follows another's failure
+    DIED   "rank k died, and how"         by a rank that noticed it
+    HEARD  "I know that it is broken"     by a rank that only follows another's failure
+    GONE   "I am leaving the process"     by every member of a broken group, at its end; again
+                                          when MPI has nothing pending there
+    JOIN   "I am in shrink_group"         to the rank that decides there, and
+    PLAN   "these will be members"        its answer (rendezvous.py)
 
-Nothing is sent while all goes well.
+Nothing is sent while all goes well.  That a peer of this machine died is seen without a word from
+it (alive.py); deaths elsewhere are MPI's to report, where its fault tolerance is on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import alive
+from .alive import Identity, watch
+from .config import survives_deaths
 from .library import MPI, notice_tag
 
-QUERY, STATE, LEFT, GONE = range(4)
+QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN = range(8)
 
-_HEAD = struct.Struct("<qqq")  # what, call number, whether the sender waits in that call
-_TEXT = 4096  # bytes of text in a notice at most
+_HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
+_TEXT = 3072  # bytes of text in a notice at most: no library waits for a receiver to send so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +46,20 @@ class Notice:
 
 
 class Peers:
-    """The other members of one communicator, and the last thing each was heard to say.
+    """The other members of one communicator, and what is known of each.
 
     Args:
         comm: the group's communicator.
         state: says what this rank is doing: (call number, whether it waits in it, in words).
+
+    Attributes:
+        left: the last words of those who left a call or the group.
+        dead: those who died, and how.
+        aware: those who know that the group is broken.
+        gone: those who are at the end of their process.
+        settled: those of them with whom MPI has nothing pending.
+        joined: what was said by those who are in `shrink_group`.
+        plan: what was decided there.
     """
 
     def __init__(self, comm: MPI.Comm, state: Callable[[], tuple[int, bool, str]]) -> None:
@@ -48,14 +67,70 @@ class Peers:
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.left: dict[int, Notice] = {}
+        self.dead: dict[int, str] = {}
+        self.aware: set[int] = set()
         self.gone: set[int] = set()
+        self.settled: set[int] = set()
+        self.joined: dict[int, str] = {}
+        self.plan = ""
         self.mark_left: Callable[[int], None] = lambda seq: None
         self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
+        self.last_seen: Callable[[int], str] = lambda rank: ""
         self._answers: dict[int, Notice] = {}
         self._state = state
         self._tag = notice_tag()
         self._kept: list[tuple[MPI.Request, bytes]] = []  # unfinished sends and their bytes
         self._inbox = bytearray(_HEAD.size + _TEXT)
+        self._watched: dict[int, Identity] = {}
+        self._locks: dict[int, Callable[[], bool]] = {}
+        self._look_at_locks = Every(0.05)
+        self._deaths_seen = 0
+
+    # ---- who is alive ----
+
+    def observe(self, others: dict[int, Identity]) -> None:
+        """Watch ranks of this machine and pid namespace from now on."""
+        for rank, who in others.items():
+            if rank != self.rank:
+                watch.add(who)
+                self._watched[rank] = who
+
+    def observe_locks(self, locks: dict[int, Callable[[], bool]]) -> None:
+        """Watch ranks through what says, for each, whether it has died."""
+        self._locks = {rank: died for rank, died in locks.items() if rank != self.rank}
+
+    def look(self) -> None:
+        """Look for ranks of this machine that have died."""
+        if len(watch.dead) > self._deaths_seen:
+            self._deaths_seen = len(watch.dead)
+            for rank, who in self._watched.items():
+                if who in watch.dead:
+                    self.dead.setdefault(rank, watch.dead[who])
+        if self._locks and self._look_at_locks.due():
+            for rank, died in self._locks.items():
+                if rank not in self.dead and died():
+                    self.dead[rank] = "died"
+
+    @property
+    def there(self) -> list[int]:
+        """The other ranks that are neither dead nor at the end of their process."""
+        away = {self.rank, *self.dead, *self.gone}
+        return [rank for rank in range(self.size) if rank not in away]
+
+    def _heard_of_deaths(self) -> bool:
+        """Note the deaths that MPI has reported; return whether it is able to."""
+        if not survives_deaths():
+            return False
+        with contextlib.suppress(MPI.Exception):
+            self.comm.Ack_failed()
+            failed, mine = self.comm.Get_failed(), self.comm.Get_group()
+            for rank in failed.Translate_ranks(None, mine):
+                self.dead.setdefault(rank, "died")
+            failed.Free()
+            mine.Free()
+        return True
+
+    # ---- what they say ----
 
     def ask(self) -> None:
         """Ask every peer where it is; the answers come in with `poll`."""
@@ -70,28 +145,69 @@ class Peers:
         self._tell_all(LEFT, seq, text, arrived)
         self.mark_left(seq)
 
-    def go(self) -> None:
-        """Tell every peer that this process ends because of another's failure."""
-        self._tell_all(GONE)
+    def report_death(self, rank: int) -> None:
+        """Tell every peer that a rank died, and so that this one knows that the group is broken."""
+        self._tell_all(DIED, rank, self.dead[rank])
+
+    def follow(self) -> None:
+        """Tell every peer that this rank has heard of a failure, and sends no cause of its own."""
+        self._tell_all(HEARD)
+
+    def go(self, *, settled: bool) -> None:
+        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here."""
+        self._tell_all(GONE, waiting=not settled)
+
+    def join(self, rank: int, text: str) -> None:
+        """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
+        if rank == self.rank:
+            self.joined[rank] = text
+        else:
+            self._tell(rank, JOIN, 0, False, text)
+
+    def decide(self, rank: int, text: str) -> None:
+        """Tell a rank what was decided in `shrink_group`."""
+        self._tell(rank, PLAN, 0, False, text)
 
     def poll(self) -> None:
         """Read what the peers have said; answer their questions."""
         if self.size == 1:
             return
+        self.look()
+        try:
+            self._read_all()
+        except MPI.Exception:
+            if not self._heard_of_deaths():
+                raise
+            self._read_all()
+
+    def _read_all(self) -> None:
         while self.comm.Iprobe(MPI.ANY_SOURCE, self._tag):
             status = MPI.Status()
             self.comm.Recv([self._inbox, MPI.BYTE], MPI.ANY_SOURCE, self._tag, status)
             source = status.Get_source()
             what, seq, waiting = _HEAD.unpack_from(self._inbox)
             text = self._inbox[_HEAD.size : status.Get_count(MPI.BYTE)].decode(errors="replace")
-            if what == QUERY:
-                self._tell(source, STATE, *self._state())
-            elif what == STATE:
-                self._answers[source] = Notice(seq, bool(waiting), text)
-            elif what == LEFT:
-                self.left.setdefault(source, Notice(seq, bool(waiting), text))
-            else:
+            self._take(source, what, seq, bool(waiting), text)
+
+    def _take(self, source: int, what: int, seq: int, waiting: bool, text: str) -> None:
+        if what == QUERY:
+            self._tell(source, STATE, *self._state())
+        elif what == STATE:
+            self._answers[source] = Notice(seq, waiting, text)
+        elif what == JOIN:
+            self.joined[source] = text
+        elif what == PLAN:
+            self.plan = text
+        else:
+            self.aware.add(source)
+            if what == LEFT:
+                self.left.setdefault(source, Notice(seq, waiting, text))
+            elif what == DIED:
+                self.dead.setdefault(seq, text)
+            elif what == GONE:
                 self.gone.add(source)
+                if not waiting:
+                    self.settled.add(source)
 
     def missing(self, seq: int) -> dict[int, str]:
         """Return the peers that have not said that they are in call `seq`, and what is known."""
@@ -103,20 +219,47 @@ class Peers:
             if rank in self.left and not (heard and heard.waiting):
                 heard = self.left[rank]
             if heard is None:
-                found[rank] = "gave no answer: it is busy outside mpicoll, stopped or dead"
+                found[rank] = self._silent(rank, seq)
             elif heard.seq < seq or not heard.waiting:
                 found[rank] = heard.text
         return found
 
+    def _silent(self, rank: int, seq: int) -> str:
+        """Say what is known of a peer that has not answered."""
+        who = self._watched.get(rank)
+        if rank in self.dead:
+            return self.dead[rank]
+        if who is not None and alive.is_stopped(who):
+            said = f"was stopped by a signal (its process {who.pid} doesn't run)"
+        else:
+            said = "gave no answer: it is busy outside mpicoll, stopped or dead"
+        last = self.last_seen(rank)
+        if not last and seq > 1:
+            last = f"last heard of in call #{seq - 1}"
+        return f"{said}; {last}" if last else said
+
+    def all_sent(self) -> bool:
+        """Return whether every notice of this rank has left it."""
+        self._kept = [kept for kept in self._kept if not _is_over(kept[0])]
+        return not self._kept
+
     def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
         for rank in range(self.size):
-            if rank != self.rank:
+            if rank != self.rank and rank not in self.dead:
                 self._tell(rank, what, seq, waiting, text)
 
     def _tell(self, rank: int, what: int, seq: int, waiting: bool, text: str) -> None:
-        self._kept = [kept for kept in self._kept if not kept[0].Test()]
+        self.all_sent()
         message = _HEAD.pack(what, seq, waiting) + text.encode()[:_TEXT]
-        self._kept.append((self.comm.Isend([message, MPI.BYTE], rank, self._tag), message))
+        with contextlib.suppress(MPI.Exception):  # the receiver may have died
+            self._kept.append((self.comm.Isend([message, MPI.BYTE], rank, self._tag), message))
+
+
+def _is_over(request: MPI.Request) -> bool:
+    try:
+        return bool(request.Test())
+    except MPI.Exception:  # its receiver died
+        return True
 
 
 class Every:

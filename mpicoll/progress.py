@@ -9,41 +9,39 @@ Its rules:
 - A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
 - A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
   a rank that computed for long before it waits does not fail untried.
-- Whoever leaves a call early tells its peers, and they raise at once.  What an abandoned
-  call was using is kept for ever: MPI may still write there.
+- Whoever leaves a call early tells its peers, and they raise at once; so does who sees a peer
+  die.  What an abandoned call was using is kept for ever: MPI may still write there.
 - One lock.  A signal handler that interrupts its holder finds the engine at work: what it
   launches is put on a list that the engine drains.  Callbacks run unlocked.
-- A rank that ends says so in a last arrival on every open group, so that peers which still
-  wait for it raise at once, and waits for theirs, as MPI_Finalize would.
-- A forked child is not a rank: it is refused, and its exit leaves MPI alone.
+
+How the process ends is told in leaving.py.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import os
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .config import has_cores_for
+from .alive import watch
+from .config import has_cores_for, survives_deaths
 from .errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
-    GroupClosedError,
     InvalidCallError,
     MpicollError,
+    RankFailedError,
     RemoteRankError,
+    TransportError,
     translate,
 )
-from .library import IDLE, KEEN, MOVED, MPI, Steps
+from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
 from .peers import Every, Peers
 
 if TYPE_CHECKING:
@@ -51,7 +49,8 @@ if TYPE_CHECKING:
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
-LEAVING = 2.0  # seconds that a process which failed gives its peers before it ends the job
+NEWS = 0.05  # seconds that the death of a peer may take to show after a call failed by it
+HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 IDLE_LANES = 32  # lanes without a call under way that are listened to in one pass
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
@@ -99,6 +98,11 @@ class Task:
         """Whether it takes its turn in the lane's queue; else it runs beside it."""
         return self.call.kind not in ("send", "recv")
 
+    @property
+    def recovers(self) -> bool:
+        """Whether it goes on in spite of the peers' failures, of which it makes the best."""
+        return self.call.kind == "shrink_group"
+
     def ended(self) -> None:
         """Called under the lock when the task is done."""
 
@@ -117,9 +121,12 @@ class Lane:
         self.beside: list[Task] = []
         self.broken: BaseException | None = None
         self.closed = ""
+        self.replaced = False  # shrink_group has made another group of its members
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
+        self.page = memoryview(bytearray(8)).cast("q")  # where its number is seen by the node
+        self.word = 0
         self.farewell: Callable[[], None] | None = None
         self.peers = Peers(comm, self._where)
 
@@ -183,22 +190,18 @@ class Engine:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._inside = False  # whether the lock's holder is at work, not merely about to be
-        self._pid = 0  # the process that is a rank
         self._active: dict[Lane, None] = {}
         self._lanes: dict[Lane, None] = {}  # all open groups; those at the front wait longest
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
+        self.broken: dict[Lane, None] = {}  # lanes whose members take leave of one another at exit
         self._poll = Every(0.005)
         self._polled = Pace()  # of those who poll instead of waiting
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stay = False  # whether the thread outlives the work at hand
         self._stop = False
-        self._failed: str = ""  # the uncaught exception that ends this process
-        self._follows = False  # it was a peer's error
-        self._hooked = False
-        self._forked = False
 
     # ---- what groups call ----
 
@@ -206,20 +209,6 @@ class Engine:
         """Make a group known, so that its peers' questions are answered."""
         with self._lock:
             self._lanes[lane] = None
-            if not self._hooked:
-                self._hooked = True
-                self._pid = os.getpid()
-                self._hook()
-
-    def check_process(self) -> None:
-        """Refuse a forked child, and a process that has finalized MPI."""
-        if self._forked:
-            raise GroupClosedError(
-                f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
-                "use mpicoll in the parent only"
-            )
-        if MPI.Is_finalized():
-            raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")
 
     def at_once(self, task: Task, attempt: Callable[[Call, int], bool]) -> bool:
         """Have a call carried out in one go, and return whether that could be.
@@ -240,7 +229,7 @@ class Engine:
                 self._hear(task.called)  # who never waits answers its peers' questions, too
             return True
         except Exception as error:
-            self._end(task, translate(error, task.call.kind))
+            self._end(task, self._fault(task, error))
             return True
         except BaseException as error:
             self._end(task, _interrupted(error, task))
@@ -301,13 +290,13 @@ class Engine:
             finally:
                 self._exit()
 
-    def fail_all(self, lane: Lane, error: BaseException) -> None:
-        """Give up everything that a lane has under way."""
+    def fail_all(self, lane: Lane, error: BaseException, said: str = "") -> None:
+        """Give up everything that a lane has under way; tell the peers so, in these words."""
         if not self._enter():
-            self._handed.append(lambda: self._give_up(lane, error))
+            self._handed.append(lambda: self._give_up(lane, error, said))
             return
         try:
-            self._give_up(lane, error)
+            self._give_up(lane, error, said)
         finally:
             self._exit()
 
@@ -315,6 +304,10 @@ class Engine:
         """Listen to a lane no more: its group is closed, or made."""
         with self._lock:
             self._lanes.pop(lane, None)
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of all open groups."""
+        return list(self._lanes)
 
     @property
     def busy(self) -> bool:
@@ -342,16 +335,31 @@ class Engine:
 
     @contextlib.contextmanager
     def guard(self, deadline: float, what: str) -> Iterator[None]:
-        """Bound a call that blocks inside MPI: past its deadline the job is aborted."""
-        timer = threading.Timer(
-            max(0.0, deadline - time.monotonic()) + BLOCKED, self._abort, [f"{what} never returned"]
-        )
-        timer.daemon = True
-        timer.start()
+        """Bound a call that blocks inside MPI: past its deadline, or if a peer dies, the job ends.
+
+        (With MPI's fault tolerance such a call returns by itself when a peer dies.)
+        """
+        over = threading.Event()
+
+        def look_out() -> None:
+            # The engine's lock is held by who is blocked, so nobody else looks at `watch`.
+            dead = len(watch.dead)
+            while not over.wait(0.1):
+                if watch.look() or len(watch.dead) > dead:
+                    how = list(watch.dead.values())[dead:]
+                    if not survives_deaths():
+                        end_job(1, f"{what} can't return: a peer {', '.join(how)}")
+                    dead = len(watch.dead)
+                if time.monotonic() > deadline + BLOCKED:
+                    end_job(1, f"{what} never returned")
+
+        thread = threading.Thread(target=look_out, name="mpicoll guard", daemon=True)
+        thread.start()
         try:
             yield
         finally:
-            timer.cancel()
+            over.set()
+            thread.join()
 
     # ---- one pass; all of this under the lock ----
 
@@ -393,6 +401,7 @@ class Engine:
         """Every few milliseconds read what peers say; return whether it ended a task."""
         ended = False
         if self._poll.due(now):
+            watch.look()
             for lane in self._to_hear():
                 ended = self._listen(lane) or ended
         return ended
@@ -423,11 +432,26 @@ class Engine:
         except StopIteration:
             self._end(task, None)
         except Exception as error:
-            self._end(task, translate(error, task.call.kind))
+            self._end(task, self._fault(task, error))
         except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
             self._end(task, _interrupted(error, task))
             raise
         return MOVED
+
+    def _fault(self, task: Task, error: Exception) -> MpicollError:
+        """Turn what a step raised into our error: a peer's death, if that was behind it."""
+        ours = translate(error, task.call.kind)
+        if isinstance(ours, TransportError) and not task.recovers:
+            peers, until = task.lane.peers, time.monotonic() + NEWS
+            while not peers.dead and time.monotonic() < until:
+                watch.look()
+                with contextlib.suppress(MPI.Exception):
+                    peers.poll()
+            for rank, how in peers.dead.items():
+                failed = _died(rank, how)
+                failed.__cause__ = ours
+                return failed
+        return ours
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
@@ -435,7 +459,7 @@ class Engine:
             (lane.queue if task.queued else lane.beside).remove(task)
         self._settle(task, error)
         if error is not None and error.breaks_group:
-            self._abandoned.append(task)
+            self._abandon(task)
             seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
             self._break(lane, error, seq, arrived=task.queued)
 
@@ -443,27 +467,53 @@ class Engine:
         task.done = True
         task.error = error
         if error is None:
-            task.lane.finished = task.call.kind, task.seq
+            lane = task.lane
+            lane.finished = task.call.kind, task.seq
+            lane.page[lane.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         task.ended()
         if task.callbacks:
             self._calls.extend(task.callbacks)
 
-    def _give_up(self, lane: Lane, error: BaseException) -> None:
+    def _abandon(self, task: Task) -> None:
+        """Leave a task's steps where they are, and keep what they hold.
+
+        What they wait for goes to `library.pending`.  The frames through which the exception went
+        hold the arrays that MPI may still use.
+        """
+        steps = getattr(task, "steps", None)  # none, if it was done at once
+        try:
+            if steps is not None:
+                steps.throw(Abandoned())
+        except Abandoned as thrown:
+            self._abandoned.append(thrown)
+        except Exception as error:
+            self._abandoned.append(error)
+        self._abandoned.append(task)
+
+    def _give_up(self, lane: Lane, error: BaseException, said: str) -> None:
         under_way = bool(lane.queue)
         seq = lane.queue[0].seq if under_way else lane.seq + 1
-        self._break(lane, error, seq, arrived=under_way)
+        self._break(lane, error, seq, arrived=under_way, said=said)
 
-    def _break(self, lane: Lane, error: BaseException, seq: int, *, arrived: bool) -> None:
+    def _break(
+        self, lane: Lane, error: BaseException, seq: int, *, arrived: bool, said: str = ""
+    ) -> None:
         """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
         if lane.broken is None:
             lane.broken = error
-            if not isinstance(error, RemoteRankError) and not MPI.Is_finalized():
+            if lane.peers.size > 1 and not MPI.Is_finalized():
+                self.broken[lane] = None
                 with contextlib.suppress(MPI.Exception):
-                    lane.peers.leave(seq, f"left the group: {error}", arrived=arrived)
+                    if isinstance(error, RemoteRankError):  # the cause must not be buried
+                        lane.peers.follow()
+                    elif isinstance(error, RankFailedError):
+                        lane.peers.report_death(error.rank)
+                    else:
+                        lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
         for task in [*lane.queue, *lane.beside]:
-            self._abandoned.append(task)
+            self._abandon(task)
             task.done = True
             task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
             task.error.__cause__ = error
@@ -478,15 +528,20 @@ class Engine:
         """Read a lane's notices; fail its head if a peer has left that call."""
         with contextlib.suppress(MPI.Exception):
             lane.peers.poll()
-        if not lane.peers.left or not (lane.queue or lane.beside):
+        if not (lane.peers.left or lane.peers.dead) or not (lane.queue or lane.beside):
             return False
         head = lane.queue[0] if lane.queue else lane.beside[0]
+        if head.recovers:
+            return False
         for rank, notice in lane.peers.left.items():
             if head.queued and notice.seq > head.seq:
                 continue
             if head.asked and head.deadline - time.monotonic() <= _look_ahead(head):
                 continue  # it is about to say by itself who is missing
             self._end(head, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
+            return True
+        for rank, how in lane.peers.dead.items():
+            self._end(head, _died(rank, how))
             return True
         return False
 
@@ -512,7 +567,7 @@ class Engine:
             except Expired:
                 self._end(task, _too_late(task, elapsed, {}))
             except Exception as error:
-                self._end(task, translate(error, task.call.kind))
+                self._end(task, self._fault(task, error))
             return
         with contextlib.suppress(MPI.Exception):
             task.lane.peers.poll()
@@ -556,66 +611,35 @@ class Engine:
 
     # ---- the end of the process ----
 
-    def _hook(self) -> None:
-        before = sys.excepthook
-
-        def excepthook(
-            kind: type[BaseException], error: BaseException, trace: TracebackType | None
-        ) -> None:
-            if os.getpid() == self._pid and not self._failed:
-                self._failed = "".join(traceback.format_exception(kind, error, trace))
-                self._follows = _from_a_peer(error)
-            before(kind, error, trace)
-
-        sys.excepthook = excepthook
-        atexit.register(self._leave)
-        os.register_at_fork(after_in_child=self._note_fork)
-
-    def _note_fork(self) -> None:
-        self._forked = True
-
-    def _leave(self) -> None:
-        """Finish what is under way; where that can't be, end the job instead of hanging in it."""
-        if os.getpid() != self._pid or MPI.Is_finalized():
-            return
+    def stop(self) -> None:
+        """End the progress thread."""
         self._stop = True
         self._wake.set()
         thread = self._thread
         if thread is not None:
             thread.join(1.0)
-        until = time.monotonic() + LEAVING
-        if not self._failed:
-            self._say_farewell(until)
-        lanes = [lane for lane in self._lanes if lane.peers.size > 1]
-        if not (self._active or self._abandoned or (self._failed and lanes)):
-            return
-        sys.stdout.flush()
-        for lane in lanes:
-            with contextlib.suppress(MPI.Exception):
-                if self._failed and not self._follows:
-                    text = f"raised:\n{self._failed[-3000:]}"
-                    lane.peers.leave(lane.seq + 1, text, arrived=False)
-                lane.peers.go()
-        # Peers get time to say what they have to; the job ends early once all have come here.
-        until = max(until, time.monotonic() + LEAVING / 2)
-        while time.monotonic() < until:
+
+    def say_farewell(self, seconds: float) -> None:
+        """Finish what is under way, and arrive one last time in every open group.
+
+        So peers that still wait for this rank raise at once.  Calls of the user's have `seconds`;
+        for the peers' farewells one waits, as MPI_Finalize would.
+        """
+        until = time.monotonic() + seconds
+        lanes = [x for x in self._lanes if x.farewell and x.broken is None and x.peers.size > 1]
+        # Where somebody has left already, an arrival would never be complete.  MPI may not see at
+        # once that a notice has come.
+        heard = time.monotonic() + HEARD
+        while lanes and time.monotonic() < heard:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
                     lane.peers.poll()
-            if any(len(lane.peers.gone) == lane.peers.size - 1 for lane in lanes):
+        for lane in lanes:
+            for rank, notice in lane.peers.left.items():
+                self.fail_all(lane, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
                 break
-            self.test()
-            time.sleep(1e-3)
-        self._abort("")
-
-    def _say_farewell(self, until: float) -> None:
-        """Finish what is under way, and arrive one last time in every open group.
-
-        Calls of the user's have until `until`; for the peers' farewells one waits, as
-        MPI_Finalize would, until the group's timeout.
-        """
-        for lane in list(self._lanes):
-            if lane.farewell is not None and lane.broken is None and lane.peers.size > 1:
+            else:
+                assert lane.farewell is not None
                 lane.farewell()
         pace = Pace()
         while self._active:
@@ -628,26 +652,23 @@ class Engine:
                 self._exit()
             pace.after(found)
 
-    def _abort(self, why: str) -> None:
-        if why:
-            print(f"mpicoll: {why}; ending the job", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
-        os._exit(1)
 
-
-def _from_a_peer(error: BaseException | None) -> bool:
-    """Return whether an exception goes back to a peer's failure."""
-    while error is not None:
-        if isinstance(error, RemoteRankError):
-            return True
-        error = error.__cause__
-    return False
+def end_job(code: int, why: str = "") -> None:
+    """End all ranks of the world, at once."""
+    if why:
+        print(f"mpicoll: {why}; ending the job", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 def _interrupted(error: BaseException, task: Task) -> GroupBrokenError:
     return GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
+
+
+def _died(rank: int, how: str) -> RankFailedError:
+    return RankFailedError(f"rank {rank} {how}", rank=rank)
 
 
 def _look_ahead(task: Task) -> float:

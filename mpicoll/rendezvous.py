@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .alive import Identity, identity
 from .calls import digest
+from .config import survives_deaths
 from .errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
@@ -23,14 +25,18 @@ from .errors import (
     MpicollError,
     UnsupportedError,
 )
-from .library import IDLE, MOVED, MPI, Steps, merge_tag, until
+from .library import IDLE, MOVED, MPI, Steps, merge_tag, shrink_tag, until
 from .memory import whereabouts
 from .nodes import Nodes
+from .peers import Peers
 from .progress import engine
 from .stores import Store
 
 MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 """Steps that end in a communicator, or in None for a rank that is not in it."""
+
+Plan = dict[str, Any]
+"""What one rank decides for all, as JSON can hold it."""
 
 _job = b""
 """Names this MPI world: the same on all its ranks once a group over the world was made."""
@@ -91,19 +97,25 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     return made
 
 
-def nodes_of(comm: MPI.Intracomm, sizes: Sequence[int]) -> Generator[int, None, Nodes]:
-    """Find which ranks share a node; `sizes` are those of nodes to pretend, by world rank.
+def nodes_of(
+    comm: MPI.Intracomm, sizes: Sequence[int]
+) -> Generator[int, None, tuple[Nodes, dict[int, Identity]]]:
+    """Find which ranks share a node, and as which processes those of this rank's node are known.
 
     Ranks are on one node if they have one host name and one folder for shared memory.  MPI's
     own word for it can be wrong on a merged communicator.
+
+    Args:
+        sizes: ranks of each node to pretend, by world rank; () if none.
     """
     mark = [*MPI.Get_processor_name().encode(), whereabouts()]
     if sizes:
         mark.append(bisect.bisect(list(itertools.accumulate(sizes)), MPI.COMM_WORLD.Get_rank()))
-    mine = np.array([digest(*mark)], dtype=np.int64)
-    keys = np.empty(comm.Get_size(), dtype=np.int64)
-    yield from until(comm.Iallgather([mine, MPI.INT64_T], [keys, MPI.INT64_T]))
-    return Nodes.of(keys.tolist())
+    mine = np.array([digest(*mark), *identity()], dtype=np.int64)
+    table = np.empty((comm.Get_size(), mine.size), dtype=np.int64)
+    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    near = np.flatnonzero(table[:, 0] == mine[0]).tolist()
+    return Nodes.of(table[:, 0].tolist()), {r: Identity(*table[r, 1:].tolist()) for r in near}
 
 
 def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
@@ -123,6 +135,148 @@ def world_ranks(comm: MPI.Intracomm) -> list[int]:
     return list(ranks)
 
 
+# ---- shrinking ----
+#
+# After a failure the old communicator may have a collective pending, beside which it can neither
+# be duplicated nor split; messages still go.  So all who stay say so to one of them, the lowest
+# that is neither excluded nor dead.  It waits for all, and tells them who is in.  If it dies, the
+# next one is told.
+
+_attempts = itertools.count(1)  # a plan counts only for the attempt that it answers
+_PASS_ON = 0.03  # seconds that a plan may take to reach those who wait for it
+
+
+def shrink(
+    comm: MPI.Intracomm, peers: Peers, excluded: Sequence[int], deadline: float
+) -> MakesComm:
+    """Make a communicator of the ranks that are neither excluded nor dead.
+
+    Those alone call.  It takes messages and `Create_group`; or, if a rank has died and MPI's fault
+    tolerance is on, `Revoke` and `Shrink`, since Open MPI can do no more there.
+    """
+    out = yield from _agree_on_shrinking(peers, excluded, deadline)
+    if peers.dead and survives_deaths():
+        alive = set(out) - set(peers.dead)
+        if alive:
+            raise UnsupportedError(
+                f"shrink_group: ranks {sorted(peers.dead)} died, and ranks {sorted(alive)}, which "
+                "live, are excluded: after a death all that live must stay. Have them call "
+                "shrink_group too, then split the group"
+            )
+        yield MOVED
+        return survivors(comm, deadline)
+    yield MOVED
+    everyone = comm.Get_group()
+    members = everyone.Excl(out)
+    with engine.guard(deadline, "MPI_Comm_create_group"):
+        made = comm.Create_group(members, shrink_tag())
+    everyone.Free()
+    members.Free()
+    assert isinstance(made, MPI.Intracomm)
+    return made
+
+
+def survivors(comm: MPI.Intracomm, deadline: float) -> MPI.Intracomm:
+    """Make a communicator of those who live, who all call.  It takes MPI's fault tolerance."""
+    comm.Revoke()
+    with engine.guard(deadline, "MPIX_Comm_shrink"):
+        made = comm.Shrink()
+    assert isinstance(made, MPI.Intracomm)
+    return made
+
+
+def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> bool:
+    """Return whether all ranks of a communicator live, and what they made of it is `fine`.
+
+    The answer is the same on all that live.  It takes MPI's fault tolerance.
+    """
+    try:
+        if not fine:
+            comm.Revoke()  # or others would wait for this rank
+        comm.Ack_failed()
+        with engine.guard(deadline, "MPIX_Comm_agree"):
+            return bool(comm.Agree(int(fine)))
+    except MPI.Exception:
+        return False
+
+
+def _agree_on_shrinking(
+    peers: Peers, excluded: Sequence[int], deadline: float
+) -> Generator[int, None, list[int]]:
+    """Wait for all who stay; return who is out."""
+    attempt, told = next(_attempts), -1
+    peers.plan = ""
+    while True:
+        try:
+            peers.poll()
+        except MPI.Exception:
+            if comm_is_revoked(peers.comm):  # others have heard the plan, and go on
+                return sorted({*excluded, *peers.dead})
+            raise
+        late = time.monotonic() - deadline
+        decider = next(r for r in range(peers.size) if r not in {*excluded, *peers.dead})
+        if decider == peers.rank:
+            plan = _plan_shrinking(peers, excluded, late > 0)
+            if plan is not None:
+                for rank, join in _joined(peers).items():
+                    peers.decide(rank, json.dumps({**plan, "to": join["attempt"]}))
+                peers.joined.clear()
+                return _follow(plan, excluded)
+        elif decider != told:
+            join = {"out": list(excluded), "attempt": attempt, "seconds": -late}
+            peers.join(decider, json.dumps(join))
+            told = decider
+        elif peers.plan and json.loads(peers.plan)["to"] == attempt:
+            return _follow(json.loads(peers.plan), excluded)
+        elif late > _PASS_ON:
+            peers.join(decider, "")
+            return _follow({"missing": [decider]}, excluded)
+        yield IDLE
+
+
+def _joined(peers: Peers) -> dict[int, dict[str, Any]]:
+    return {rank: json.loads(text) for rank, text in peers.joined.items() if text}
+
+
+def _plan_shrinking(peers: Peers, excluded: Sequence[int], late: bool) -> Plan | None:
+    """Say what all who have come shall do, if it can be said already."""
+    joined = _joined(peers)
+    wrong = {rank: join["out"] for rank, join in joined.items() if join["out"] != list(excluded)}
+    if wrong:
+        lists = {peers.rank: list(excluded), **wrong}
+        said = "; ".join(f"rank {rank} excludes {out}" for rank, out in sorted(lists.items()))
+        return {"wrong": said}
+    out = {*excluded, *peers.dead}
+    missing = [r for r in range(peers.size) if r not in {*out, *joined, peers.rank}]
+    if missing:
+        return {"missing": missing} if late else None
+    return {"out": sorted(out)}
+
+
+def _follow(plan: Plan, excluded: Sequence[int]) -> list[int]:
+    """Return who is out, or raise what the plan says instead."""
+    if "wrong" in plan:
+        raise CollectiveMismatchError(
+            f"shrink_group: ranks_to_exclude must be the same on all ranks that stay, "
+            f"but {plan['wrong']}. No group was made; call again"
+        )
+    if "missing" in plan:
+        missing = plan["missing"]
+        raise CollectiveTimeoutError(
+            f"shrink_group: ranks {missing} have not called it in time. No group was made; "
+            f"call again, or go on without them: ranks_to_exclude={[*excluded, *missing]}",
+            op="shrink_group",
+            missing=missing,
+        )
+    out: list[int] = plan["out"]
+    return out
+
+
+def comm_is_revoked(comm: MPI.Comm) -> bool:
+    """Return whether a member has revoked a communicator."""
+    return survives_deaths() and comm.Is_revoked()
+
+
 # ---- merging ----
 #
 # Leaders meet in a store that may hold anything from earlier runs.  Each takes a number,
@@ -132,8 +286,6 @@ def world_ranks(comm: MPI.Intracomm) -> list[int]:
 
 _BEAT = 0.02  # seconds between looks at the store
 _PREFIX = "mpicoll/merge/"
-
-Plan = dict[str, Any]
 
 
 class _Meeting:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..calls import UNEVEN, Call
 from ..dtypes import Reduction
-from ..library import IDLE, MPI, Steps
+from ..library import IDLE, MPI, Abandoned, Steps
 from ..memory import NodeMemory
 from ..nodes import Nodes, shares, spans
 from .base import Transport, inner_call
@@ -233,17 +233,21 @@ class HierarchicalTransport(Transport):
         At most two pieces are under way, and one in each stage.
         """
         crossing: Steps = _none()
-        for k in range(pieces):
-            for mood in inside(k):
-                yield max(mood, next(crossing, IDLE))
+        try:
+            for k in range(pieces):
+                for mood in inside(k):
+                    yield max(mood, next(crossing, IDLE))
+                yield from crossing
+                if k:
+                    yield from after(k - 1)
+                if self._across is not None:
+                    crossing = across(k)
+                    next(crossing, None)  # it starts, and goes on while the next piece is inside
             yield from crossing
-            if k:
-                yield from after(k - 1)
-            if self._across is not None:
-                crossing = across(k)
-                next(crossing, None)  # it starts, and goes on while the next piece is inside
-        yield from crossing
-        yield from after(pieces - 1)
+            yield from after(pieces - 1)
+        except Abandoned as thrown:
+            crossing.throw(thrown)
+            raise
 
     def _stripe_counts(self, count: int) -> list[int]:
         """Divide a piece among the places of this node."""

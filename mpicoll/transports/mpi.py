@@ -20,7 +20,18 @@ from ..buffers import Blocks
 from ..calls import ANY_SOURCE, UNEVEN, Call
 from ..dtypes import BY_CODE, Reduction
 from ..errors import CollectiveMismatchError
-from ..library import IDLE, KEEN, MOVED, MPI, Steps, exchange_tag, until, until_all
+from ..library import (
+    IDLE,
+    KEEN,
+    MOVED,
+    MPI,
+    Abandoned,
+    Steps,
+    exchange_tag,
+    pending,
+    until,
+    until_all,
+)
 from ..progress import Expired
 from .base import Transport
 
@@ -228,6 +239,10 @@ class MpiTransport(Transport):
                 request.Wait(status)
                 if status.Is_cancelled():
                     raise
+            except Abandoned:
+                request.Cancel()
+                pending.append(request)
+                raise
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise

@@ -13,12 +13,24 @@ import mpicoll
 
 PACKAGE = Path(mpicoll.__file__).parent
 ORDER = [
-    *("errors", "config", "library", "ops", "dtypes", "buffers", "calls", "recorder", "memory"),
+    *(
+        "errors",
+        "config",
+        "library",
+        "alive",
+        "ops",
+        "dtypes",
+        "buffers",
+        "calls",
+        "recorder",
+        "memory",
+    ),
     *("nodes", "arrays"),
     *(
         "peers",
         "arrival",
         "progress",
+        "leaving",
         "work",
         "transports.base",
         "transports.mpi",

@@ -1,0 +1,119 @@
+"""Which processes of this machine are still there.
+
+A process is known by its pid, the namespace in which that pid counts, and its start time, so that a
+pid that was given away again means nobody else.  Its end is noticed through a pidfd, which becomes
+readable when the process dies.  Where ranks that share memory don't share a pid namespace, or the
+system has no pidfds, `memory.py` lends a lock that dies with its holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from typing import NamedTuple
+
+NOBODY = 0  # the namespace of who can't be watched by pidfd
+
+_STARTED, _STATE, _EXIT_CODE = 19, 0, 49  # fields of /proc/PID/stat, counted behind the name
+
+
+class Identity(NamedTuple):
+    """One process, as another process of the machine can recognize it."""
+
+    namespace: int
+    pid: int
+    started: int
+
+
+def identity() -> Identity:
+    """Return this process's identity; of namespace `NOBODY` where the system has no pidfds."""
+    pid = os.getpid()
+    try:
+        os.close(os.pidfd_open(pid))
+        return Identity(os.stat("/proc/self/ns/pid").st_ino, pid, int(_status(pid)[_STARTED]))
+    except (AttributeError, OSError):
+        return Identity(NOBODY, pid, 0)
+
+
+def is_stopped(who: Identity) -> bool:
+    """Return whether a process is seen to be stopped, as by SIGSTOP or a debugger."""
+    try:
+        return _status(who.pid)[_STATE] in "Tt"
+    except OSError:
+        return False
+
+
+class Watch:
+    """The processes that this one has been asked to watch.
+
+    Attributes:
+        dead: those that were seen to die, and how, as far as can be told.
+    """
+
+    def __init__(self) -> None:
+        self.dead: dict[Identity, str] = {}
+        self._poll = select.poll()
+        self._watched: dict[Identity, int] = {}
+        self._who: dict[int, Identity] = {}
+
+    def add(self, who: Identity) -> None:
+        """Watch a process of this pid namespace from now on."""
+        if who in self._watched or who in self.dead:
+            return
+        try:
+            file = os.pidfd_open(who.pid)
+        except ProcessLookupError:
+            self.dead[who] = "died"
+            return
+        except OSError:
+            return  # no more file descriptors: its death shows as a timeout
+        if not _is(who):
+            os.close(file)
+            self.dead[who] = "died"
+            return
+        self._watched[who] = file
+        self._who[file] = who
+        self._poll.register(file, select.POLLIN)
+
+    def look(self) -> bool:
+        """Look once, without waiting; return whether a process was found to have died."""
+        if not self._who:
+            return False
+        found = self._poll.poll(0)
+        for file, _ in found:
+            who = self._who.pop(file)
+            self.dead[who] = _how(who)
+            self._poll.unregister(file)
+            os.close(self._watched.pop(who))
+        return bool(found)
+
+
+def _status(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat behind the name, which may hold anything."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def _is(who: Identity) -> bool:
+    """Return whether a pid is, now, that process (which may be a zombie)."""
+    try:
+        return int(_status(who.pid)[_STARTED]) == who.started
+    except OSError:
+        return False
+
+
+def _how(who: Identity) -> str:
+    """Say how a process died, if its parent has not yet cleared it away."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        status = _status(who.pid)
+        code = int(status[_EXIT_CODE])
+        if int(status[_STARTED]) == who.started and status[_STATE] in "ZX" and code:
+            if code & 0x7F:
+                return f"was killed by {signal.Signals(code & 0x7F).name}"
+            return f"ended with exit code {code >> 8}"
+    return "died"
+
+
+watch = Watch()

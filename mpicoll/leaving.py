@@ -1,0 +1,238 @@
+"""How this rank's process ends, and what its peers hear of it.
+
+- An uncaught exception, in the main program or in a thread, and an exit code that is not 0 are
+  failures: the peers hear of them at once, and raise in the call in which they wait, or in their
+  next one.
+- A rank that ends well says so in a last arrival on every open group, and waits for the others',
+  as MPI_Finalize would.
+- Members of a broken group take leave of one another at their ends.  Those that know of the failure
+  may take their time: they may be writing a checkpoint.  Those that don't have `config.grace`
+  seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
+  MPI_Finalize would hang, the job is ended.
+- Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.
+- A forked child is not a rank: it is refused, and its exit leaves MPI alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+from .config import default_timeout, grace, survives_deaths
+from .errors import GroupBrokenError, GroupClosedError, RankFailedError, RemoteRankError
+from .library import MPI, nothing_pending
+from .progress import Lane, end_job, engine
+
+UNFINISHED = 2.0  # seconds that calls which nobody waited for get at the end
+_INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
+
+
+class _Ending:
+    """What is known of how this process ends."""
+
+    def __init__(self) -> None:
+        self.hooked = False
+        self.forked = False
+        self.failure = ""  # why it ends, in words for the peers
+        self.in_thread = False  # the failure: by itself it gives the process no bad exit code
+        self.code = 0
+
+    # ---- hooks ----
+
+    def hook(self) -> None:
+        """Have the ends of this process noticed, from now on."""
+        if self.hooked:
+            return
+        self.hooked = True
+        uncaught, in_thread, leave = sys.excepthook, threading.excepthook, sys.exit
+
+        def excepthook(
+            kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        ) -> None:
+            uncaught(kind, error, trace)
+            if not hasattr(sys, "ps1"):  # at a prompt, the program goes on
+                self.code = _INTERRUPTED if kind is KeyboardInterrupt else 1
+                self.raised(kind, error, trace)
+
+        def thread_excepthook(args: threading.ExceptHookArgs) -> None:
+            in_thread(args)
+            if not issubclass(args.exc_type, SystemExit) and args.exc_value is not None:
+                self.in_thread, self.code = True, self.code or 1
+                name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
+                self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
+
+        def exit_with(status: object = None, /) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                leave(status)  # type: ignore[arg-type]
+            raise _Exit() if status is None else _Exit(status)
+
+        sys.excepthook, threading.excepthook = excepthook, thread_excepthook
+        sys.exit = exit_with  # type: ignore[assignment]
+        atexit.register(self.leave)
+        os.register_at_fork(after_in_child=self._note_fork)
+
+    def _note_fork(self) -> None:
+        self.forked = True
+
+    def raised(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+        where: str = "",
+    ) -> None:
+        """Tell the peers of an exception that nobody caught."""
+        if self._peer_failed(error):
+            self.fail(f"ends, because of {type(error).__name__}: {error}")
+        else:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            self.fail(f"raised{where}:\n{text[-2500:]}")
+
+    @staticmethod
+    def _peer_failed(error: BaseException | None) -> bool:
+        """Return whether an exception goes back to a peer's failure."""
+        while error is not None:
+            if isinstance(error, (RemoteRankError, RankFailedError)):
+                return True
+            error = error.__cause__
+        return False
+
+    def fail(self, why: str) -> None:
+        """Break all open groups, and let their members know why."""
+        if self.failure or self.forked or MPI.Is_finalized():
+            return
+        self.failure = why
+        for lane in engine.lanes():
+            if lane.broken is None:
+                engine.fail_all(lane, GroupBrokenError(f"this rank {why}"), why)
+
+    def note_exit(self, status: object) -> None:
+        """Note with what the program is about to be ended by SystemExit."""
+        self.code = 0 if status is None else status & 0xFF if isinstance(status, int) else 1
+
+    # ---- the end ----
+
+    def leave(self) -> None:
+        """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
+        if self.forked or MPI.Is_finalized():
+            return
+        engine.stop()
+        if self.code and not self.failure:
+            self.fail(f"left the program with exit code {self.code}")
+        if not self.failure:
+            engine.say_farewell(UNFINISHED)
+            for lane in {task.lane for task in engine.unfinished()}:
+                engine.fail_all(lane, GroupBrokenError("the program ended before the call was done"))
+        settled = self._take_leave()
+        bereaved = [lane for lane in engine.broken if lane.peers.dead]
+        if bereaved and settled and survives_deaths():
+            recovered = any(lane.replaced for lane in bereaved)
+            _flush()
+            os._exit(self.code or int(not recovered))
+        if not settled or self.in_thread:
+            end_job(self.code or 1)
+
+    def _take_leave(self) -> bool:
+        """Wait for the ends of those who share a broken group; return whether MPI may go, too."""
+        lanes = [lane for lane in engine.broken if not (survives_deaths() and lane.peers.dead)]
+        if not lanes:
+            return nothing_pending() or survives_deaths()
+        _flush()
+        self._go(lanes, settled=False)
+        settled = False
+        start = time.monotonic()
+        for_unaware, for_aware = start + grace(), start + default_timeout()
+        while True:
+            engine.test()
+            if not settled and nothing_pending():
+                settled = True
+                self._go(lanes, settled=True)
+            known, unknown = _still_there(lanes)
+            if settled and not (known or unknown) and _all_settled(lanes):
+                return True
+            now = time.monotonic()
+            if now > for_aware or (now > for_unaware and not known):
+                return False
+            time.sleep(1e-3)
+
+
+    @staticmethod
+    def _go(lanes: list[Lane], *, settled: bool) -> None:
+        for lane in lanes:
+            with contextlib.suppress(MPI.Exception):
+                lane.peers.go(settled=settled)
+
+
+def _still_there(lanes: list[Lane]) -> tuple[int, int]:
+    """Count members that have not come to their ends: who know of the failure, and who don't."""
+    known = unknown = 0
+    for lane in lanes:
+        with contextlib.suppress(MPI.Exception):
+            lane.peers.poll()
+        there = lane.peers.there
+        aware = sum(rank in lane.peers.aware for rank in there)
+        known += aware
+        unknown += len(there) - aware
+    return known, unknown
+
+
+def _all_settled(lanes: list[Lane]) -> bool:
+    """Return whether every member is at its end, with nothing pending, and has been told so."""
+    return all(
+        lane.peers.all_sent() and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
+        for lane in lanes
+    )
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+_CODE: Any = vars(SystemExit)["code"]
+
+
+class _Exit(SystemExit):
+    """What sys.exit raises.  When the interpreter itself asks for the code, it ends with it.
+
+    Neither sys.excepthook nor atexit learns of the code; and until then the program may still catch
+    the exception, and go on.
+    """
+
+    def _get(self) -> Any:
+        code = _CODE.__get__(self)
+        try:
+            sys._getframe(1)
+        except ValueError:  # nobody called this from Python
+            ending.note_exit(code)
+        return code
+
+    def _set(self, code: Any) -> None:
+        _CODE.__set__(self, code)
+
+    code = property(_get, _set)
+
+
+_Exit.__name__ = _Exit.__qualname__ = "SystemExit"
+_Exit.__module__ = "builtins"
+
+ending = _Ending()
+
+
+def check_process() -> None:
+    """Refuse a forked child, and a process that has finalized MPI."""
+    if ending.forked:
+        raise GroupClosedError(
+            f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
+            "use mpicoll in the parent only"
+        )
+    if MPI.Is_finalized():
+        raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")
