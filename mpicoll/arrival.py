@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call
-from .errors import CollectiveMismatchError, RemoteRankError
+from .errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
 from .library import IDLE, MPI, Steps, until
 from .memory import NodeMemory
 from .peers import Peers
@@ -177,7 +177,9 @@ class Arrival:
         yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
         rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
         alike = all(row[_STATE] == _REFUSED for row in rows)
-        if call.leaving or (call.refused and (alike or not lost)):
+        if call.leaving:
+            raise GroupBrokenError("this rank left the program while its peers were in other calls")
+        if call.refused and (alike or not lost):
             return  # this rank has raised its own, more precise error
         for rank, row in zip(self._ranks(), rows, strict=True):
             if row[_STATE] == _LEAVING:

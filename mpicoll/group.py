@@ -46,6 +46,7 @@ from .leaving import check_process, ending
 from .library import MPI, Steps, highest_tag
 from .ops import ReduceOp
 from .progress import Lane, engine, share_machine
+from .reclaim import Child, Children
 from .recorder import Recorder
 from .stores import Store, TCPStore
 from .work import Work
@@ -94,10 +95,17 @@ class ProcessGroup:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
         self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
+        self._children = Children()
+        self._kin = Child(ground.comms, self._lane, self._children)
         self._world_ranks = rendezvous.world_ranks(comm)
         engine.enlist(self._lane)
         if progress == "thread":
             engine.background(stay=True)
+
+    def __del__(self) -> None:
+        # Runs anywhere, in the collector too: it only leaves a mark.
+        if hasattr(self, "_kin"):
+            self._kin.dropped = True
 
     # ---- what it is ----
 
@@ -541,7 +549,7 @@ class ProcessGroup:
 
         made, call = self._comm("split_group", timeout, check, make)
         name = group_name or f"{self.group_name}:split:{list(call.payload)}"
-        return self._child(made, name, group_desc, timeout)
+        return self._part(made, name, group_desc, timeout)
 
     def split(self, color: int | None, key: int = 0, timeout: object = None) -> ProcessGroup | None:
         """Split the group as `Comm.Split` does: ranks of one color form a group.
@@ -563,7 +571,7 @@ class ProcessGroup:
             return rendezvous.split(self.comm, chosen, order, deadline)
 
         made, _ = self._comm("split", timeout, check, make)
-        return self._child(made, f"{self.group_name}:split:{color}", None, timeout)
+        return self._part(made, f"{self.group_name}:split:{color}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
@@ -585,7 +593,7 @@ class ProcessGroup:
             return made
 
         made, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
-        group = self._child(made, f"{self.group_name}:{kind}", None, timeout)
+        group = self._part(made, f"{self.group_name}:{kind}", None, timeout)
         assert group is not None
         return group
 
@@ -644,9 +652,8 @@ class ProcessGroup:
 
         made, call = self._comm("merge_remote_group", timeout, check, make)
         first = call.payload["groups"][0][0]
-        group = self._child(made, group_name or f"{first}:merge", group_desc, timeout)
-        assert group is not None
-        return group
+        assert made is not None
+        return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
 
     def shrink_group(
         self,
@@ -686,9 +693,7 @@ class ProcessGroup:
         work.wait()
         lane.replaced = True
         name = group_name or f"{self.group_name}:shrink"
-        group = self._child(work.call.result, name, group_desc, timeout)
-        assert group is not None
-        return group
+        return self._made(work.call.result, name, group_desc, timeout)
 
     def _shrink(self, work: Work, out: Sequence[int]) -> Steps:
         deadline = work.deadline
@@ -711,6 +716,7 @@ class ProcessGroup:
             # All ranks of this group are here.  What makes the communicator keeps the deadline
             # itself, and its verdict needs a moment to reach them all.
             work.deadline += _VERDICT
+            yield from self._children.reclaim(self.comm, deadline)
             comm = yield from make(work.call, deadline)
             if comm is not None:
                 work.call.result = yield from backends.prepare(comm, self._wanted, deadline)
@@ -721,11 +727,15 @@ class ProcessGroup:
         work.wait()
         return work.call.result, work.call
 
-    def _child(
+    def _part(
         self, made: Ground | None, name: str, desc: str | None, timeout: object
     ) -> ProcessGroup | None:
-        if made is None:
-            return None
+        """Return a group of some ranks of this one, which remembers it."""
+        group = None if made is None else self._made(made, name, desc, timeout)
+        self._children.add(None if group is None else group._kin)
+        return group
+
+    def _made(self, made: Ground, name: str, desc: str | None, timeout: object) -> ProcessGroup:
         return ProcessGroup(
             made,
             self._wanted,
@@ -869,6 +879,7 @@ class ProcessGroup:
         lane = self._lane
         self._refuse_closed()
         if lane.broken is not None:
+            lane.told = True
             raise GroupBrokenError(
                 f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
             ) from lane.broken
@@ -958,7 +969,7 @@ def new_group(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
             "Merge() an intercommunicator first; ranks outside a communicator make no group"
         )
-    lane, recorder = _creation_lane(parent)
+    lane, recorder, children = _creation_lane(parent)
     if lane.broken is not None:
         raise GroupBrokenError(
             f"an earlier new_group over this communicator failed: {lane.broken}"
@@ -982,7 +993,7 @@ def new_group(
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
     work = Work(lane, call, lane.seq, limit, recorder)
-    engine.launch(work, _create(parent, work))
+    engine.launch(work, _create(parent, work, children))
     engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
     if refusal is not None:
         if parent.Get_size() > 1:
@@ -993,11 +1004,12 @@ def new_group(
     group = ProcessGroup(
         call.result, wanted, timeout=limit, device=kind, name=name, progress=progress
     )
+    children.add(group._kin)
     return group if factory is None else _from_factory(group, factory, limit, kind, options)
 
 
-def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
-    """Return the lane on which groups over `parent` are made, one after the other."""
+def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
+    """Return the lane on which groups over `parent` are made, and what was made on it."""
     global _creation_key
     if not _creation_key:
         ending.hook()
@@ -1006,19 +1018,20 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder]:
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)
     if made is None:
-        made = Lane("new_group", parent), Recorder()
+        made = Lane("new_group", parent), Recorder(), Children()
         parent.Set_attr(_creation_key, made)
-    lane, recorder = made
-    engine.enlist(lane)
-    return lane, recorder
+    engine.enlist(made[0])
+    lane, recorder, children = made
+    return lane, recorder, children
 
 
-def _create(parent: MPI.Intracomm, work: Work) -> Steps:
+def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
     made = yield from rendezvous.duplicate(parent)
     assert made is not None
     yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
     if work.call.refused:
         return  # the peers have heard of it, and go no further
+    yield from children.reclaim(made, work.deadline)
     yield from rendezvous.name_job(made)
     work.call.result = yield from backends.prepare(made, work.call.payload, work.deadline)
 

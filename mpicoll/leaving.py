@@ -2,7 +2,7 @@
 
 - An uncaught exception, in the main program or in a thread, and an exit code that is not 0 are
   failures: the peers hear of them at once, and raise in the call in which they wait, or in their
-  next one.
+  next one.  If it was a thread's, and the main program doesn't hear of it, it is ended after them.
 - A rank that ends well says so in a last arrival on every open group, and waits for the others',
   as MPI_Finalize would.
 - Members of a broken group take leave of one another at their ends.  Those that know of the failure
@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +44,7 @@ class _Ending:
         self.failure = ""  # why it ends, in words for the peers
         self.in_thread = False  # the failure: by itself it gives the process no bad exit code
         self.code = 0
+        self._leaving = False
 
     # ---- hooks ----
 
@@ -67,6 +69,7 @@ class _Ending:
                 self.in_thread, self.code = True, self.code or 1
                 name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
                 self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
+                threading.Thread(target=self._outlive, name="mpicoll end", daemon=True).start()
 
         def exit_with(status: object = None, /) -> None:
             if threading.current_thread() is not threading.main_thread():
@@ -119,37 +122,56 @@ class _Ending:
 
     # ---- the end ----
 
+    def _outlive(self) -> None:
+        """End the job after a thread has failed, unless the main program comes to know of it.
+
+        It may wait for that thread for ever.
+        """
+        self._take_leave(lambda: self._leaving or any(x.told for x in engine.broken))
+        if not self._leaving and not any(lane.told for lane in engine.broken):
+            end_job(self.code, "a thread failed, and the main program goes on")
+
     def leave(self) -> None:
         """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
         if self.forked or MPI.Is_finalized():
             return
+        self._leaving = True
+        start = time.monotonic()
         engine.stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
             engine.say_farewell(UNFINISHED)
             for lane in {task.lane for task in engine.unfinished()}:
-                engine.fail_all(lane, GroupBrokenError("the program ended before the call was done"))
-        settled = self._take_leave()
+                engine.fail_all(
+                    lane, GroupBrokenError("the program ended before the call was done")
+                )
+        settled = self._take_leave(lambda: False, start)
         bereaved = [lane for lane in engine.broken if lane.peers.dead]
         if bereaved and settled and survives_deaths():
             recovered = any(lane.replaced for lane in bereaved)
             _flush()
             os._exit(self.code or int(not recovered))
+        if bereaved:
+            rank, how = next(iter(bereaved[0].peers.dead.items()))
+            end_job(self.code or 1, f"rank {rank} of group {bereaved[0].name!r} {how}")
         if not settled or self.in_thread:
             end_job(self.code or 1)
 
-    def _take_leave(self) -> bool:
-        """Wait for the ends of those who share a broken group; return whether MPI may go, too."""
+    def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
+        """Wait for the ends of those who share a broken group; return whether MPI may go, too.
+
+        Not longer than `until` says so; the grace period begins at `start`, which may be past.
+        """
         lanes = [lane for lane in engine.broken if not (survives_deaths() and lane.peers.dead)]
         if not lanes:
             return nothing_pending() or survives_deaths()
         _flush()
         self._go(lanes, settled=False)
         settled = False
-        start = time.monotonic()
+        start = start or time.monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
-        while True:
+        while not until():
             engine.test()
             if not settled and nothing_pending():
                 settled = True
@@ -161,7 +183,7 @@ class _Ending:
             if now > for_aware or (now > for_unaware and not known):
                 return False
             time.sleep(1e-3)
-
+        return False
 
     @staticmethod
     def _go(lanes: list[Lane], *, settled: bool) -> None:
@@ -186,7 +208,8 @@ def _still_there(lanes: list[Lane]) -> tuple[int, int]:
 def _all_settled(lanes: list[Lane]) -> bool:
     """Return whether every member is at its end, with nothing pending, and has been told so."""
     return all(
-        lane.peers.all_sent() and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
+        lane.peers.all_sent()
+        and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
         for lane in lanes
     )
 

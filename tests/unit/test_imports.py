@@ -40,7 +40,7 @@ ORDER = [
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
-    *("stores", "rendezvous", "backends", "group"),
+    *("stores", "rendezvous", "reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
 FILES = {
