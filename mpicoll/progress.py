@@ -45,6 +45,7 @@ from .errors import (
 )
 from .library import IDLE, KEEN, MOVED, MPI, Steps
 from .peers import Every, Peers
+from .recorder import leave_trace
 
 if TYPE_CHECKING:
     from .calls import Call
@@ -473,6 +474,8 @@ class Engine:
         lane.queue.clear()
         lane.beside.clear()
         self._active.pop(lane, None)
+        if lane.broken is error:
+            leave_trace()
 
     def _listen(self, lane: Lane) -> bool:
         """Read a lane's notices; fail its head if a peer has left that call."""
@@ -578,6 +581,7 @@ class Engine:
         """Finish what is under way; where that can't be, end the job instead of hanging in it."""
         if os.getpid() != self._pid or MPI.Is_finalized():
             return
+        leave_trace()
         self._stop = True
         self._wake.set()
         thread = self._thread
