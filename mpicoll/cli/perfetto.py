@@ -32,6 +32,8 @@ def events(recordings: Recordings, offsets: dict[int, Offset | None]) -> list[Ev
                 found.append(_name("thread_name", rank, thread, f"group {group.key}"))
                 for entry in row:
                     until = process.written if entry.ended is None else entry.ended
+                    # Whole nanoseconds, so that what follows something begins no earlier.
+                    begin, end = round((entry.called - start) * 1e9), round((until - start) * 1e9)
                     found.append(
                         {
                             "ph": "X",
@@ -39,8 +41,8 @@ def events(recordings: Recordings, offsets: dict[int, Offset | None]) -> list[Ev
                             "cat": entry.state,
                             "pid": rank,
                             "tid": thread,
-                            "ts": (entry.called - start) * 1e6,
-                            "dur": max(0.0, until - entry.called) * 1e6,
+                            "ts": begin / 1000,
+                            "dur": max(0, end - begin) / 1000,
                             "args": _arguments(entry),
                         }
                     )
