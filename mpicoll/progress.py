@@ -579,9 +579,10 @@ class Engine:
 
     def _leave(self) -> None:
         """Finish what is under way; where that can't be, end the job instead of hanging in it."""
+        if os.getpid() == self._pid:
+            leave_trace()
         if os.getpid() != self._pid or MPI.Is_finalized():
             return
-        leave_trace()
         self._stop = True
         self._wake.set()
         thread = self._thread
