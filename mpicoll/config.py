@@ -97,6 +97,11 @@ def store_secret() -> str | None:
     return os.environ.get("MPICOLL_STORE_SECRET")
 
 
+def trace_folder() -> str | None:
+    """The folder that every rank leaves its flight recorder in: MPICOLL_TRACE_DIR, if set."""
+    return os.environ.get("MPICOLL_TRACE_DIR") or None
+
+
 def seconds(timeout: object, default: float) -> float:
     """Return a timeout argument as seconds; None means `default`.
 

@@ -87,17 +87,17 @@ class ProcessGroup:
         self._desc = desc
         self._progress = progress
         self._highest_tag = highest_tag()
-        self._recorder = Recorder()
         self._lane = Lane(name, comm)
         self._transport = backends.transport(ground)
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
+        self._world_ranks = rendezvous.world_ranks(comm)
+        self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
         if ground.shared is not None:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
         self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
         self._children = Children()
-        self._kin = Child(ground.comms, self._lane, self._children)
-        self._world_ranks = rendezvous.world_ranks(comm)
+        self._kin = Child(ground.comms, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
         if progress == "thread":
             engine.background(stay=True)
@@ -163,16 +163,13 @@ class ProcessGroup:
         )
 
     def dump(self) -> str:
-        """Return the flight recorder as JSON: the group's last calls on this rank.  Local."""
-        return json.dumps(
-            {
-                "group": self.group_name,
-                "rank": self._rank,
-                "size": self._size,
-                "pid": os.getpid(),
-                "calls": self._recorder.entries(),
-            }
-        )
+        """Return the flight recorder as JSON: the group's last calls on this rank.  Local.
+
+        Beside the group's name, rank, size and ranks it has "calls", oldest first, each with its
+        number, arguments, state ("called", "finished" or "failed"), times in seconds of the
+        epoch, error, and the file and line of yours that called.
+        """
+        return json.dumps(self._recorder.report())
 
     # ---- collectives on arrays ----
 
@@ -786,6 +783,7 @@ class ProcessGroup:
     def _close(self, how: str) -> None:
         self._lane.closed = how
         engine.delist(self._lane)
+        self._recorder.close()
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -994,7 +992,12 @@ def new_group(
         call.refused = f"{type(error).__name__}: {error}"
     work = Work(lane, call, lane.seq, limit, recorder)
     engine.launch(work, _create(parent, work, children))
-    engine.when_done(work, lambda: engine.delist(lane))  # `parent` may be freed from then on
+
+    def made() -> None:
+        engine.delist(lane)  # `parent` may be freed from now on
+        recorder.close()
+
+    engine.when_done(work, made)
     if refusal is not None:
         if parent.Get_size() > 1:
             engine.background()
@@ -1018,10 +1021,13 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)
     if made is None:
-        made = Lane("new_group", parent), Recorder(), Children()
+        ranks = rendezvous.world_ranks(parent)
+        recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
+        made = Lane("new_group", parent), recorder, Children()
         parent.Set_attr(_creation_key, made)
-    engine.enlist(made[0])
     lane, recorder, children = made
+    engine.enlist(lane)
+    recorder.open()
     return lane, recorder, children
 
 

@@ -30,6 +30,7 @@ from .config import default_timeout, grace, survives_deaths
 from .errors import GroupBrokenError, GroupClosedError, RankFailedError, RemoteRankError
 from .library import MPI, nothing_pending
 from .progress import Lane, end_job, engine
+from .recorder import leave_trace
 
 UNFINISHED = 2.0  # seconds that calls which nobody waited for get at the end
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
@@ -133,7 +134,10 @@ class _Ending:
 
     def leave(self) -> None:
         """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
-        if self.forked or MPI.Is_finalized():
+        if self.forked:
+            return
+        leave_trace()
+        if MPI.Is_finalized():
             return
         self._leaving = True
         start = time.monotonic()
@@ -146,6 +150,7 @@ class _Ending:
                 engine.fail_all(
                     lane, GroupBrokenError("the program ended before the call was done")
                 )
+            leave_trace()  # with the ends of what nobody waited for
         settled = self._take_leave(lambda: False, start)
         bereaved = [lane for lane in engine.broken if lane.peers.dead]
         if bereaved and settled and survives_deaths():

@@ -43,6 +43,7 @@ from .errors import (
 )
 from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
 from .peers import Every, Peers
+from .recorder import leave_trace
 
 if TYPE_CHECKING:
     from .calls import Call
@@ -524,6 +525,8 @@ class Engine:
         lane.queue.clear()
         lane.beside.clear()
         self._active.pop(lane, None)
+        if lane.broken is error:
+            leave_trace()
 
     def _listen(self, lane: Lane) -> bool:
         """Read a lane's notices; fail its head if a peer has left that call."""

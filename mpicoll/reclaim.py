@@ -16,6 +16,7 @@ import numpy as np
 from . import rendezvous
 from .library import MPI, Steps, until
 from .progress import Lane, engine
+from .recorder import Recorder
 
 
 class Child:
@@ -23,15 +24,18 @@ class Child:
 
     Args:
         comms: the group's communicators.
-        lane: its lane in the engine.
+        lane, recorder: its own.
         children: those of the group itself.
     """
 
-    __slots__ = ("_children", "_comms", "_lane", "dropped")
+    __slots__ = ("_children", "_comms", "_lane", "_recorder", "dropped")
 
-    def __init__(self, comms: Sequence[MPI.Intracomm], lane: Lane, children: Children) -> None:
+    def __init__(
+        self, comms: Sequence[MPI.Intracomm], lane: Lane, recorder: Recorder, children: Children
+    ) -> None:
         self._comms = comms
         self._lane = lane
+        self._recorder = recorder
         self._children = children
         self.dropped = False
 
@@ -49,6 +53,7 @@ class Child:
             yield from self._children.free(deadline)
             engine.delist(self._lane)
             self._lane.closed = "reclaimed"
+            self._recorder.close()
             yield from rendezvous.free(self._comms, deadline)
 
 

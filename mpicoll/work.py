@@ -11,7 +11,7 @@ from .calls import Call
 from .config import seconds
 from .errors import InvalidCallError
 from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder
+from .recorder import Entry, Recorder, end
 
 
 class Work(Task):
@@ -21,13 +21,12 @@ class Work(Task):
     goes on, and if it fails, the group's next call raises its error.
     """
 
-    __slots__ = ("_entry", "_recorder")
+    __slots__ = ("_entry",)
 
     def __init__(
         self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
     ) -> None:
         Task.__init__(self, lane, call, seq, timeout)
-        self._recorder = recorder
         self._entry: Entry = recorder.note(seq, call, self.called)
 
     def __repr__(self) -> str:
@@ -41,7 +40,7 @@ class Work(Task):
 
     def ended(self) -> None:
         """Enter the end in the flight recorder."""
-        self._recorder.end(self._entry, self.error)
+        end(self._entry, self.error)
 
     def wait(self, timeout: object = None) -> bool:
         """Wait until the call is done, and return True.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -213,18 +215,63 @@ def test_what_only_a_finished_work_can_tell(pg):
 
 
 def test_dump_is_the_flight_recorder(pg):
-    pg.allreduce(np.zeros(123, np.int16), ReduceOp.BXOR).wait()
+    me = pg.rank()
+    pg.allreduce(np.zeros((3, 41), np.int16), ReduceOp.BXOR).wait()
     pg.broadcast(np.zeros(7), pg.size() - 1).wait()
-    *_, first, second = json.loads(pg.dump())["calls"]
-    assert (first["kind"], first["dtype"], first["count"], first["op"]) == (
-        "allreduce",
-        "int16",
-        123,
-        "BXOR",
-    )
+    mc.wait_all([pg.recv(np.zeros(2), me, tag=5), pg.send(np.zeros(2), me, tag=5)])
+    told = json.loads(pg.dump())
+    assert (told["group"], told["rank"], told["size"]) == (pg.group_name, me, pg.size())
+    assert told["ranks"] == pg.ranks and told["world_rank"] == pg.ranks[me]
+    assert told["host"] and told["pid"] == os.getpid()
+    *_, first, second, receives, sends = told["calls"]
+    said = [first[key] for key in ("kind", "dtype", "count", "shape", "op", "root")]
+    assert said == ["allreduce", "int16", 123, [3, 41], "BXOR", -1]
     assert (second["kind"], second["root"]) == ("broadcast", pg.size() - 1)
     assert second["seq"] == first["seq"] + 1
-    assert first["called"] <= first["ended"] and second["state"] == "finished"
+    now = time.time()
+    assert now - 60 < first["called"] <= first["ended"] <= now + 1
+    assert {call["state"] for call in told["calls"][-4:]} == {"finished"}
+    assert [(call["kind"], call["peer"], call["tag"]) for call in (receives, sends)] == [
+        ("recv", me, 5),
+        ("send", me, 5),
+    ]
+
+
+def last_place(pg):
+    call = json.loads(pg.dump())["calls"][-1]
+    return call["file"], call["line"]
+
+
+def test_dump_has_the_line_that_called(pg):
+    """However many of the library's own frames lie between."""
+
+    def line():
+        return sys._getframe(1).f_lineno
+
+    n = pg.size()
+    at = []
+    pg.barrier().wait(); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    pg.allgather_object(1); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    pg.monitored_barrier(); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    half = pg.split(0); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    node = pg.local_group(); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    lists = [np.zeros(1) for _ in range(n)], [np.zeros(1) for _ in range(n)]
+    pg.alltoall(*lists).wait(); at.append((line(), last_place(pg)))  # fmt: skip  # noqa: E702
+    with half:
+        pass
+    assert [place for _, place in at] == [(__file__, number) for number, _ in at]
+    assert last_place(half) == (__file__, at[-1][0] + 1), "leaving the with-block"
+    node.shutdown()
+
+
+def test_dump_has_a_refused_call_with_its_reason(pg):
+    with pytest.raises(InvalidCallError):
+        pg.broadcast(np.zeros(7), pg.size())
+    pg.barrier().wait()
+    *_, refused, _ = json.loads(pg.dump())["calls"]
+    assert (refused["kind"], refused["state"]) == ("broadcast", "failed")
+    assert refused["error"].startswith("InvalidCallError: root must be")
+    assert refused["file"] == __file__
 
 
 @pytest.mark.parametrize("timeout", [5, 5.0, timedelta(seconds=5), np.float64(5)])
