@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.counts import SOAK
-from tests.harness import installed_mpi
 
 SOON = 5.0  # seconds from the cause to the end of the job
 AT_ONCE = 1.0  # seconds from the cause until those who wait have raised
@@ -187,29 +186,6 @@ os.kill(pids[2], signal.SIGCONT)
     for told in ended.ranks[:2]:
         assert told["missing"] == [2] and 0.99 <= told["took"] <= 1.1, told
         assert "stopped by a signal" in told["text"] and "allgather_object #1" in told["text"], told
-
-
-@pytest.mark.skipif(installed_mpi() != "mpich", reason="Open MPI's launcher ends the job at once")
-def test_a_death_is_noticed_where_the_launcher_leaves_the_others_alone(job):
-    """Everywhere: while a rank waits for data, in the next call, and by those who came late."""
-    script = """
-pg = mc.new_group(timeout=60)
-pg.barrier().wait()
-if RANK == 1:
-    report(cause=time.time())
-    os._exit(0)
-if RANK == 2:
-    time.sleep(0.5)
-start = time.monotonic()
-try:
-    pg.allreduce(np.ones(70_001)).wait()
-except RankFailedError as error:
-    report(rank=error.rank, took=time.monotonic() - start, text=str(error))
-"""
-    ended = job(3, script, fails=True, options=["-disable-auto-cleanup"])
-    for told in (ended.ranks[0], ended.ranks[2]):
-        assert told and told["rank"] == 1 and told["took"] <= 0.3, ended.output
-    assert ended.at - ended.ranks[1]["cause"] <= SOON + 1
 
 
 def test_keyboard_interrupt_while_waiting(job):
