@@ -21,8 +21,9 @@ from typing import Any
 from tests.harness import SHARED, clear_shared, installed_mpi, launch
 
 from . import tables
-from .contenders import BARE, CONTENDERS, GLOO, OURS, Contender
-from .scenarios import SCENARIOS, Scenario
+from .contenders import BARE, CONTENDERS, OURS, Contender
+from .scenario import Scenario
+from .scenarios import SCENARIOS
 from .verdicts import judge
 
 
@@ -81,10 +82,10 @@ def write(page: Path, found: list[dict[str, Any]]) -> None:
     """Put the tables between their marks in the page."""
     text = page.read_text()
     for name, lines in (("failures", tables.failures(found)), ("endings", tables.endings(found))):
-        marks = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- {name} end -->)", re.S)
-        if not marks.search(text):
+        place = re.search(rf"<!-- {name}: .*? -->\n(.*?)<!-- {name} end -->", text, re.S)
+        if not place:
             sys.exit(f"{page} holds no place for {name!r}")
-        text = marks.sub(lambda found, lines=lines: f"{found[1]}\n{lines}\n\n{found[2]}", text)
+        text = f"{text[: place.start(1)]}\n{lines}\n\n{text[place.end(1) :]}"
     page.write_text(text)
 
 

@@ -28,7 +28,9 @@ def trial():
         yield
     except BaseException as error:
         text = str(error).strip()
-        report(at=time.time(), error=type(error).__name__, text=text[:600])
+        kind = type(error)
+        name = f"MPI.{kind.__name__}" if kind.__module__ == "mpi4py.MPI" else kind.__name__
+        report(at=time.time(), error=name, text=text[:600])
         raise
     report(returned=time.time())
 

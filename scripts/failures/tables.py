@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .scenarios import ENDINGS, SCENARIOS, Scenario
-from .verdicts import ANSWER, CRASH, ENDED, EVERY, HANGS, KINDS, SILENT
+from .scenario import ENDINGS, Scenario
+from .scenarios import SCENARIOS
+from .verdicts import ANSWER, CRASH, ENDED, EVERY, HANGS, SILENT, SOME_ENDED, SOME_HANG, SOME_SILENT
 
 Found = list[dict[str, Any]]
 NAMES = {"mpich": "MPICH", "openmpi": "Open MPI"}
@@ -20,7 +21,7 @@ COLUMNS = (
 COUNTED = {
     "right, or an error on every rank": (ANSWER, EVERY),
     "ended by the launcher": (ENDED,),
-    "an error on some ranks only": tuple(kind for kind in KINDS if kind.startswith("error on some")),
+    "an error on some ranks only": (SOME_HANG, SOME_ENDED, SOME_SILENT),
     "hangs": (HANGS,),
     "wrong data in silence": (SILENT,),
     "crash": (CRASH,),
@@ -82,7 +83,8 @@ def _cell(found: Found, scenario: Scenario, key: str, mpi: str) -> str:
 def _words(row: dict[str, Any]) -> str:
     """The verdict; with an exit code of 0 where something failed."""
     well = row["class"] in (ANSWER, SILENT) or row["code"] != 0
-    return row["words"] + ("" if well else ", **exit code 0**")
+    words: str = row["words"]
+    return words + ("" if well else ", **exit code 0**")
 
 
 def _code(code: int | None) -> str:

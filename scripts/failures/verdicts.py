@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.harness import Launched
 
-from .scenarios import Scenario
+from .scenario import Scenario
 
 ANSWER = "right answer"
 EVERY = "error on every rank"
@@ -20,7 +20,6 @@ SILENT = "wrong data in silence"
 HANGS = "hangs"
 CRASH = "crash"
 ENDED = "job ended by the launcher"
-KINDS = (ANSWER, EVERY, SOME_HANG, SOME_ENDED, SOME_SILENT, SILENT, HANGS, CRASH, ENDED)
 
 # SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, as launchers tell of them
 _SIGNAL = re.compile(r"[Ss]ignal:? (?:code: )?(?:4|6|7|8|11)\b|\(signal (?:4|6|7|8|11)\)")
@@ -31,7 +30,7 @@ _CRASH = re.compile(r"Segmentation fault|Assertion failed|Process received signa
 class Verdict:
     """What became of one scenario under one contender."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of the above
     words: str  # for the table
     code: int | None  # the launcher's exit code; None where the job had to be ended
     seconds: float | None  # from the cause to the last rank's error, or to the end of the job
@@ -83,8 +82,8 @@ def judge(scenario: Scenario, ended: Launched) -> Verdict:
 def _start(told: list[dict[str, Any] | None]) -> float:
     """When things went wrong: the last cause, or the last rank's first call."""
     ranks = [rank for rank in told if rank]
-    causes = [rank["cause"] for rank in ranks if "cause" in rank]
-    return max(causes or [rank["began"] for rank in ranks if "began" in rank] or [0.0])
+    causes: list[float] = [rank["cause"] for rank in ranks if "cause" in rank]
+    return max(causes or [rank["began"] for rank in ranks if "began" in rank], default=0.0)
 
 
 def _is_right(scenario: Scenario, done: list[dict[str, Any]]) -> bool:
