@@ -175,12 +175,14 @@ right(RANK == 0 or (m[:, ::2] == 2).all() and (m[:, 1::2] == 1).all())
         "bfloat16 SUM, a torch tensor",
         """
 import torch
+cause()
 h = torch.full((4,), RANK + 1.0, dtype=torch.bfloat16)
 pg.allreduce(h).wait()
 right((h == 3).all(), h)
 """,
         """
 import torch
+cause()
 h = torch.full((4,), RANK + 1.0, dtype=torch.bfloat16)
 comm.Allreduce(MPI.IN_PLACE, h)
 right((h == 3).all(), h)

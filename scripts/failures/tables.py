@@ -7,7 +7,18 @@ from typing import Any
 
 from .scenario import ENDINGS, Scenario
 from .scenarios import SCENARIOS
-from .verdicts import ANSWER, CRASH, ENDED, EVERY, HANGS, SILENT, SOME_ENDED, SOME_HANG, SOME_SILENT
+from .verdicts import (
+    ANSWER,
+    CRASH,
+    ENDED,
+    EVERY,
+    HANGS,
+    SILENT,
+    SOME_ENDED,
+    SOME_HANG,
+    SOME_RIGHT,
+    SOME_SILENT,
+)
 
 Found = list[dict[str, Any]]
 NAMES = {"mpich": "MPICH", "openmpi": "Open MPI"}
@@ -21,7 +32,7 @@ COLUMNS = (
 COUNTED = {
     "right, or an error on every rank": (ANSWER, EVERY),
     "ended by the launcher": (ENDED,),
-    "an error on some ranks only": (SOME_HANG, SOME_ENDED, SOME_SILENT),
+    "an error on some ranks only": (SOME_HANG, SOME_ENDED, SOME_SILENT, SOME_RIGHT),
     "hangs": (HANGS,),
     "wrong data in silence": (SILENT,),
     "crash": (CRASH,),

@@ -16,6 +16,7 @@ EVERY = "error on every rank"
 SOME_HANG = "error on some ranks, the rest hang"
 SOME_ENDED = "error on some ranks, the rest ended by the launcher"
 SOME_SILENT = "error on some ranks, the rest go on in silence"
+SOME_RIGHT = "error on some ranks, the rest have the right answer"
 SILENT = "wrong data in silence"
 HANGS = "hangs"
 CRASH = "crash"
@@ -23,7 +24,9 @@ ENDED = "job ended by the launcher"
 
 # SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, as launchers tell of them
 _SIGNAL = re.compile(r"[Ss]ignal:? (?:code: )?(?:4|6|7|8|11)\b|\(signal (?:4|6|7|8|11)\)")
-_CRASH = re.compile(r"Segmentation fault|Assertion failed|Process received signal|Bus error")
+_CRASH = re.compile(
+    r"Segmentation fault|Assertion failed|Process received signal|Bus error|terminate called"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def judge(scenario: Scenario, ended: Launched) -> Verdict:
         if not rest:
             kind = EVERY
         elif len(done) == rest:
-            kind = SOME_SILENT
+            kind = SOME_RIGHT if _is_right(scenario, done) else SOME_SILENT
         else:
             kind = SOME_HANG if ended.timed_out else SOME_ENDED
         others = "every other rank" if scenario.culprits else "every rank"
@@ -107,7 +110,7 @@ def _named(scenario: Scenario, failed: list[dict[str, Any]]) -> str:
     """Whether every message names the rank that is the cause."""
     if not scenario.culprits:
         return ""
-    number = rf"\branks?\W+(?:\d+, )*{scenario.culprits[0]}\b"
+    number = rf"\b(?:ranks?\W+(?:\d+, )*|src=|dst=){scenario.culprits[0]}\b"
     texts = [rank["text"] for rank in failed]
     return "; names the rank" if all(re.search(number, text) for text in texts) else ""
 

@@ -40,6 +40,12 @@ CAUSE = {"began": 10.0, "cause": 11.0}
         (ALL, ended(failed(10.0), DONE), "error on some ranks, the rest go on in silence", "Oops"),
         (
             ALL,
+            ended(failed(10.0), DONE | {"right": True}),
+            "error on some ranks, the rest have the right answer",
+            "the right answer",
+        ),
+        (
+            ALL,
             ended(failed(10.0), WAITS, timed_out=True),
             "error on some ranks, the rest hang",
             "the rest hang",
