@@ -192,7 +192,7 @@ right((h == 3).all(), h)
     ),
     Scenario(
         DATA,
-        "NaN under MAX: the same on all ranks?",
+        "NaN under MAX: kept, as NumPy keeps it?",
         """
 n = np.array([[1, np.nan, np.nan], [np.nan, 1, np.nan]][RANK], np.float32)
 pg.allreduce(n, op=Op.MAX).wait()
@@ -209,6 +209,27 @@ dist.all_reduce(n, op=Op.MAX)
 right(n.isnan().all(), n)
 """,
         "not documented",
+    ),
+    Scenario(
+        DATA,
+        "NaN under MAX: the same on all ranks?",
+        """
+n = np.where(np.arange(100_000) % 3 == RANK, np.nan, 1).astype(np.float32)
+pg.allreduce(n, op=Op.MAX).wait()
+right(True, [np.isnan(n[i::3]).sum() for i in range(3)])
+""",
+        """
+n = np.where(np.arange(100_000) % 3 == RANK, np.nan, 1).astype(np.float32)
+comm.Allreduce(MPI.IN_PLACE, n, op=MPI.MAX)
+right(True, [np.isnan(n[i::3]).sum() for i in range(3)])
+""",
+        """
+n = torch.where(torch.arange(100_000) % 3 == RANK, np.nan, 1.0)
+dist.all_reduce(n, op=Op.MAX)
+right(True, [n[i::3].isnan().sum() for i in range(3)])
+""",
+        "not documented",
+        ranks=3,
         alike=True,
     ),
     Scenario(

@@ -47,9 +47,11 @@ def right(yes, seen=""):
 
 def forked(call):
     """Fork a child that makes a call, and return the name of what that raised, "" or "hangs"."""
+    global RANK
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
+        RANK = 99  # what the child reports is not this rank's
         name = ""
         try:
             call()

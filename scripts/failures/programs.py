@@ -6,7 +6,7 @@ from .absences import HURRIED
 from .contenders import BARE, GLOO, OURS
 from .scenario import AFTERWARDS, BUFFERS, THREADS, Scenario
 
-_late = "if RANK == 1:\n    time.sleep(0.5)\n"
+_late = "if RANK == 1:\n    time.sleep(0.5)\ncause()\n"
 IN_FLIGHT = [
     Scenario(
         BUFFERS,
@@ -65,23 +65,19 @@ threads = [threading.Thread(target=work, args=pair) for pair in zip(groups, foun
 right(all(map(all, found)) and list(map(len, found)) == [100, 100])
 """
 _fork_uses = """
-child = ""
+child = "it has none"
 if RANK == 0:
     child = forked(again)
 {call}
-right(child not in ("", "hangs") and (x == 3).all(), "the child's call: " + (child or "accepted"))
+seen = "the child's call " + ("raises `%s`" % child if child else "is accepted")
+if child in ("hangs", "it has none"):
+    seen = "the child's call hangs" if RANK == 0 else ""
+right(child not in ("", "hangs") and (x == 3).all(), seen)
 """
 _fork_exits = """
-if RANK == 0:
-    pid = os.fork()
-    if pid == 0:
-        RANK = 99  # what it reports is not rank 0's
-        sys.exit(0)
-    cause()
-    os.waitpid(pid, 0)
-    time.sleep(0.5)
+hangs = RANK == 0 and forked(lambda: sys.exit(0)) == "hangs"
 {call}
-right((x == 3).all())
+right(not hangs and (x == 3).all(), "the child's exit hangs" if hangs else "")
 """
 THREADED = [
     Scenario(

@@ -73,7 +73,8 @@ def judge(scenario: Scenario, ended: Launched) -> Verdict:
             words = ANSWER + _note(done) + ("; the job hangs at its end" if code is None else "")
             return Verdict(ANSWER, words, code, None)
         end = "; the job hangs at its end" if code is None else ""
-        return Verdict(SILENT, SILENT + _note(done) + end, code, None)
+        kind = HANGS if "hangs" in _note(done) else SILENT
+        return Verdict(kind, kind + _note(done) + end, code, None)
     if crashed:
         return Verdict(CRASH, f"crash, and the job is ended ({_time(whole)})", code, whole)
     if ended.timed_out:
@@ -98,7 +99,7 @@ def _is_right(scenario: Scenario, done: list[dict[str, Any]]) -> bool:
 def _note(done: list[dict[str, Any]]) -> str:
     """What was seen, where a scenario says so in words."""
     seen = {rank["seen"] for rank in done if rank.get("seen", "").startswith("the child's")}
-    return "".join(f"; {words}" for words in sorted(seen) if not words.endswith(": "))
+    return "".join(f"; {words}" for words in sorted(seen))
 
 
 def _names(failed: list[dict[str, Any]]) -> str:
