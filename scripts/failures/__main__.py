@@ -55,7 +55,7 @@ def trial(scenario: Scenario, contender: Contender) -> dict[str, Any]:
         preamble=contender.preamble(),
         launcher=scenario.launcher.get(installed_mpi(), ()),
     )
-    verdict = judge(scenario, ended)
+    verdict = judge(scenario, ended, contender.limit)
     ours, theirs = clear_shared(before)
     return {
         "group": scenario.group,

@@ -39,9 +39,13 @@ class Verdict:
     seconds: float | None  # from the cause to the last rank's error, or to the end of the job
 
 
-def judge(scenario: Scenario, ended: Launched) -> Verdict:
-    """Say what the ranks saw whose fate was not the cause itself."""
-    told = ended.ranks
+def judge(scenario: Scenario, ended: Launched, limit: float) -> Verdict:
+    """Say what the ranks saw whose fate was not the cause itself.
+
+    `limit` is the time in seconds after which the job was to be ended.
+    """
+    # What ranks report while they are being ended is our doing: SIGTERM wakes a stopped rank.
+    told = [rank and _until(ended.at - ended.seconds + limit, rank) for rank in ended.ranks]
     seen = [told[rank] or {} for rank in range(scenario.ranks) if rank not in scenario.culprits]
     start = _start(told)
     code = None if ended.timed_out else ended.code
@@ -81,6 +85,11 @@ def judge(scenario: Scenario, ended: Launched) -> Verdict:
         some = "some ranks return, the rest hang" if done else HANGS
         return Verdict(HANGS, some, None, None)
     return Verdict(ENDED, f"{ENDED} ({_time(whole)})", code, whole)
+
+
+def _until(last: float, rank: dict[str, Any]) -> dict[str, Any]:
+    over = max(rank.get("at", 0.0), rank.get("returned", 0.0)) > last
+    return {key: rank[key] for key in ("began", "cause") if key in rank} if over else rank
 
 
 def _start(told: list[dict[str, Any] | None]) -> float:

@@ -13,6 +13,9 @@ OTHERS = Scenario("group", "name", "", "", "", "", ranks=3, culprits=(2,))
 NAN = Scenario("group", "name", "", "", "", "", alike=True)
 
 
+LIMIT = 4.0  # seconds from 10.0 on
+
+
 def ended(*ranks, code=0, timed_out=False, output=""):
     return Launched(code, 5.0, timed_out, output, [], 15.0, list(ranks))
 
@@ -63,6 +66,7 @@ CAUSE = {"began": 10.0, "cause": 11.0}
         (NAN, ended(DONE | {"seen": "1"}, DONE | {"seen": "2"}), "wrong data in silence", ""),
         (ALL, ended(WAITS, WAITS, timed_out=True), "hangs", "hangs"),
         (ALL, ended(DONE, WAITS, timed_out=True), "hangs", "some ranks return"),
+        (ALL, ended(DONE | {"returned": 14.1}, failed(14.1), timed_out=True), "hangs", "hangs"),
         (ALL, ended(WAITS, WAITS, code=139), "crash", "crash"),
         (ALL, ended(WAITS, None, code=1, output="Segmentation fault"), "crash", "crash"),
         (OTHERS, ended(WAITS, WAITS, CAUSE, code=9), "job ended by the launcher", "(4.0 s)"),
@@ -76,10 +80,10 @@ CAUSE = {"began": 10.0, "cause": 11.0}
     ],
 )
 def test_verdict(scenario, job, kind, words):
-    verdict = judge(scenario, job)
+    verdict = judge(scenario, job, LIMIT)
     assert verdict.kind == kind and words in verdict.words, verdict
 
 
 def test_a_rank_is_named_only_as_a_rank():
     told = [failed(11.0, "2 ranks are there, rank 12 is not") for _ in range(2)]
-    assert "names" not in judge(OTHERS, ended(*told, CAUSE)).words
+    assert "names" not in judge(OTHERS, ended(*told, CAUSE), LIMIT).words
