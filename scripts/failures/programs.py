@@ -219,7 +219,7 @@ except MPI.Exception:
 if RANK == 2:
     time.sleep(0.5)
     cause()
-    os.kill(os.getpid(), 9)
+    os._exit(0)  # alike for the peers, and no launcher ends the job for it
 try:
     dist.all_reduce(x)
 except RuntimeError:

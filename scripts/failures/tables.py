@@ -93,7 +93,7 @@ def _cell(found: Found, scenario: Scenario, key: str, mpi: str) -> str:
 
 def _words(row: dict[str, Any]) -> str:
     """The verdict; with an exit code of 0 where something failed."""
-    well = row["class"] in (ANSWER, SILENT) or row["code"] != 0
+    well = row["class"] in (ANSWER, SILENT, HANGS) or row["code"] != 0
     words: str = row["words"]
     return words + ("" if well else ", **exit code 0**")
 

@@ -74,11 +74,13 @@ def judge(scenario: Scenario, ended: Launched, limit: float) -> Verdict:
     crashed = not scenario.kills and _crashed(ended)
     if len(done) == len(seen) and not crashed:
         if _is_right(scenario, done):
-            words = ANSWER + _note(done) + ("; the job hangs at its end" if code is None else "")
+            words = "the same" if scenario.alike else ANSWER
+            words += _note(done) + ("; the job hangs at its end" if code is None else "")
             return Verdict(ANSWER, words, code, None)
         end = "; the job hangs at its end" if code is None else ""
-        kind = HANGS if "hangs" in _note(done) else SILENT
-        return Verdict(kind, kind + _note(done) + end, code, None)
+        if "hangs" in (note := _note(done)):
+            return Verdict(HANGS, note.removeprefix("; ") + end, code, None)
+        return Verdict(SILENT, SILENT + note + end, code, None)
     if crashed:
         return Verdict(CRASH, f"crash, and the job is ended ({_time(whole)})", code, whole)
     if ended.timed_out:
