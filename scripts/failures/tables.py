@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from .verdicts import (
     SOME_SILENT,
 )
 
+_TIME = re.compile(r"\(at once\)|\([\d.]+ s\)")
 Found = list[dict[str, Any]]
 NAMES = {"mpich": "MPICH", "openmpi": "Open MPI"}
 # Columns: heading, contender, MPI library ("" where it does not matter which).
@@ -75,20 +77,30 @@ def _counts(found: Found) -> str:
     keys = (("ours", "mpich"), ("ours", "openmpi"), *((key, mpi) for _, key, mpi in COLUMNS[1:]))
     lines = [f"| of all scenarios | {' | '.join(heads)} |", "|---" + "|---:" * len(keys) + "|"]
     for words, kinds in COUNTED.items():
-        counted = Counter((r["contender"], r["mpi"]) for r in found if r["class"] in kinds)
-        lines.append(f"| {words} | {' | '.join(str(counted[key]) for key in keys)} |")
+        rows = [row for row in found if row["class"] in kinds]
+        lines.append(_count(words, rows, keys))
+        if EVERY in kinds:
+            stays = [row for row in rows if row["code"] is None]
+            lines.append(_count("... of these the job hangs at its end", stays, keys))
     return "\n".join(lines)
+
+
+def _count(words: str, rows: Found, keys: tuple[tuple[str, str], ...]) -> str:
+    counted = Counter((row["contender"], row["mpi"]) for row in rows)
+    return f"| {words} | {' | '.join(str(counted[key]) for key in keys)} |"
 
 
 def _cell(found: Found, scenario: Scenario, key: str, mpi: str) -> str:
     """What one contender did; where the MPI libraries differ under mpicoll, each by name."""
-    rows = [r for r in found if _is(r, scenario) and r["contender"] == key]
-    by_library = {r["mpi"]: _words(r) for r in rows if mpi in ("", r["mpi"])}
-    if not by_library:
+    rows = [
+        r for r in found if _is(r, scenario) and r["contender"] == key and mpi in ("", r["mpi"])
+    ]
+    rows.sort(key=lambda row: row["seconds"] or 0.0)
+    if not rows:
         return "not measured"
-    if len(set(by_library.values())) == 1:
-        return next(iter(by_library.values()))
-    return "; ".join(f"{NAMES[mpi]}: {words}" for mpi, words in by_library.items())
+    if len({_TIME.sub("", _words(row)) for row in rows}) == 1:
+        return _words(rows[-1])  # the slower one
+    return "; ".join(f"{NAMES[row['mpi']]}: {_words(row)}" for row in rows)
 
 
 def _words(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from .scenario import Scenario
 ANSWER = "right answer"
 EVERY = "error on every rank"
 SOME_HANG = "error on some ranks, the rest hang"
-SOME_ENDED = "error on some ranks, the rest ended by the launcher"
+SOME_ENDED = "error on some ranks, the rest are ended"
 SOME_SILENT = "error on some ranks, the rest go on in silence"
 SOME_RIGHT = "error on some ranks, the rest have the right answer"
 SILENT = "wrong data in silence"

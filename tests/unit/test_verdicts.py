@@ -56,7 +56,7 @@ CAUSE = {"began": 10.0, "cause": 11.0}
         (
             ALL,
             ended(failed(10.0), WAITS, code=1),
-            "error on some ranks, the rest ended by the launcher",
+            "error on some ranks, the rest are ended",
             "Oops",
         ),
         (ALL, ended(DONE, DONE), "wrong data in silence", "wrong"),
