@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def measure(phrases: str) -> None:
     """Run each scenario under each contender, and print what became of it."""
     # A crash is an answer here, and need not leave its memory on disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # As an exception, so that the job under way is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     wanted = [phrase.strip() for phrase in phrases.split(",")]
     chosen = [s for s in SCENARIOS if any(w in f"{s.group}: {s.name}" for w in wanted)]
     if not chosen:
@@ -39,24 +42,29 @@ def measure(phrases: str) -> None:
     with_gloo = installed_mpi() == "mpich" and importlib.util.find_spec("torch")
     contenders = CONTENDERS if with_gloo else (OURS, BARE)
     jobs = [(scenario, contender) for scenario in chosen for contender in contenders]
+    before = set(os.listdir(SHARED))
     for number, (scenario, contender) in enumerate(jobs, 1):
         _show(f"{installed_mpi()}, {number} of {len(jobs)}: {scenario.name} ({contender.key})")
-        print(json.dumps(trial(scenario, contender)), flush=True)
+        print(json.dumps(trial(scenario, contender, before)), flush=True)
     _show("")
 
 
-def trial(scenario: Scenario, contender: Contender) -> dict[str, Any]:
-    """Run one scenario under one contender in a job of its own, and clear up behind it."""
-    before = set(os.listdir(SHARED))
-    ended = launch(
-        scenario.ranks,
-        contender.script(scenario.body(contender.key)),
-        contender.limit,
-        preamble=contender.preamble(),
-        launcher=scenario.launcher.get(installed_mpi(), ()),
-    )
+def trial(scenario: Scenario, contender: Contender, before: set[str]) -> dict[str, Any]:
+    """Run one scenario under one contender in a job of its own, and clear up behind it.
+
+    `before` is what was in shared memory before the first.
+    """
+    try:
+        ended = launch(
+            scenario.ranks,
+            contender.script(scenario.body(contender.key)),
+            contender.limit,
+            preamble=contender.preamble(),
+            launcher=scenario.launcher.get(installed_mpi(), ()),
+        )
+    finally:
+        ours, theirs = clear_shared(before)
     verdict = judge(scenario, ended, contender.limit)
-    ours, theirs = clear_shared(before)
     return {
         "group": scenario.group,
         "scenario": scenario.name,
