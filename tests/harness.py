@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path("/dev/shm")
 COOKIE = "MPICOLL_TEST_COOKIE"
 RESULT = "MPICOLL_TEST_RESULT"
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPIR_", "MPI_LOCAL")
@@ -81,6 +82,28 @@ def marked(cookie: str) -> list[int]:
     return found
 
 
+def clear_shared(before: set[str]) -> tuple[list[str], list[str]]:
+    """Remove the files in shared memory that came after `before` and that no process maps.
+
+    Returns the names of mpicoll's and of the MPI library's, which leaves some at every abnormal
+    end.
+    """
+    maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
+    new = [n for n in os.listdir(SHARED) if n not in before and f"{SHARED}/{n}" not in maps]
+    ours = [name for name in new if name.startswith("mpicoll-")]
+    theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
+    for name in ours + theirs:
+        (SHARED / name).unlink(missing_ok=True)
+    return ours, theirs
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""  # it has ended, or isn't ours
+
+
 def _signal_group(pid: int, number: int) -> None:
     try:
         os.killpg(pid, number)
@@ -141,7 +164,7 @@ class Launched(Ended):
         return [rank[key] for rank in self.ranks if rank is not None]
 
 
-PREAMBLE = """
+REPORTING = """
 import gc, json, os, sys, threading, time
 import numpy as np
 
@@ -154,10 +177,14 @@ def report(**values):
     with open(path + ".part", "w") as file:
         json.dump(_reported, file)
     os.replace(path + ".part", path)
-
+"""
+PREAMBLE = (
+    REPORTING
+    + """
 import mpicoll as mc
 from mpicoll.errors import *
 """
+)
 
 
 def launch(

@@ -15,9 +15,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness import Ended, environment, installed_mpi, mpiexec, run_bounded
+from tests.harness import (
+    SHARED,
+    Ended,
+    clear_shared,
+    environment,
+    installed_mpi,
+    mpiexec,
+    run_bounded,
+)
 
-SHARED = "/dev/shm"
 NO_TESTS_COLLECTED = 5  # pytest's exit status, as with -k
 
 
@@ -105,25 +112,10 @@ def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str
 
 
 def sweep(before: set[str]) -> Counter[str]:
-    """Look for what the run left in shared memory: nothing of ours may be there.
-
-    MPI libraries leave files at every abnormal end; those that no process maps are removed.
-    """
-    maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
-    new = [n for n in os.listdir(SHARED) if n not in before and f"{SHARED}/{n}" not in maps]
-    ours = [name for name in new if name.startswith("mpicoll-")]
-    theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
-    for name in ours + theirs:
-        Path(SHARED, name).unlink(missing_ok=True)
+    """Clear shared memory of what the run left there: nothing of ours may be among it."""
+    ours, theirs = clear_shared(before)
     print(f"in {SHARED}: {len(theirs)} files of the MPI library removed, {len(ours)} of ours")
     return Counter(failed=len(ours), passed=not ours)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""  # it has ended, or isn't ours
 
 
 def main() -> int:
