@@ -91,6 +91,7 @@ class Arrival:
             CollectiveMismatchError: the calls differ, or a rank's call was refused.
             RemoteRankError: a peer has left this call, or the program.
         """
+        self._check_left_before(seq)
         record = _record(call, seq)
         highest, lowest, call.largest = yield from self._meet(record, call.extent)
         self.check_left(seq)
@@ -122,18 +123,25 @@ class Arrival:
 
     def check_left(self, seq: int) -> None:
         """Raise if a peer has said that it takes no part in call `seq`."""
-        # Who comes late may be the only one left in the call: then it looks more than once, since
-        # MPI may not see at once that a message has come.
+        self._peers.poll()
+        for rank, notice in self._peers.left.items():
+            if notice.seq <= seq:
+                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+
+    def _check_left_before(self, seq: int) -> None:
+        """Raise if a peer has left before it arrived in call `seq`: an allreduce would never end.
+
+        If it had arrived, it is this rank's arrival that lets the allreduce end, and MPI forget it.
+        """
         now = time.monotonic()
-        until = now + _LOOK if now - self._last > _PAUSE else now
+        if now - self._last > _PAUSE:
+            # MPI may not see at once that a message has come.
+            while time.monotonic() < now + _LOOK:
+                self._peers.poll()
         self._last = now
-        while True:
-            self._peers.poll()
-            for rank, notice in self._peers.left.items():
-                if notice.seq <= seq:
-                    raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
-            if until == now or time.monotonic() >= until:
-                return
+        for rank, notice in self._peers.left.items():
+            if notice.seq < seq or (notice.seq == seq and not notice.waiting):
+                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
 
     def _compare_pairs(self, call: Call, seq: int) -> Steps:
         """Compare what each rank sends to each other with what that one expects."""
@@ -231,6 +239,9 @@ class BoardArrival(Arrival):
         largest = max(row[_FIELDS] for row in rows)
         columns = list(zip(*rows, strict=True))[:_FIELDS]
         return tuple(map(max, columns)), tuple(map(min, columns)), largest
+
+    def _check_left_before(self, seq: int) -> None:
+        pass  # nothing is pending in MPI after an arrival on the board
 
     def check_left(self, seq: int) -> None:
         for place in self._memory.peers:
@@ -335,6 +346,9 @@ class NodesArrival(BoardArrival):
     def check_left(self, seq: int) -> None:
         super().check_left(seq)
         Arrival.check_left(self, seq)
+
+    def _check_left_before(self, seq: int) -> None:
+        Arrival._check_left_before(self, seq)
 
 
 def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], lost: str) -> str:
