@@ -6,7 +6,6 @@ is agreed inside the test body, so that all ranks see the same failure and shrin
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 import zlib
@@ -21,13 +20,13 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp
 from tests.contract.arrays import BFLOAT16, KINDS, data, reduced, small
+from tests.soak import soak
 
-SOAK = os.environ.get("MPICOLL_SOAK") == "1"
-EXAMPLES = 5_000 if SOAK else 300
+EXAMPLES = soak(5_000, 300)
 N, ME = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 ORDERED = [*map(np.dtype, "bhilBHILefd"), BFLOAT16]
 DTYPES = [np.dtype(bool), *ORDERED, *map(np.dtype, "FD")]
-pytestmark = [pytest.mark.mpi, pytest.mark.limit(1400 if SOAK else 120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.limit(soak(1400, 120))]
 
 
 SHRINKING = 30.0  # seconds that may be spent on making a failing program smaller
