@@ -114,6 +114,12 @@ class NodeMemory:
         """Return whether a rank's record of call `seq` is there."""
         return self.words[self._record_at(rank, seq) >> 3] >= seq
 
+    def has_skipped(self, rank: int, seq: int) -> bool:
+        """Return whether a rank has gone on to a later call without call `seq`."""
+        beyond = self.words[self._record_at(rank, seq + 1) >> 3] > seq
+        self.fence()  # it writes the one of `seq` first
+        return beyond and self.words[self._record_at(rank, seq) >> 3] < seq
+
     def arrived(self, rank: int, seq: int) -> Steps:
         """Wait until a rank's record of call `seq` is there."""
         return self.reached(self._record_at(rank, seq) >> 3, seq)
