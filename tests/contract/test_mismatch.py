@@ -10,12 +10,10 @@ from mpicoll import ReduceOp
 from mpicoll.errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
-    GroupBrokenError,
     InvalidCallError,
     UnsupportedError,
 )
 from tests.contract.arrays import NUMPY, data, reduced
-from tests.contract.conftest import BACKENDS
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -352,39 +350,3 @@ def test_a_message_of_another_tag_is_not_taken_for_it(pg):
     sending.wait()
     assert (received == 2).all()
     ten_calls_are_right(pg)
-
-
-def ahead(pg):
-    """One call more than the others know of."""
-    pg._lane.seq += 1
-
-
-def two_ahead(pg):
-    """As far on as the boards' two records can't tell from a call long ago."""
-    pg._lane.seq += 2
-
-
-def behind(pg):
-    pg._lane.seq -= 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lose", [ahead, two_ahead, behind])
-@pytest.mark.parametrize("before", [0, 5])
-def test_order_that_is_lost_breaks_the_group_on_every_rank(world, backend, lose, before):
-    """The call that finds the numbers unequal raises everywhere, and so does every later one."""
-    pg = mc.new_group(backend, timeout=5)
-    for _ in range(before):
-        pg.barrier().wait()
-    odd = world.size - 1
-    if pg.rank() == odd:
-        lose(pg)
-    with pytest.raises(CollectiveMismatchError, match=f"rank {odd}.*order of the calls") as caught:
-        pg.allreduce(f4()).wait()
-    assert caught.value.breaks_group
-    for use in (lambda: pg.allreduce(f4()), lambda: pg.barrier(), lambda: pg.split(0)):
-        with pytest.raises(GroupBrokenError):
-            use()
-    pg.abort()
-    with mc.new_group(backend, timeout=20) as again:
-        ten_calls_are_right(again)
