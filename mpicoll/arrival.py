@@ -110,6 +110,9 @@ class Arrival:
         """Return whether all have arrived without a wait: never, over MPI."""
         return False
 
+    def forget(self) -> None:
+        """Let `steps` arrive once more in the call in which `at_once` has just arrived."""
+
     def _meet(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
         # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
@@ -215,6 +218,9 @@ class BoardArrival(Arrival):
             return False
         self._last = seq
         return True
+
+    def forget(self) -> None:
+        self._last -= 1
 
     def _meet(self, record: Record, extent: int) -> Meets:
         memory, seq = self._memory, record[_SEQ]
