@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from datetime import datetime, timedelta
@@ -13,9 +14,9 @@ import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.errors import CollectiveMismatchError, InvalidCallError, UnsupportedError
 from tests.contract.arrays import KINDS, NUMPY, data, reduced
-from tests.soak import soak
 
 pytestmark = pytest.mark.mpi
+_, TORCH = KINDS
 
 
 def ones(kind, dtype, *shape):
@@ -390,14 +391,6 @@ TOGETHER = {"numpy": NO_ARRAYS | NUMPYS | CASES, "torch": TORCHS | CASES}
 ALL = {"numpy": TOGETHER["numpy"] | NUMPYS_LONELY | LONELY, "torch": TOGETHER["torch"] | LONELY}
 
 
-def kinds_and_cases(cases):
-    """Every library with each of its cases, for parametrize."""
-    return pytest.mark.parametrize(
-        "kind, case",
-        [pytest.param(k, case, id=f"{k.name}-{case}") for k in KINDS for case in cases[k.name]],
-    )
-
-
 def still_works(pg):
     parts = [data(r, 5) for r in range(pg.size())]
     x = parts[pg.rank()].copy()
@@ -409,9 +402,7 @@ def test_there_are_enough_kinds_of_bad_input():
     assert min(map(len, ALL.values())) >= 57
 
 
-@kinds_and_cases(ALL)
-def test_bad_on_every_rank(pg, kind, case):
-    kind.require()
+def refused_everywhere(pg, kind, case):
     call, error, word = ALL[kind.name][case]
     with pytest.raises(error, match=word) as caught:
         call(pg, kind)
@@ -419,10 +410,7 @@ def test_bad_on_every_rank(pg, kind, case):
     still_works(pg)
 
 
-@pytest.mark.mpi(min_size=2)
-@kinds_and_cases(TOGETHER | {"torch": soak(TOGETHER["torch"], TORCHS)})
-def test_bad_on_one_rank(pg, kind, case):
-    kind.require()
+def refused_on_one_rank(pg, kind, case):
     call, error, word = TOGETHER[kind.name][case]
     odd = len(case) % pg.size()
     if pg.rank() == odd:
@@ -432,6 +420,37 @@ def test_bad_on_one_rank(pg, kind, case):
         with pytest.raises(CollectiveMismatchError, match=f"rank {odd}.*{word}"):
             pg.allreduce(f4(kind)).wait()
     still_works(pg)
+
+
+@pytest.mark.parametrize("case", ALL["numpy"])
+def test_bad_on_every_rank(pg, case):
+    refused_everywhere(pg, NUMPY, case)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("case", TOGETHER["numpy"])
+def test_bad_on_one_rank(pg, case):
+    refused_on_one_rank(pg, NUMPY, case)
+
+
+@contextlib.contextmanager
+def named(case):
+    """Have a failure in here name the case: a test for each would take a test run of its own."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch is in two minds about some
+def test_bad_tensors(pg):
+    TORCH.require()
+    for case in ALL["torch"]:
+        with named(case):
+            refused_everywhere(pg, TORCH, case)
+    for case in TOGETHER["torch"] if pg.size() > 1 else ():
+        with named(case):
+            refused_on_one_rank(pg, TORCH, case)
 
 
 def test_a_buffer_that_an_unfinished_work_writes(pg, kind):

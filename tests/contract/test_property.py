@@ -175,6 +175,39 @@ def allreduce_coalesced(pg, step, new):
     return pg.allreduce_coalesced(mine, getattr(ReduceOp, step.op)), list(zip(mine, expected))
 
 
+def pieces(step, rank, repeat=1):
+    """The arrays of a coalesced call: an empty one and a single element among them."""
+    sizes = [int(np.prod(step.shape)), 0, 1]
+    return [values(step, rank, repeat * size) for size in sizes]
+
+
+def allgather_coalesced(pg, step, new):
+    parts = [[*pieces(step, r), uneven(step, r)] for r in pg.ranks]
+    outputs = [[new(np.zeros_like(part)) for part in row] for row in parts]
+    work = pg.allgather_coalesced(outputs, [new(part) for part in parts[pg.rank()]])
+    return work, [pair for row in zip(outputs, parts) for pair in zip(*row)]
+
+
+def all_gather_single_coalesced(pg, step, new):
+    parts = [pieces(step, r) for r in pg.ranks]
+    expected = [np.concatenate(column) for column in zip(*parts)]
+    outputs = [new(np.zeros_like(part)) for part in expected]
+    work = pg.all_gather_single_coalesced(outputs, [new(part) for part in parts[pg.rank()]])
+    return work, list(zip(outputs, expected))
+
+
+def reduce_scatter_single_coalesced(pg, step, new):
+    n, me = pg.size(), pg.rank()
+    parts = [pieces(step, r, repeat=n) for r in pg.ranks]
+    expected = [
+        reduced(step.op, [np.split(part, n)[me] for part in column]) for column in zip(*parts)
+    ]
+    outputs = [new(np.zeros_like(part)) for part in expected]
+    inputs = [new(part) for part in parts[me]]
+    work = pg.reduce_scatter_single_coalesced(outputs, inputs, getattr(ReduceOp, step.op))
+    return work, list(zip(outputs, expected))
+
+
 def ring(pg, step, new):
     """A message to a rank a few places on, tagged."""
     hop = step.root % pg.size()
@@ -204,6 +237,7 @@ REDUCING = (
     reduce_scatter,
     reduce_scatter_single,
     allreduce_coalesced,
+    reduce_scatter_single_coalesced,
 )
 MOVING = (
     broadcast,
@@ -213,6 +247,8 @@ MOVING = (
     scatter,
     alltoall,
     all_to_all_single,
+    allgather_coalesced,
+    all_gather_single_coalesced,
     ring,
     allgather_object,
     barrier,
