@@ -61,7 +61,7 @@ def test_dropped_while_in_flight(pg, count, dropped):
         elif dropped == "both":  # and the Works with them
             del started
             started = []
-        gc.collect()
+        gc.collect(1)  # all this is young
         junk = [np.full(count, 7, np.float32) for _ in range(4 * pg.size() + 20)]
         for name, works, results in started:
             mc.wait_all(works)
