@@ -244,7 +244,8 @@ def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
     heard = np.array([inode if file >= 0 and not full else -1, -inode], dtype=np.int64)
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [heard, MPI.INT64_T], MPI.MIN))
     if path:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
+            os.unlink(path)
     room = None
     if heard[0] > 0 and heard[0] == -heard[1]:
         room = mmap.mmap(file, nbytes)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,11 @@ def sweep(before: set[str]) -> Counter[str]:
 
     MPI libraries leave files at every abnormal end; those that no process maps are removed.
     """
+    seen = set(os.listdir(SHARED)) - before
+    time.sleep(1)  # another's job maps its file, and removes it, a moment after it has made it
+    new = sorted(seen & set(os.listdir(SHARED)))
     maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
-    new = [n for n in os.listdir(SHARED) if n not in before and f"{SHARED}/{n}" not in maps]
+    new = [name for name in new if f"{SHARED}/{name}" not in maps]
     ours = [name for name in new if name.startswith("mpicoll-")]
     theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
     for name in ours + theirs:
