@@ -195,6 +195,9 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stay = False  # whether the thread outlives the work at hand
         self._stop = False
+        self._guarded: dict[int, tuple[float, str]] = {}  # calls that block: until when, and what
+        self._watchdog: threading.Thread | None = None
+        self._look = threading.Event()  # a call is guarded that the watchdog may not know of
         self._failed: str = ""  # the uncaught exception that ends this process
         self._follows = False  # it was a peer's error
         self._hooked = False
@@ -343,15 +346,28 @@ class Engine:
     @contextlib.contextmanager
     def guard(self, deadline: float, what: str) -> Iterator[None]:
         """Bound a call that blocks inside MPI: past its deadline the job is aborted."""
-        timer = threading.Timer(
-            max(0.0, deadline - time.monotonic()) + BLOCKED, self._abort, [f"{what} never returned"]
-        )
-        timer.daemon = True
-        timer.start()
+        guarded = max(deadline, time.monotonic()) + BLOCKED, what
+        key = id(guarded)
+        self._guarded[key] = guarded
+        if self._watchdog is None:
+            # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
+            self._watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
+            self._watchdog.start()
+        self._look.set()
         try:
             yield
         finally:
-            timer.cancel()
+            del self._guarded[key]
+
+    def _watch(self) -> None:
+        while True:
+            self._look.clear()
+            now, due = time.monotonic(), None
+            for until, what in list(self._guarded.values()):
+                if now >= until:
+                    self._abort(f"{what} never returned")
+                due = until if due is None else min(due, until)
+            self._look.wait(None if due is None else due - now)
 
     # ---- one pass; all of this under the lock ----
 
