@@ -29,6 +29,9 @@ _REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
+_ORDER = "The order of the calls is lost"
+_BROKEN = ", so the group can't be used any more"
+
 _NEWS = 0.05  # seconds that a notice may take to come
 _PAUSE = 0.05  # seconds between calls in which the peers may have given up waiting
 _LOOK = 0.001  # seconds to look for their notices then
@@ -77,7 +80,7 @@ class Arrival:
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
         self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
-        self._last = time.monotonic()  # when this rank arrived last
+        self._since = time.monotonic()  # when this rank arrived last
         self._both = bytearray(_BOTH.size)
         self._spec = [self._both, MPI.INT64_T]
 
@@ -104,12 +107,15 @@ class Arrival:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
             return
-        lost = "The order of the calls is lost" if _SEQ in differing else ""
+        lost = _ORDER if _SEQ in differing else ""
         yield from self._mismatch(call, seq, lost)
 
     def at_once(self, call: Call, seq: int) -> bool:
         """Return whether all have arrived without a wait: never, over MPI."""
         return False
+
+    def forget(self) -> None:
+        """Let `steps` arrive once more in the call in which `at_once` has just arrived."""
 
     def _meet(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
@@ -134,11 +140,11 @@ class Arrival:
         If it had arrived, it is this rank's arrival that lets the allreduce end, and MPI forget it.
         """
         now = time.monotonic()
-        if now - self._last > _PAUSE:
+        if now - self._since > _PAUSE:
             # MPI may not see at once that a message has come.
             while time.monotonic() < now + _LOOK:
                 self._peers.poll()
-        self._last = now
+        self._since = now
         for rank, notice in self._peers.left.items():
             if notice.seq < seq or (notice.seq == seq and not notice.waiting):
                 raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
@@ -218,6 +224,7 @@ class BoardArrival(Arrival):
         super().__init__(comm, peers)
         self._memory = memory
         self._near = ranks
+        self._last = 0  # the number of the last arrival; calls count from 1
         self.places = {rank: place for place, rank in enumerate(ranks)}
 
     def at_once(self, call: Call, seq: int) -> bool:
@@ -225,17 +232,34 @@ class BoardArrival(Arrival):
 
         If not, nothing is lost: `steps` arrives once more, in the same words.
         """
+        if seq <= self._last:
+            return False
         call.largest = self._memory.post(_record(call, seq), call.extent)
-        return call.largest >= 0 and not self._memory.any_left(seq)
+        if call.largest < 0 or self._memory.any_left(seq):
+            return False
+        self._last = seq
+        return True
+
+    def forget(self) -> None:
+        self._last -= 1
 
     def _meet(self, record: Record, extent: int) -> Meets:
         memory, seq = self._memory, record[_SEQ]
+        if seq <= self._last:  # the board would show what the others said the first time
+            raise _lost(seq, self._near[memory.rank], f"has made a call #{self._last} already")
+        self._last = seq
         largest = memory.post(record, extent)
         if largest >= 0:
             return record, record, largest
         for rank in memory.peers:
-            yield from memory.arrived(rank, seq)
+            for found in memory.arrived(rank, seq):
+                if memory.has_skipped(rank, seq):
+                    raise _lost(seq, self._near[rank], f"is in call #{seq + 1} without it")
+                yield found
         rows = memory.records(seq)
+        for rank, row in enumerate(rows):
+            if row[_SEQ] != seq:
+                raise _lost(seq, self._near[rank], f"is in call #{row[_SEQ]} without it")
         largest = max(row[_FIELDS] for row in rows)
         columns = list(zip(*rows, strict=True))[:_FIELDS]
         return tuple(map(max, columns)), tuple(map(min, columns)), largest
@@ -351,6 +375,15 @@ class NodesArrival(BoardArrival):
         Arrival._check_left_before(self, seq)
 
 
+def _lost(seq: int, rank: int, what: str) -> CollectiveMismatchError:
+    """Say that a rank counts its calls otherwise.
+
+    Only one side sees it.  The other hears that a peer has left: they meet in no call any more.
+    """
+    text = f"call #{seq} differs between the ranks: rank {rank} {what}. {_ORDER}{_BROKEN}"
+    return CollectiveMismatchError(text, breaks_group=True)
+
+
 def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], lost: str) -> str:
     """Say who called what, and name the odd ones out where there is a majority."""
     same: dict[tuple[object, ...], list[int]] = {}
@@ -362,22 +395,19 @@ def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], l
         assert isinstance(text, bytes)
         words = text.rstrip(b"\0").decode(errors="replace")
         if not words.startswith("rank "):  # a pairwise comparison has said who already
-            words = f"{_ranks(ranks)} called {words}"
+            words = f"{listed(ranks)} called {words}"
         sentences.append(words + (f" as its call #{row[_SEQ]}" if lost else ""))
     head = f"call #{seq} differs between the ranks"
     largest = max(same.values(), key=len)
     if 2 * len(largest) > len(rows):
         odd = sorted(set(callers) - set(largest))
-        head += f" ({_ranks(odd)} against the rest)" if odd else ""
-    tail = (
-        f"{lost}, so the group can't be used any more"
-        if lost
-        else "No data was moved; the group is still usable"
-    )
+        head += f" ({listed(odd)} against the rest)" if odd else ""
+    tail = f"{lost}{_BROKEN}" if lost else "No data was moved; the group is still usable"
     return f"{head}: {'; '.join(sentences)}. {tail}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
+    """Name ranks in a message; of many only the first."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

@@ -835,7 +835,8 @@ class ProcessGroup:
         if not (transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
             return False
         if call.largest != call.extent and not transport.rides(call):
-            return False  # another rank's data is too large
+            self._arrival.forget()  # another rank's data is too large
+            return False
         transport.finish(call, seq)
         return True
 

@@ -122,6 +122,12 @@ class NodeMemory:
         """Return whether a rank's record of call `seq` is there."""
         return self.words[self._record_at(rank, seq) >> 3] >= seq
 
+    def has_skipped(self, rank: int, seq: int) -> bool:
+        """Return whether a rank has gone on to a later call without call `seq`."""
+        beyond = self.words[self._record_at(rank, seq + 1) >> 3] > seq
+        self.fence()  # it writes the one of `seq` first
+        return beyond and self.words[self._record_at(rank, seq) >> 3] < seq
+
     def arrived(self, rank: int, seq: int) -> Steps:
         """Wait until a rank's record of call `seq` is there."""
         return self.reached(self._record_at(rank, seq) >> 3, seq)
@@ -274,7 +280,8 @@ def _map(
     heard = np.array([inode if file >= 0 and not full else -1, -inode], dtype=np.int64)
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [heard, MPI.INT64_T], MPI.MIN))
     if path:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
+            os.unlink(path)
     room = None
     if heard[0] > 0 and heard[0] == -heard[1]:
         room = mmap.mmap(file, nbytes)

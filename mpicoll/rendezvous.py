@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .alive import Identity, identity
+from .arrival import listed
 from .calls import digest
 from .config import survives_deaths
 from .errors import (
@@ -85,10 +86,12 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [table, MPI.INT64_T], MPI.MAX))
     wrong = (named_high >= 0) & ((named_high != top - named_low) | (named_high != own))
     if wrong.any():
+        others = np.flatnonzero(own != mine).tolist()
         raise CollectiveMismatchError(
             f"split_group: the lists that name ranks {np.flatnonzero(wrong).tolist()} differ "
-            f"between the ranks; this rank gave {list(ranks)}. Lists must be equal or disjoint, "
-            "and each member must give its own list. The group is still usable"
+            f"between the ranks; rank {me} gave {list(ranks)}, {listed(others)} another. Lists "
+            "must be equal or disjoint, and each member must give its own list. The group is "
+            "still usable"
         )
     member = me in ranks
     made = yield from split(

@@ -88,8 +88,11 @@ def clear_shared(before: set[str]) -> tuple[list[str], list[str]]:
     Returns the names of mpicoll's and of the MPI library's, which leaves some at every abnormal
     end.
     """
+    seen = set(os.listdir(SHARED)) - before
+    if seen:
+        time.sleep(1)  # another's job maps its file, and removes it, a moment after it has made it
     maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
-    new = [n for n in os.listdir(SHARED) if n not in before and f"{SHARED}/{n}" not in maps]
+    new = [n for n in sorted(seen & set(os.listdir(SHARED))) if f"{SHARED}/{n}" not in maps]
     ours = [name for name in new if name.startswith("mpicoll-")]
     theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
     for name in ours + theirs:

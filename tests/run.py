@@ -24,6 +24,7 @@ from tests.harness import (
     mpiexec,
     run_bounded,
 )
+from tests.soak import SOAK
 
 NO_TESTS_COLLECTED = 5  # pytest's exit status, as with -k
 
@@ -133,7 +134,7 @@ def main() -> int:
         for number, stage in enumerate(stages(options.soak)):
             log = Path(folder) / f"{number}.jsonl"
             extra = {"MPICOLL_TEST_LOG": str(log)}
-            if options.soak or os.environ.get("MPICOLL_SOAK") == "1":
+            if options.soak or SOAK:
                 extra["MPICOLL_SOAK"] = "1"
             if stage.nodes:
                 extra["MPICOLL_NODES"] = stage.nodes

@@ -73,7 +73,7 @@ def encode_and_fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
     for start, end in spans(out.size, PIECE):
         total = plan.encode(arrays[0][start:end])
         for array in arrays[1:]:
-            _QUIETLY(ufunc, total, plan.encode(array[start:end]), total)
+            _QUIETLY(ufunc, total, plan.encode(array[start:end]), out=total)
         plan.decode(total, out[start:end])
 
 
@@ -82,9 +82,9 @@ def combine(plan: Reduction, arrays: list[Array], out: Array) -> None:
         out[...] = arrays[0]
         return
     ufunc = _UFUNC[plan.mpi_op]
-    _QUIETLY(ufunc, arrays[0], arrays[1], out)
+    _QUIETLY(ufunc, arrays[0], arrays[1], out=out)
     for array in arrays[2:]:
-        _QUIETLY(ufunc, out, array, out)
+        _QUIETLY(ufunc, out, array, out=out)
 
 
 def _quietly() -> Callable[..., object]:

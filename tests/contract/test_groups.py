@@ -14,6 +14,7 @@ import mpicoll as mc
 from mpicoll.errors import GroupClosedError, InvalidCallError
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.contract.conftest import NODES
+from tests.soak import soak
 
 pytestmark = pytest.mark.mpi
 
@@ -232,9 +233,7 @@ def test_shutdown_finishes_what_is_in_flight(fresh):
 
 def test_groups_can_be_made_and_closed_again_and_again():
     """MPICH has about 2,000 communicators: closing gives them back."""
-    import os
-
-    for _ in range(2200 if os.environ.get("MPICOLL_SOAK") == "1" else 60):
+    for _ in range(soak(2200, 60)):
         with mc.new_group(timeout=20) as pg:
             pg.barrier().wait()
 

@@ -3,8 +3,6 @@ the soak run, for real."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -13,6 +11,7 @@ from tests.contract import test_collectives as collectives
 from tests.contract import test_objects as objects
 from tests.contract import test_p2p as messages
 from tests.contract.arrays import NUMPY
+from tests.soak import SOAK
 
 pytestmark = pytest.mark.mpi
 SIZED = [
@@ -61,7 +60,7 @@ def test_objects_in_pieces(pg, monkeypatch):
 
 
 @pytest.mark.limit(600)
-@pytest.mark.skipif(os.environ.get("MPICOLL_SOAK") != "1", reason="large counts: only with --soak")
+@pytest.mark.skipif(not SOAK, reason="large counts: only with --soak")
 def test_more_than_two_to_the_31_elements(fresh):
     n, me = fresh.size(), fresh.rank()
     if n > 2:

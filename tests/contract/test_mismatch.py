@@ -7,7 +7,12 @@ import pytest
 
 import mpicoll as mc
 from mpicoll import ReduceOp
-from mpicoll.errors import CollectiveMismatchError, InvalidCallError, UnsupportedError
+from mpicoll.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    InvalidCallError,
+    UnsupportedError,
+)
 from tests.contract.arrays import NUMPY, data, reduced
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -28,6 +33,22 @@ def lists(pg, count=4, make=f4):
 def rooted(pg, root, count=4, make=f4):
     """A list of arrays on the root, [] elsewhere."""
     return lists(pg, count, make) if pg.rank() == root else []
+
+
+def own_as_usual(pg):
+    """Arrays of another size for all ranks but this one."""
+    return [f4(4 if r == pg.rank() else 5) for r in range(pg.size())]
+
+
+def unlike(pg, root):
+    """The root's arrays, of another size for all ranks but itself."""
+    return own_as_usual(pg) if pg.rank() == root else []
+
+
+class Unused:
+    """A store for a merge that does not come to use it."""
+
+    set = get = add = staticmethod(lambda *_: pytest.fail("the store was used"))
 
 
 # What all but one rank call, and what the odd one calls instead.
@@ -95,7 +116,66 @@ CASES = {
     ),
     "sizes in allgather": (
         lambda g: g.allgather(lists(g), f4()),
-        lambda g: g.allgather([f4(4 if r == g.rank() else 5) for r in range(g.size())], f4()),
+        lambda g: g.allgather(own_as_usual(g), f4()),
+    ),
+    "op of reduce": (
+        lambda g: g.reduce(f4(), 0, ReduceOp.MIN),
+        lambda g: g.reduce(f4(), 0, ReduceOp.MAX),
+    ),
+    "op of exscan": (lambda g: g.exscan(f4()), lambda g: g.exscan(f4(), ReduceOp.PRODUCT)),
+    "op of allreduce_coalesced": (
+        lambda g: g.allreduce_coalesced([f4()]),
+        lambda g: g.allreduce_coalesced([f4()], ReduceOp.AVG),
+    ),
+    "op of reduce_scatter_single": (
+        lambda g: g.reduce_scatter_single(f4(), f4(4 * g.size()), ReduceOp.AVG),
+        lambda g: g.reduce_scatter_single(f4(), f4(4 * g.size())),
+    ),
+    "root of gather_object": (
+        lambda g: g.gather_object("x", 1),
+        lambda g: g.gather_object("x", 0),
+    ),
+    "root of scatter_object": (
+        lambda g: g.scatter_object(["x"] * g.size(), 0),
+        lambda g: g.scatter_object(["x"] * g.size(), 1),
+    ),
+    "gather_object, scatter_object": (
+        lambda g: g.gather_object("x", 0),
+        lambda g: g.scatter_object(["x"] * g.size(), 0),
+    ),
+    "local_group, cross_node_group": (
+        lambda g: g.local_group(),
+        lambda g: g.cross_node_group(),
+    ),
+    "alltoall, all_to_all_single": (
+        lambda g: g.alltoall(lists(g), lists(g)),
+        lambda g: g.all_to_all_single(f4(4 * g.size()), f4(4 * g.size()), None, None),
+    ),
+    "reduce_scatter, reduce_scatter_single": (
+        lambda g: g.reduce_scatter(f4(), lists(g)),
+        lambda g: g.reduce_scatter_single(f4(), f4(4 * g.size())),
+    ),
+    "extent of empty": (lambda g: g.empty(4), lambda g: g.empty(5)),
+    "dtype of empty": (lambda g: g.empty(4, "f4"), lambda g: g.empty(4, "i4")),
+    "size of a merge": (
+        lambda g: g.merge_remote_group(Unused(), g.size()),
+        lambda g: g.merge_remote_group(Unused(), g.size() + 1),
+    ),
+    "sizes in gather": (
+        lambda g: g.gather(rooted(g, 0), f4(), 0),
+        lambda g: g.gather(unlike(g, 0), f4(), 0),
+    ),
+    "sizes in scatter": (
+        lambda g: g.scatter(f4(), rooted(g, 0), 0),
+        lambda g: g.scatter(f4(), unlike(g, 0), 0),
+    ),
+    "sizes in reduce_scatter": (
+        lambda g: g.reduce_scatter(f4(), lists(g)),
+        lambda g: g.reduce_scatter(f4(), own_as_usual(g)),
+    ),
+    "sizes in alltoall": (
+        lambda g: g.alltoall(lists(g), lists(g)),
+        lambda g: g.alltoall(lists(g), own_as_usual(g)),
     ),
     "splits of all_to_all_single": (
         lambda g: g.all_to_all_single(f4(4 * g.size()), f4(4 * g.size()), None, None),
@@ -109,6 +189,7 @@ SIZED = {
     "broadcast": lambda g, n, make: g.broadcast(make(n), 0),
     "reduce": lambda g, n, make: g.reduce(make(n), 1),
     "scan": lambda g, n, make: g.scan(make(n)),
+    "exscan": lambda g, n, make: g.exscan(make(n)),
     "allgather": lambda g, n, make: g.allgather(lists(g, n, make), make(n)),
     "all_gather_single": lambda g, n, make: g.all_gather_single(make(n * g.size()), make(n)),
     "gather": lambda g, n, make: g.gather(rooted(g, 0, n, make), make(n), 0),
@@ -122,6 +203,15 @@ SIZED = {
         make(n * g.size()), make(n * g.size()), [], []
     ),
     "allreduce_coalesced": lambda g, n, make: g.allreduce_coalesced([f4(), make(n)]),
+    "allgather_coalesced": lambda g, n, make: g.allgather_coalesced(
+        [[f4(), make(n)] for _ in range(g.size())], [f4(), make(n)]
+    ),
+    "all_gather_single_coalesced": lambda g, n, make: g.all_gather_single_coalesced(
+        [f4(4 * g.size()), make(n * g.size())], [f4(), make(n)]
+    ),
+    "reduce_scatter_single_coalesced": lambda g, n, make: g.reduce_scatter_single_coalesced(
+        [f4(), make(n)], [f4(4 * g.size()), make(n * g.size())]
+    ),
 }
 for _name, _call in SIZED.items():
     CASES[f"dtype of {_name}"] = (
@@ -168,13 +258,20 @@ def ten_calls_are_right(pg):
         assert NUMPY.same(y, parts[i % n])
 
 
+ONLY_BY_THE_ROOT = {"sizes in gather", "sizes in scatter"}  # the others have no list
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_is_told(pg, case):
+def test_every_rank_is_told_which_is_odd(pg, case):
     usual, other = CASES[case]
-    for odd in {0, pg.size() - 1}:
-        with pytest.raises(CollectiveMismatchError, match="rank"):
+    for odd in {0} if case in ONLY_BY_THE_ROOT else {0, pg.size() - 1}:
+        with pytest.raises(CollectiveMismatchError, match=rf"rank {odd}\b"):
             finish((other if pg.rank() == odd else usual)(pg))
     ten_calls_are_right(pg)
+
+
+def test_there_are_enough_kinds():
+    assert len(CASES) >= 28
 
 
 @pytest.mark.parametrize("bad, error", [(None, InvalidCallError), ("O", UnsupportedError)])
@@ -229,3 +326,27 @@ def test_lists_of_split_group_that_overlap(fresh):
         with pytest.raises(CollectiveMismatchError, match="rank"):
             fresh.split_group([0, 1] if fresh.rank() == 0 else [1, 2])
     ten_calls_are_right(fresh)
+
+
+@pytest.mark.parametrize("options", [{"backend": "mpi"}, {"checks": "node"}], ids=str)
+def test_groups_that_are_to_be_made_differently(pg, options):
+    for odd in range(pg.size()):
+        with pytest.raises(CollectiveMismatchError, match=rf"rank {odd}\b"):
+            mc.new_group(timeout=20, **(options if pg.rank() == odd else {}))
+    with mc.new_group(timeout=20, **options) as made:
+        ten_calls_are_right(made)
+    ten_calls_are_right(pg)
+
+
+def test_a_message_of_another_tag_is_not_taken_for_it(pg):
+    n, me = pg.size(), pg.rank()
+    incoming = f4()
+    sending = pg.send(i4(), (me + 1) % n, tag=4)
+    with pytest.raises(CollectiveTimeoutError, match="no matching message"):
+        pg.recv(incoming, (me - 1) % n, tag=5, timeout=0.1).wait()
+    assert (incoming == 2).all()
+    received = i4(4) * 0
+    pg.recv(received, (me - 1) % n, tag=4).wait()
+    sending.wait()
+    assert (received == 2).all()
+    ten_calls_are_right(pg)

@@ -6,7 +6,6 @@ is agreed inside the test body, so that all ranks see the same failure and shrin
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 import zlib
@@ -21,13 +20,13 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp
 from tests.contract.arrays import BFLOAT16, KINDS, data, reduced, small
+from tests.soak import soak
 
-SOAK = os.environ.get("MPICOLL_SOAK") == "1"
-EXAMPLES = 5_000 if SOAK else 300
+EXAMPLES = soak(5_000, 300)
 N, ME = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
 ORDERED = [*map(np.dtype, "bhilBHILefd"), BFLOAT16]
 DTYPES = [np.dtype(bool), *ORDERED, *map(np.dtype, "FD")]
-pytestmark = [pytest.mark.mpi, pytest.mark.limit(1400 if SOAK else 120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.limit(soak(1400, 120))]
 
 
 SHRINKING = 30.0  # seconds that may be spent on making a failing program smaller
@@ -176,6 +175,39 @@ def allreduce_coalesced(pg, step, new):
     return pg.allreduce_coalesced(mine, getattr(ReduceOp, step.op)), list(zip(mine, expected))
 
 
+def pieces(step, rank, repeat=1):
+    """The arrays of a coalesced call: an empty one and a single element among them."""
+    sizes = [int(np.prod(step.shape)), 0, 1]
+    return [values(step, rank, repeat * size) for size in sizes]
+
+
+def allgather_coalesced(pg, step, new):
+    parts = [[*pieces(step, r), uneven(step, r)] for r in pg.ranks]
+    outputs = [[new(np.zeros_like(part)) for part in row] for row in parts]
+    work = pg.allgather_coalesced(outputs, [new(part) for part in parts[pg.rank()]])
+    return work, [pair for row in zip(outputs, parts) for pair in zip(*row)]
+
+
+def all_gather_single_coalesced(pg, step, new):
+    parts = [pieces(step, r) for r in pg.ranks]
+    expected = [np.concatenate(column) for column in zip(*parts)]
+    outputs = [new(np.zeros_like(part)) for part in expected]
+    work = pg.all_gather_single_coalesced(outputs, [new(part) for part in parts[pg.rank()]])
+    return work, list(zip(outputs, expected))
+
+
+def reduce_scatter_single_coalesced(pg, step, new):
+    n, me = pg.size(), pg.rank()
+    parts = [pieces(step, r, repeat=n) for r in pg.ranks]
+    expected = [
+        reduced(step.op, [np.split(part, n)[me] for part in column]) for column in zip(*parts)
+    ]
+    outputs = [new(np.zeros_like(part)) for part in expected]
+    inputs = [new(part) for part in parts[me]]
+    work = pg.reduce_scatter_single_coalesced(outputs, inputs, getattr(ReduceOp, step.op))
+    return work, list(zip(outputs, expected))
+
+
 def ring(pg, step, new):
     """A message to a rank a few places on, tagged."""
     hop = step.root % pg.size()
@@ -205,6 +237,7 @@ REDUCING = (
     reduce_scatter,
     reduce_scatter_single,
     allreduce_coalesced,
+    reduce_scatter_single_coalesced,
 )
 MOVING = (
     broadcast,
@@ -214,6 +247,8 @@ MOVING = (
     scatter,
     alltoall,
     all_to_all_single,
+    allgather_coalesced,
+    all_gather_single_coalesced,
     ring,
     allgather_object,
     barrier,

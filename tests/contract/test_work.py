@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.errors import CollectiveMismatchError, InvalidCallError
 from tests.contract.arrays import NUMPY, data, reduced
+from tests.soak import soak
 
 pytestmark = pytest.mark.mpi
 
@@ -148,6 +150,44 @@ def test_a_callback_may_use_the_group(pg):
     while not results and time.monotonic() < deadline:
         time.sleep(1e-3)
     assert results
+
+
+def test_a_thread_waits_for_what_another_launched(pg):
+    for turn in range(soak(500, 20)):
+        works, arrays, expected = several(pg, 6)
+        mine, theirs = works[turn % 2 :: 2], works[1 - turn % 2 :: 2]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(mc.wait_all, part) for part in (theirs, works)]
+            mc.wait_all(mine)
+            assert all(future.result() is True for future in waiting)
+        assert all(map(NUMPY.same, arrays, expected))
+
+
+def test_a_thread_launches_what_another_waits_for(pg):
+    """One thread at a time makes the group's calls; it need not be the first, nor the waiter."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        works, arrays, expected = pool.submit(several, pg).result()
+    mc.wait_all(works)
+    assert all(map(NUMPY.same, arrays, expected))
+
+
+def test_a_callback_may_call_and_wait(pg):
+    """It runs in whichever thread made the progress, and all ranks' callbacks call the same."""
+    n, me = pg.size(), pg.rank()
+    for turn in range(soak(300, 10)):
+        first, second = ([data(r, 300 * turn, seed=s) for r in range(n)] for s in (0, 1))
+        x, y = first[me].copy(), second[me].copy()
+        done = concurrent.futures.Future()
+
+        def go_on(_, y=y, done=done):
+            try:
+                done.set_result(pg.allreduce(y).wait())
+            except BaseException as error:
+                done.set_exception(error)
+
+        pg.allreduce(x).get_future().add_done_callback(go_on)
+        assert done.result(10) is True
+        assert NUMPY.same(x, reduced("SUM", first)) and NUMPY.same(y, reduced("SUM", second))
 
 
 def test_progress_from_a_thread(world):

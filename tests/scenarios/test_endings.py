@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.counts import SOAK
+from tests.soak import SOAK, soak
 
 SOON = 5.0  # seconds from the cause to the end of the job
 AT_ONCE = 1.0  # seconds from the cause until those who wait have raised
@@ -210,14 +210,15 @@ except KeyboardInterrupt:
 
 
 def test_a_signal_handler_may_launch_and_the_lock_survives(job):
-    """Fifty alarms whose handler launches a barrier, while the main program is in the engine."""
+    """Fifty alarms whose handler launches a call, while the main program is in the engine."""
     script = """
 import signal
 pg = mc.new_group(timeout=20)
 side = pg.split(0)
 launched = []
 def alarm(*_):
-    launched.append(side.barrier())
+    y = np.full(1 + 500 * len(launched), RANK + 1.0)
+    launched.append((side.allreduce(y), y))
     if len(launched) < 50:
         signal.setitimer(signal.ITIMER_REAL, 0.002)
 signal.signal(signal.SIGALRM, alarm)
@@ -227,8 +228,8 @@ while not all(pg.allgather_object(len(launched) == 50)):
     x[:] = 1
     pg.allreduce(x).wait()
     right = right and bool((x == 2).all())
-mc.wait_all(launched)
-report(right=right)
+mc.wait_all(work for work, _ in launched)
+report(right=right and all(bool((y == 3).all()) for _, y in launched))
 """
     assert job(2, script)["right"] == [True, True]
 
@@ -252,6 +253,44 @@ report(code=os.waitstatus_to_exitcode(status), total=x[0])
 """
     ended = job(2, script)
     assert ended["code"] == [43, 43] and ended["total"] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("progress", ["caller", "thread"])
+def test_children_are_forked_again_and_again_while_the_parent_communicates(job, progress):
+    """As a data loader's workers are.  They end as multiprocessing ends them, by os._exit."""
+    script = f"""
+import multiprocessing, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork where there are threads
+fork = multiprocessing.get_context("fork")
+def load(queue, step):
+    queue.put(np.full(5_000, float(step)))
+pg = mc.new_group(timeout=20, progress={progress!r})
+wrong = []
+for step in range({soak(200, 10)}):
+    queue = fork.SimpleQueue()
+    x = np.full(300_000, RANK + 1.0)
+    work = pg.allreduce(x)  # under way while the children start
+    children = [fork.Process(target=load, args=(queue, step + i)) for i in range(2)]
+    for child in children:
+        child.start()
+    small = np.ones(3)
+    more = pg.allreduce(small)
+    batch = sum(queue.get() for _ in children)
+    for child in children:
+        child.join()
+    work.wait()
+    more.wait()
+    pg.allreduce(batch).wait()
+    codes = [child.exitcode for child in children]
+    if not ((x == 3).all() and (small == 2).all() and (batch == 4 * step + 2).all()):
+        wrong.append(step)
+    if codes != [0, 0]:
+        wrong.append(codes)
+pg.shutdown()
+report(wrong=wrong)
+"""
+    ended = job(2, script, timeout=soak(300, 30))
+    assert ended["wrong"] == [[], []], ended.output
 
 
 def test_after_mpi_finalize(job):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from tests.counts import SOAK
 from tests.harness import ROOT, environment, installed_mpi, mpiexec, run_bounded
+from tests.soak import SOAK
 
 MPICH = installed_mpi() == "mpich"
 ULFM = ("--with-ft", "ulfm")

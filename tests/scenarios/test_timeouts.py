@@ -6,6 +6,8 @@ import functools
 
 import pytest
 
+from tests.soak import soak
+
 LATE = 0.1  # seconds that an error may come after its deadline
 ENDS = 5.0  # seconds from leaving until the job is over
 
@@ -33,7 +35,10 @@ def twice(test):
 
 
 def keeps_deadlines(job, calls, timeout, setup=""):
-    """Make each call on a group of its own while rank 2 stays away; check error and time."""
+    """Make each call on a group of its own while rank 2 stays away; check error and time.
+
+    Returns how long the slowest call took.
+    """
     script = f"""
 CALLS = {list(calls)!r}
 groups = [mc.new_group(timeout=20) for _ in CALLS]
@@ -66,6 +71,7 @@ report(found=found)
 time.sleep(1)
 """
     ended = job(3, script, timeout=60, fails=True)
+    slowest = []
     for rank in (0, 1):
         assert ended.ranks[rank] is not None, ended.output
         for text, (outcome, missing, took, again) in ended.ranks[rank]["found"].items():
@@ -76,7 +82,9 @@ time.sleep(1)
         # A machine shared with others may stop us for longer now and then, but not mostly.
         took = sorted(entry[2] for entry in ended.ranks[rank]["found"].values())
         on_time(took[len(took) // 2], timeout)
+        slowest.append(took[-1])
     assert ended.at - max(ended.ranks[r]["wall"] for r in (0, 1)) <= 1 + ENDS
+    return max(slowest)
 
 
 CALLS = [
@@ -102,6 +110,16 @@ def polled(work):
 @twice
 def test_calls_at_half_a_second(job):
     keeps_deadlines(job, CALLS, 0.5, POLLED)
+
+
+@twice
+def test_call_after_call(job):
+    """Every one of them on time, and every one names rank 2."""
+    calls = [
+        f"pg.{('allreduce', 'scan')[i % 2]}(np.ones({1 + 1000 * i}), timeout=T)"
+        for i in range(soak(50, 6))
+    ]
+    on_time(keeps_deadlines(job, calls, 0.3), 0.3)
 
 
 @twice
@@ -167,8 +185,9 @@ ENDINGS = {
 }
 
 
+@pytest.mark.parametrize("turn", range(soak(50, 1)))
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_process_ends_by_itself(job, ending):
+def test_the_process_ends_by_itself(job, ending, turn):
     """Whatever became of the error, the job is over soon after the ranks leave, and failed."""
     script = f"""
 import atexit
