@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from typing import NamedTuple
 
 NOBODY = 0  # the namespace of who can't be watched by pidfd
@@ -55,6 +56,7 @@ class Watch:
     def __init__(self) -> None:
         self.dead: dict[Identity, str] = {}
         self._poll = select.poll()
+        self._looking = threading.Lock()
         self._watched: dict[Identity, int] = {}
         self._who: dict[int, Identity] = {}
 
@@ -73,20 +75,24 @@ class Watch:
             os.close(file)
             self.dead[who] = "died"
             return
-        self._watched[who] = file
-        self._who[file] = who
-        self._poll.register(file, select.POLLIN)
+        with self._looking:
+            self._watched[who] = file
+            self._who[file] = who
+            self._poll.register(file, select.POLLIN)
 
     def look(self) -> bool:
         """Look once, without waiting; return whether a process was found to have died."""
-        if not self._who:
-            return False
-        found = self._poll.poll(0)
-        for file, _ in found:
-            who = self._who.pop(file)
-            self.dead[who] = _how(who)
-            self._poll.unregister(file)
-            os.close(self._watched.pop(who))
+        if not self._who or not self._looking.acquire(blocking=False):
+            return False  # another thread looks just now
+        try:
+            found = self._poll.poll(0)
+            for file, _ in found:
+                who = self._who.pop(file)
+                self.dead[who] = _how(who)
+                self._poll.unregister(file)
+                os.close(self._watched.pop(who))
+        finally:
+            self._looking.release()
         return bool(found)
 
 

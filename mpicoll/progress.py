@@ -364,7 +364,7 @@ class Engine:
             self._look.clear()
             dead = len(watch.dead)
             while self._guarded:
-                watch.look()  # nobody else does: who is blocked holds the engine's lock
+                watch.look()  # for who is blocked, and holds the engine's lock
                 for until, what in list(self._guarded.values()):
                     if len(watch.dead) > dead and not survives_deaths():
                         how = list(watch.dead.values())[-1]
