@@ -819,6 +819,8 @@ class ProcessGroup:
             if lane.unfetched is not None:
                 self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
+            if call.device is not None:
+                self._transport.admit(call)
             if engine.busy:
                 _refuse_busy(call)
         except Exception as error:
@@ -857,6 +859,8 @@ class ProcessGroup:
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
+        if call.device is not None:
+            self._transport.admit(call)
         if engine.busy:
             _refuse_busy(call)
         move = self._transport.send if kind == "send" else self._transport.recv

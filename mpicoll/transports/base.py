@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..buffers import Blocks, as_buffer
+from ..buffers import Blocks, as_buffer, refuse_device
 from ..calls import UNEVEN, Call
 from ..library import Steps
 
@@ -24,6 +24,10 @@ class Transport(ABC):
     name: str
     rank: int
     size: int
+
+    def admit(self, call: Call) -> None:
+        """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
+        raise refuse_device(call.buffers())
 
     def prepare(self, call: Call, seq: int) -> bool:
         """Before this rank arrives: give what can ride along with its record; true if it does."""

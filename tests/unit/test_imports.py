@@ -20,6 +20,7 @@ ORDER = [
         "alive",
         "ops",
         "dtypes",
+        "cuda_arrays",
         "buffers",
         "calls",
         "recorder",
