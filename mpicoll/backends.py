@@ -6,18 +6,18 @@ The choice is made when a group is created and agreed by all its ranks, never at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import memory, rendezvous
+from . import cuda, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
-from .config import survives_deaths
+from .config import local_rank, survives_deaths
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI, until
 from .nodes import Nodes
@@ -26,9 +26,12 @@ from .transports.base import Transport
 from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
 from .transports.shm import ShmTransport
+from .transports.staged import StagedTransport
 
-OWN = ("auto", "gloo", "mpi")
+OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
+
+_REASON = 400  # bytes of why a rank can't use its GPU that the others are told
 
 Factory = Callable[..., Any]
 _factories: dict[str, Factory] = {}
@@ -61,14 +64,29 @@ def factory_of(name: object) -> Factory | None:
     raise InvalidCallError(f"backend must be one of {known}, but got {name!r}")
 
 
-def check_device(device: object) -> str:
-    """Return a device as a string; a `torch.device` is accepted."""
+def check_device(device: object, backend: str) -> str:
+    """Return a device as "cpu", "cuda" or "cuda:N"; a `torch.device` is accepted.
+
+    Raises:
+        UnsupportedError: another device, or a backend that doesn't move its memory.
+    """
     text = str(device)
-    if text.split(":")[0] != "cpu":
+    kind, colon, number = text.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not number.isdigit()):
+        raise UnsupportedError(f"device must be 'cpu', 'cuda' or 'cuda:N', but got {text!r}")
+    if kind == "cpu":
+        if backend in ("staged", "nccl"):
+            raise UnsupportedError(
+                f"backend {backend!r} moves GPU memory, but device is {text!r}: pass device='cuda'"
+            )
+        return kind
+    if backend in ("mpi", "nccl"):
+        what = "CUDA-aware MPI" if backend == "mpi" else "NCCL"
         raise UnsupportedError(
-            f"device must be 'cpu', but got {text!r}: this version moves host memory only"
+            f"backend {backend!r} on GPU memory means {what}, which this version doesn't have: "
+            "pass 'staged' or 'auto', which go through the host"
         )
-    return "cpu"
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +97,13 @@ class Wanted:
         backend: one of `OWN`, or a name given to `register_backend`.
         checks: "full" or "node": how far the ranks of a call are compared.
         sizes: ranks of each node that MPICOLL_NODES pretends.
+        device: "cpu", "cuda" or "cuda:N"; each rank has a number of its own.
     """
 
     backend: str
     checks: str
     sizes: tuple[int, ...]
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.checks not in ("full", "node"):
@@ -95,12 +115,14 @@ class Wanted:
     def digest(self) -> int:
         """Return a number that differs where ranks want different things."""
         backend = "auto" if self.backend == "gloo" else self.backend
-        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes)
+        on_gpu = self.device != "cpu"
+        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes, -1, on_gpu)
 
     def __str__(self) -> str:
         """Say it as it was asked for."""
         nodes = f", MPICOLL_NODES={','.join(map(str, self.sizes))}" if self.sizes else ""
-        return f"{self.backend!r}, checks={self.checks!r}{nodes}"
+        device = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"{self.backend!r}{device}, checks={self.checks!r}{nodes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +135,7 @@ class Ground:
         nodes: who is on which node, where there are several and their memory is used.
         near, across: then, the communicators of this node and of this rank's stripe.
         neighbours: ranks that are watched by their pids, those of this node and pid namespace.
+        gpu: this rank's, in a group on GPU memory.
     """
 
     comm: MPI.Intracomm
@@ -121,6 +144,7 @@ class Ground:
     near: MPI.Intracomm | None = None
     across: MPI.Intracomm | None = None
     neighbours: dict[int, Identity] = field(default_factory=dict)
+    gpu: cuda.Gpu | None = None
 
     @property
     def comms(self) -> list[MPI.Intracomm]:
@@ -132,10 +156,53 @@ Prepares: TypeAlias = "Generator[int, None, Ground]"
 
 
 def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
-    """Find the nodes, and let their ranks share memory.  All have arrived.
+    """Find what the ranks of a new group have between them.  All have arrived.
 
-    Where one node can't share memory, none does.
+    Raises:
+        UnsupportedError: on all ranks, if one can't use the GPU that it is to.
     """
+    ground = yield from _share(comm, wanted, deadline)
+    if wanted.device == "cpu":
+        return ground
+    gpu, why = None, ""
+    try:
+        gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
+    except UnsupportedError as error:
+        why = str(error)
+    rank, heard = yield from _first_reason(comm, why)
+    if heard:
+        yield from rendezvous.free(ground.comms, deadline)
+        raise UnsupportedError(
+            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
+        )
+    return replace(ground, gpu=gpu)
+
+
+def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
+    """Return this rank's number on its node: the launcher's, else that within the group."""
+    told = local_rank()
+    if told is not None:
+        return told
+    nodes, _ = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    return nodes.locate(comm.Get_rank())[1]
+
+
+def _first_reason(comm: MPI.Intracomm, why: str) -> Generator[int, None, tuple[int, str]]:
+    """Tell all ranks the lowest rank that gives a reason, and the reason; "" if none does."""
+    size = comm.Get_size()
+    first = np.array([comm.Get_rank() if why else size], dtype=np.int64)
+    yield from until(comm.Iallreduce(MPI.IN_PLACE, [first, MPI.INT64_T], MPI.MIN))
+    if first[0] == size:
+        return size, ""
+    text = np.zeros(_REASON, np.uint8)
+    said = why.encode()[:_REASON]
+    text[: len(said)] = np.frombuffer(said, np.uint8)
+    yield from until(comm.Ibcast([text, MPI.BYTE], int(first[0])))
+    return int(first[0]), text.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+    """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
         return Ground(comm)
     nodes, processes = yield from rendezvous.nodes_of(comm, wanted.sizes)
@@ -178,6 +245,11 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
 
 def transport(ground: Ground) -> Transport:
     """Return the transport of a group."""
+    host = _host_transport(ground)
+    return host if ground.gpu is None else StagedTransport(host, ground.gpu)
+
+
+def _host_transport(ground: Ground) -> Transport:
     if ground.shared is None:
         return MpiTransport(ground.comm)
     if ground.nodes is None:

@@ -58,6 +58,15 @@ def ranks_on_node() -> int | None:
     return None
 
 
+def local_rank() -> int | None:
+    """This rank's number among those that the launcher started on this machine, if it says so."""
+    for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        text = os.environ.get(name, "")
+        if text.isdigit():
+            return int(text)
+    return None
+
+
 def node_sizes(world: int) -> tuple[int, ...]:
     """Ranks on each node that MPICOLL_NODES pretends, in the order of the world; () if unset.
 

@@ -2,9 +2,9 @@
 
 A public method checks, starts and returns.  Unless said otherwise, every rank of the group
 must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
-from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous host arrays:
-NumPy, torch CPU tensors, or anything with the buffer protocol or DLPack; a list of one array
-is accepted where an array is.
+from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous: NumPy, torch
+tensors, or anything with the buffer protocol or DLPack; on a group made with ``device="cuda"``
+also arrays in GPU memory.  A list of one array is accepted where an array is.
 
 What a `Work` may raise, besides the errors that a method names:
 
@@ -20,6 +20,7 @@ call raises `GroupBrokenError`; after the others it is usable and no array has c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -72,18 +73,18 @@ class ProcessGroup:
         wanted: Wanted,
         *,
         timeout: float,
-        device: str,
         name: str,
         desc: str = "",
         progress: str = "caller",
     ) -> None:
         self.comm = comm = ground.comm
         self._ground = ground
+        if ground.gpu is not None:  # groups that are made out of this one stay on this rank's GPU
+            wanted = dataclasses.replace(wanted, device=f"cuda:{ground.gpu.device}")
         self._wanted = wanted
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout = timeout
-        self._device = device
         self._desc = desc
         self._progress = progress
         self._highest_tag = highest_tag()
@@ -145,8 +146,8 @@ class ProcessGroup:
 
     @property
     def device(self) -> str:
-        """The device whose memory the group moves."""
-        return self._device
+        """The device whose memory the group moves, besides the host's: "cpu" means none."""
+        return self._wanted.device
 
     @property
     def ranks(self) -> list[int]:
@@ -737,7 +738,6 @@ class ProcessGroup:
             made,
             self._wanted,
             timeout=seconds(timeout, self._timeout),
-            device=self._device,
             name=name,
             desc=desc or "",
             progress=self._progress,
@@ -945,10 +945,13 @@ def new_group(
 
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
-            name given to `register_backend`; "gloo" means "auto".
+            name given to `register_backend`; "gloo" means "auto".  On GPU memory "auto" and
+            "staged" go through pinned host memory; NCCL and CUDA-aware MPI are yet to come.
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
-        device: "cpu" (or a `torch.device`).
+        device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one
+            of the GPUs that it sees by its number on its node.  A group on GPU memory takes host
+            arrays, too, but not both in one call.  It needs CuPy.
         comm: an mpi4py intracommunicator; the group works on a duplicate of it.
         group_name: for messages, and to tell merging groups apart.
         checks: "full": every call is compared between all ranks.  "node": in a group over several
@@ -960,7 +963,8 @@ def new_group(
         options: for a registered backend's factory.
 
     Raises:
-        InvalidCallError, UnsupportedError: an argument is wrong.
+        InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
+            all ranks raise.
         CollectiveTimeoutError: not all ranks came; names those that are missing.
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
         TransportError: there is no MPI library, or it failed.
@@ -982,7 +986,7 @@ def new_group(
     try:
         limit = seconds(timeout, limit)
         factory = backends.factory_of(backend)
-        kind = backends.check_device(device) if factory is None else str(device)
+        place = backends.check_device(device, backend) if factory is None else "cpu"
         if progress not in ("caller", "thread"):
             raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
         if options and factory is None:
@@ -990,7 +994,7 @@ def new_group(
                 f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
                 "comm, group_name, checks and progress"
             )
-        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()))
+        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()), place)
         call.digest, call.payload = wanted.digest(), wanted
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
@@ -1009,11 +1013,9 @@ def new_group(
         raise refusal
     work.wait()
     name = group_name or ("world" if comm is None else "comm")
-    group = ProcessGroup(
-        call.result, wanted, timeout=limit, device=kind, name=name, progress=progress
-    )
+    group = ProcessGroup(call.result, wanted, timeout=limit, name=name, progress=progress)
     children.add(group._kin)
-    return group if factory is None else _from_factory(group, factory, limit, kind, options)
+    return group if factory is None else _from_factory(group, factory, limit, str(device), options)
 
 
 def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:

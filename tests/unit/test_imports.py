@@ -41,6 +41,7 @@ ORDER = [
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.nccl", "transports.staged"),
+    "cuda",
     *("stores", "rendezvous", "reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
