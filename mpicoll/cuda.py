@@ -32,13 +32,7 @@ def open_gpu(wanted: str, place: int) -> Gpu:
     Raises:
         UnsupportedError: no CuPy, no driver, or no such GPU.
     """
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        raise UnsupportedError(
-            f"GPU memory needs CuPy, which can't be imported ({error}): "
-            "pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]', as the driver has it"
-        ) from error
+    cupy = load_cupy()
     try:
         visible = int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:  # CuPy's own class, which must not be named before it is loaded
@@ -48,6 +42,21 @@ def open_gpu(wanted: str, place: int) -> Gpu:
         return Gpu(cupy, device)
     except Exception as error:
         raise UnsupportedError(f"GPU {device} can't be used: {error}") from error
+
+
+def load_cupy() -> Any:
+    """Return CuPy.
+
+    Raises:
+        UnsupportedError: it can't be imported.
+    """
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"GPU memory needs CuPy, which can't be imported ({error}): "
+            "pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]', as the driver has it"
+        ) from error
 
 
 def device_for(wanted: str, place: int, visible: int) -> int:

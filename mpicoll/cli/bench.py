@@ -5,6 +5,7 @@ Start it under MPI:
     mpiexec -n 2 python -m mpicoll bench
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
     mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
+    mpiexec -n 2 python -m mpicoll bench --device cuda
 
 Calls of mpicoll, of mpi4py's blocking methods, and for allreduce of `Iallreduce` and `Wait`,
 alternate, so that all see the same machine; those of gloo follow.  A call takes as long as on its
@@ -12,7 +13,8 @@ slowest rank.  Sizes are bytes of the larger array of a rank: of the output in a
 and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and NCCL tests,
 algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it by 2 (n - 1)
 / n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast, reduce and
-scan.  Every result is checked, and the exit status is not zero if one was wrong.
+scan.  On GPU memory mpi4py is measured on host arrays of the same size, as not every MPI library
+may be given the GPU's.  Every result is checked, and the exit status is not zero if one was wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cuda import load_cupy
 from ..errors import InvalidCallError
 from ..group import ProcessGroup, new_group
 from ..library import MPI
@@ -81,14 +84,17 @@ class Bench:
     No MPI reduces bfloat16: mpi4py is measured on float16 there.
     """
 
-    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any) -> None:
+    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any, xp: Any = np) -> None:
+        self.xp = xp  # the module that makes our arrays
         self.pg, self.n, self.rank = pg, pg.size(), pg.rank()
         self.dtype = np.dtype(_bfloat16() if dtype == "bfloat16" else dtype)
         self.bare_dtype = np.dtype(np.float16) if dtype == "bfloat16" else self.dtype
         self.dist = gloo  # the module torch.distributed, initialized; or None
 
     def array(self, count: int) -> tuple[Array, Array, Any]:
-        """Return an array for us, one for mpi4py over the same memory, and a tensor for gloo."""
+        """Return an array for us, one for mpi4py (the same host memory), and a tensor for gloo."""
+        if self.xp is not np:
+            return self.xp.zeros(count, self.dtype), np.zeros(count, self.bare_dtype), None
         x = np.zeros(count, self.dtype)
         tensor = None
         if self.dist is not None:
@@ -171,7 +177,7 @@ class Bench:
         each = max(1, count // self.n)
         (x, y, _), (out, into, _), pg = self.array(self.n * each), self.array(each), self.pg
         rows = x.reshape(self.n, each)
-        rows[...] = np.arange(1, self.n + 1)[:, None]
+        rows[...] = self.xp.arange(1, self.n + 1)[:, None]
         root = self.rank == 0
         parts = list(rows) if root else []
         return Case(
@@ -220,7 +226,8 @@ class Bench:
         )
 
     def _one_each(self, out: Array) -> bool:
-        return bool((out.reshape(self.n, -1) == np.arange(1, self.n + 1)[:, None]).all())
+        numbers = self.xp.arange(1, self.n + 1)
+        return bool((out.reshape(self.n, -1) == numbers[:, None]).all())
 
     def measure(self, kind: str, nbytes: int, budget: float) -> tuple[Row, bool]:
         """Measure one collective at one size; every rank of the group must call this."""
@@ -295,6 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", default=",".join(BUS), help="collectives, with commas")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", help="as new_group takes it")
+    parser.add_argument("--device", default="cpu", help="as new_group takes it")
     parser.add_argument("--gloo", action="store_true", help="beside torch.distributed on gloo")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a measurement takes")
     parser.add_argument("--json", action="store_true", help="print rows for machines")
@@ -308,9 +316,9 @@ def run(args: argparse.Namespace) -> int:
     _check(kinds, args)
     rows: list[Row] = []
     wrong = np.zeros(1, dtype=np.int64)
-    with new_group(args.backend) as pg:
+    with new_group(args.backend, device=args.device) as pg:
         speaks = pg.rank() == 0
-        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None)
+        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None, _array_module(pg))
         points = [(kind, size) for kind in kinds for size in (sizes if kind != "barrier" else [4])]
         if speaks and not args.json:
             print(f"{pg!r} beside mpi4py on {MPI.Get_library_version().splitlines()[0].strip()}")
@@ -343,6 +351,18 @@ def _check(kinds: list[str], args: argparse.Namespace) -> None:
         raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
     if args.gloo and importlib.util.find_spec("torch") is None:
         raise InvalidCallError("--gloo needs PyTorch: pip install torch")
+    if args.gloo and args.device != "cpu":
+        raise InvalidCallError("--gloo goes with --device cpu: gloo moves host memory")
+
+
+def _array_module(pg: ProcessGroup) -> Any:
+    """Return NumPy, or CuPy with the group's GPU made current."""
+    _, _, number = pg.device.partition(":")
+    if not number:
+        return np
+    cupy = load_cupy()
+    cupy.cuda.Device(int(number)).use()
+    return cupy
 
 
 def _gloo(pg: ProcessGroup) -> Any:
