@@ -17,19 +17,24 @@ from . import cuda, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
-from .config import local_rank, survives_deaths
+from .config import local_rank, nccl_shares_gpus, survives_deaths
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI, until
 from .nodes import Nodes
 from .peers import Peers
+from .progress import engine
 from .transports.base import Transport
 from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
+from .transports.nccl import Nccl, NcclTransport
 from .transports.shm import ShmTransport
 from .transports.staged import StagedTransport
 
 OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
+
+NCCL_NAME = 128  # numbers in the name of one of NCCL's communicators
+NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
 
 _REASON = 400  # bytes of why a rank can't use its GPU that the others are told
 
@@ -80,11 +85,10 @@ def check_device(device: object, backend: str) -> str:
                 f"backend {backend!r} moves GPU memory, but device is {text!r}: pass device='cuda'"
             )
         return kind
-    if backend in ("mpi", "nccl"):
-        what = "CUDA-aware MPI" if backend == "mpi" else "NCCL"
+    if backend == "mpi":
         raise UnsupportedError(
-            f"backend {backend!r} on GPU memory means {what}, which this version doesn't have: "
-            "pass 'staged' or 'auto', which go through the host"
+            "backend 'mpi' on GPU memory means CUDA-aware MPI, which this version doesn't have: "
+            "pass 'auto', 'nccl' or 'staged'"
         )
     return text
 
@@ -136,6 +140,7 @@ class Ground:
         near, across: then, the communicators of this node and of this rank's stripe.
         neighbours: ranks that are watched by their pids, those of this node and pid namespace.
         gpu: this rank's, in a group on GPU memory.
+        nccl: the communicator of NCCL, where that moves the GPUs' memory.
     """
 
     comm: MPI.Intracomm
@@ -145,6 +150,7 @@ class Ground:
     across: MPI.Intracomm | None = None
     neighbours: dict[int, Identity] = field(default_factory=dict)
     gpu: cuda.Gpu | None = None
+    nccl: Nccl | None = None
 
     @property
     def comms(self) -> list[MPI.Intracomm]:
@@ -159,7 +165,8 @@ def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
     """Find what the ranks of a new group have between them.  All have arrived.
 
     Raises:
-        UnsupportedError: on all ranks, if one can't use the GPU that it is to.
+        UnsupportedError: on all ranks, if one can't use the GPU that it is to, or NCCL was asked
+            for and can't be had.
     """
     ground = yield from _share(comm, wanted, deadline)
     if wanted.device == "cpu":
@@ -175,7 +182,77 @@ def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
         raise UnsupportedError(
             f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
         )
-    return replace(ground, gpu=gpu)
+    assert gpu is not None
+    if wanted.backend == "staged":
+        return replace(ground, gpu=gpu)
+    nccl, why = yield from _nccl(comm, gpu, deadline)
+    if wanted.backend == "nccl" and nccl is None:
+        yield from rendezvous.free(ground.comms, deadline)
+        raise UnsupportedError(f"backend 'nccl' can't be had: {why}. Pass 'auto' or 'staged'")
+    return replace(ground, gpu=gpu, nccl=nccl)
+
+
+_FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
+
+
+def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
+    """Make a communicator of NCCL, on all ranks or on none; then say why not."""
+    size, own = comm.Get_size(), comm.Get_rank()
+    version, identity, why = 0, "", ""
+    try:
+        version, identity = gpu.nccl_version(), gpu.identity()
+    except Exception as error:  # of CuPy and of NCCL, in classes of their own
+        why = f"{type(error).__name__}: {error}"
+    mine = np.array([digest(*identity.encode()), version], dtype=np.int64)
+    table = np.empty((size, 2), dtype=np.int64)
+    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
+    why = why or no_nccl(table.tolist(), own, shares=nccl_shares_gpus(), threads=threads)
+    name = np.zeros(NCCL_NAME, dtype=np.int64)
+    if own == 0 and not why:
+        try:
+            name[:] = gpu.nccl_id()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    rank, heard = yield from _first_reason(comm, why)
+    if heard:
+        return None, f"rank {rank} says: {heard}"
+    yield from until(comm.Ibcast([name, MPI.INT64_T], 0))
+    made: Nccl | None = None
+    with engine.guard(deadline, "ncclCommInitRank"):
+        try:
+            made = gpu.nccl(size, name.tolist(), own)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    rank, heard = yield from _first_reason(comm, why)
+    if not heard:
+        return made, ""
+    if made is not None:
+        made.abort()
+    return None, f"on rank {rank} it could not be initialized: {heard}"
+
+
+def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
+    """Return why NCCL is not for a group, as this rank sees it; "" if it is.
+
+    Args:
+        table: of each rank, what stands for its GPU, and its version of NCCL.
+        own: this rank.
+        shares: several ranks may share a GPU, if NCCL can do that.
+        threads: MPI may be called from a thread, without which no deadline is kept.
+    """
+    gpu, version = table[own]
+    if not version:
+        return "this CuPy comes without NCCL: pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]'"
+    if not threads:
+        return "it needs MPI_THREAD_MULTIPLE, but MPI was initialized with less"
+    sharing = [rank for rank, (other, _) in enumerate(table) if other == gpu]
+    if len(sharing) > 1 and not (shares and version >= NCCL_SHARES):
+        return (
+            f"ranks {sharing} share a GPU, which NCCL refuses, unless it is 2.30 or newer and told "
+            f"so by NCCL_MULTI_RANK_GPU_ENABLE=1"
+        )
+    return ""
 
 
 def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
@@ -246,7 +323,11 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
 def transport(ground: Ground) -> Transport:
     """Return the transport of a group."""
     host = _host_transport(ground)
-    return host if ground.gpu is None else StagedTransport(host, ground.gpu)
+    if ground.gpu is None:
+        return host
+    if ground.nccl is None:
+        return StagedTransport(host, ground.gpu)
+    return NcclTransport(host, ground.gpu, ground.nccl)
 
 
 def _host_transport(ground: Ground) -> Transport:

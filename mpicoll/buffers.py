@@ -71,7 +71,7 @@ class DeviceBuffer(Buffer):
     Attributes:
         name: the argument that errors speak of.
         device: the GPU's number, or UNKNOWN.
-        stream: the stream that its content is ordered by; 0: none.
+        stream: the stream that its content is ordered by.
         ready: what a transport noted at the call, to come after that stream's work.
         keeper: what must live as long as the address is used, besides the owner.
     """

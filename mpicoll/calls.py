@@ -86,6 +86,7 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
     """
 
     kind: str
@@ -104,6 +105,7 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())
 
     @property

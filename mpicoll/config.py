@@ -67,6 +67,11 @@ def local_rank() -> int | None:
     return None
 
 
+def nccl_shares_gpus() -> bool:
+    """Whether NCCL (2.30 and newer) was told that several ranks may share a GPU."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1"
+
+
 def node_sizes(world: int) -> tuple[int, ...]:
     """Ranks on each node that MPICOLL_NODES pretends, in the order of the world; () if unset.
 

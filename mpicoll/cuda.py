@@ -5,10 +5,14 @@ The only module that imports CuPy, when the first group on GPU memory is made.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
+import platform
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,20 +83,23 @@ def device_for(wanted: str, place: int, visible: int) -> int:
 
 
 class Gpu:
-    """One GPU, as `transports.staged.Copies` wants it.
+    """One GPU, as `transports.staged.Copies` and `transports.nccl.Queue` want it.
 
     Attributes:
         device: its number among those that this process sees.
+        queue: CUDA's handle of the stream that NCCL works on.
     """
 
     def __init__(self, cupy: Any, device: int) -> None:
         self.device = device
-        self._cuda, self._runtime = cupy.cuda, cupy.cuda.runtime
+        self._cupy, self._cuda, self._runtime = cupy, cupy.cuda, cupy.cuda.runtime
         with self._cuda.Device(device):
             # They don't wait for the default stream, nor that for them; one for each direction,
             # as a GPU copies both ways at a time.
             self._outward = self._cuda.Stream(non_blocking=True)
             self._inward = self._cuda.Stream(non_blocking=True)
+            self._work = self._cuda.Stream(non_blocking=True)
+        self.queue = int(self._work.ptr)
 
     def pinned(self, nbytes: int) -> Array:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
@@ -128,7 +135,7 @@ class Gpu:
     ) -> Callable[[], bool]:
         with self._cuda.Device(self.device):
             self._runtime.memcpyAsync(into, source, nbytes, way, stream.ptr)
-        return self._done(self._record(stream.ptr))
+        return partial(self.is_done, self._record(stream.ptr))
 
     def _record(self, stream: int) -> Any:
         """Return an event that is done when all that a stream was given by now is done."""
@@ -137,11 +144,61 @@ class Gpu:
             self._runtime.eventRecord(event.ptr, stream)
         return event
 
-    def _done(self, event: Any) -> Callable[[], bool]:
-        def done() -> bool:
-            status = self._runtime.eventQuery(event.ptr)
-            if status not in (0, _NOT_READY):  # CuPy's own Event.done would say False for ever
-                raise self._runtime.CUDARuntimeError(status)
-            return bool(status == 0)
+    def is_done(self, mark: Any) -> bool:
+        status = self._runtime.eventQuery(mark.ptr)
+        if status not in (0, _NOT_READY):  # CuPy's own Event.done would say False for ever
+            raise self._runtime.CUDARuntimeError(status)
+        return bool(status == 0)
 
-        return done
+    # ---- for NCCL ----
+
+    def identity(self) -> str:
+        """Return what differs between any two GPUs, wherever they are, parts of one included."""
+        told = self._runtime.getDeviceProperties(self.device).get("uuid")
+        if told:
+            return bytes(told).hex()
+        return f"{platform.node()} {self._runtime.deviceGetPCIBusId(self.device)}"
+
+    def nccl_version(self) -> int:
+        """Return NCCL's version as NCCL writes it, such as 23007; 0 if there is none."""
+        nccl = self._cuda.nccl
+        return int(nccl.get_version()) if nccl.available else 0
+
+    def nccl_id(self) -> list[int]:
+        """Return a new name for a communicator, which one rank gives to all."""
+        return [int(n) for n in self._cuda.nccl.get_unique_id()]
+
+    def nccl(self, size: int, name: list[int], rank: int) -> Any:
+        """Make a communicator; returns when all ranks have called."""
+        with self._cuda.Device(self.device):  # NCCL takes the device that is current
+            return self._cuda.nccl.NcclCommunicator(size, tuple(name), rank)
+
+    @contextlib.contextmanager
+    def nccl_group(self) -> Iterator[None]:
+        with self._cuda.Device(self.device):
+            self._cuda.nccl.groupStart()
+            try:
+                yield
+            finally:
+                self._cuda.nccl.groupEnd()
+
+    def queue_after(self, mark: Any) -> None:
+        with self._cuda.Device(self.device):
+            self._runtime.streamWaitEvent(self.queue, mark.ptr)
+
+    def hold(self, mark: Any, streams: Iterable[int]) -> None:
+        with self._cuda.Device(self.device):
+            current = {int(self._cuda.get_current_stream().ptr)}
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_initialized():
+                current.add(int(torch.cuda.current_stream(self.device).cuda_stream))
+            for stream in sorted(current | set(streams)):
+                self._runtime.streamWaitEvent(stream, mark.ptr)
+
+    def scaled(self, array: DeviceArray, factor: float) -> tuple[DeviceArray, object]:
+        cupy = self._cupy
+        with self._cuda.Device(self.device), self._work:
+            memory = self._cuda.UnownedMemory(array.address, array.nbytes, None, self.device)
+            view = cupy.ndarray(array.size, array.dtype, self._cuda.MemoryPointer(memory, 0))
+            product = cupy.multiply(view, array.dtype.type(factor))
+        return DeviceArray(int(product.data.ptr), array.size, array.dtype), product

@@ -57,7 +57,7 @@ class Described:
         dtype: what they are.
         shape: the user's shape.
         device: the GPU's number, or UNKNOWN.
-        stream: the stream that the array's content is ordered by; 0: none, it is ready.
+        stream: the stream that the array's content is ordered by.
         writable: whether results may land in it.
         keeper: what keeps the description valid, besides the array.
     """
@@ -99,7 +99,6 @@ def describe_tensor(tensor: Any, torch: Any, name: str) -> Described:
     """Describe a plain contiguous CUDA tensor, ordered by torch's current stream there."""
     dtype = from_name(str(tensor.dtype), name)
     device = tensor.device.index
-    # The number of torch's default stream is 0, which means "none" in the CUDA array interface.
     stream = torch.cuda.current_stream(device).cuda_stream or LEGACY_STREAM
     array = DeviceArray(tensor.data_ptr(), tensor.numel(), dtype.storage)
     return Described(array, dtype, tuple(tensor.shape), device, stream, True)
@@ -117,8 +116,8 @@ def _from_interface(obj: Any, face: dict[str, Any], name: str) -> Described:
     if face.get("strides") is not None:
         strides = tuple(n // dtype.itemsize for n in face["strides"])
         _check_strides(shape, strides, name)
-    # Before version 3 nothing was said of streams; None means that there is nothing to wait for.
-    stream = face.get("stream") or 0 if int(face["version"]) >= 3 else LEGACY_STREAM
+    # None means that there was nothing to wait for when the array was made, which tells little.
+    stream = face.get("stream") or LEGACY_STREAM
     return Described(
         DeviceArray(int(address or 0), math.prod(shape), dtype.storage),
         dtype,

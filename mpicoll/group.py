@@ -100,7 +100,7 @@ class ProcessGroup:
         self._children = Children()
         self._kin = Child(ground.comms, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
-        if progress == "thread":
+        if progress == "thread" or self._transport.watched:
             engine.background(stay=True)
 
     def __del__(self) -> None:
@@ -761,6 +761,7 @@ class ProcessGroup:
 
             def then(work: Work) -> Steps:
                 engine.delist(lane)  # nobody may listen on it any more
+                self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
 
             try:
@@ -913,6 +914,8 @@ def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
     reads, writes = call.spans()
     for task in engine.unfinished():
+        if task.waited:
+            continue
         their_reads, their_writes = task.call.spans()
         if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
             reads, their_writes
@@ -945,8 +948,9 @@ def new_group(
 
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
-            name given to `register_backend`; "gloo" means "auto".  On GPU memory "auto" and
-            "staged" go through pinned host memory; NCCL and CUDA-aware MPI are yet to come.
+            name given to `register_backend`; "gloo" means "auto".  On GPU memory "nccl" is
+            NCCL, "staged" goes through pinned host memory, and "auto" takes NCCL where it can be
+            had: each rank needs a GPU of its own.
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
         device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one

@@ -9,6 +9,8 @@ Its rules:
 - A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
 - A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
   a rank that computed for long before it waits does not fail untried.
+- A collective that is enqueued on a GPU's stream leaves the queue, and goes on beside it: the
+  stream keeps the order.  Waiting for it may end then, and leave the rest to the GPU.
 - Whoever leaves a call early tells its peers, and they raise at once; so does who sees a peer
   die.  What an abandoned call was using is kept for ever: MPI may still write there.
 - One lock.  A signal handler that interrupts its holder finds the engine at work: what it
@@ -98,7 +100,12 @@ class Task:
     @property
     def queued(self) -> bool:
         """Whether it takes its turn in the lane's queue; else it runs beside it."""
-        return self.call.kind not in ("send", "recv")
+        return self.call.kind not in ("send", "recv") and self.call.enqueued is None
+
+    @property
+    def waited(self) -> bool:
+        """Whether the user's streams wait for it, so that its arrays may be used on them again."""
+        return self.call.enqueued is not None and self.call.enqueued.waited
 
     @property
     def recovers(self) -> bool:
@@ -259,14 +266,17 @@ class Engine:
         if self._thread is not None:
             self._wake.set()
 
-    def wait(self, task: Task, timeout: float | None = None) -> None:
-        """Progress everything until `task` is done; its deadline may be brought forward."""
+    def wait(self, task: Task, timeout: float | None = None, *, on_host: bool = True) -> None:
+        """Progress everything until `task` is done; its deadline may be brought forward.
+
+        With `on_host` False until it is enqueued, if the rest is up to the GPU.
+        """
         if task.done:
             return
         if timeout is not None:
             self._shorten(task, timeout)
         pace = Pace()
-        while not task.done:
+        while not task.done and (on_host or task.call.enqueued is None):
             if not self._enter():
                 raise InvalidCallError(
                     "wait() was called by a signal handler that interrupted mpicoll itself: "
@@ -430,8 +440,11 @@ class Engine:
         while lane.queue:
             head = lane.queue[0]
             found = max(found, self._step(head))
-            if not head.done:
+            if head.done:
+                continue
+            if head.queued:
                 break
+            lane.beside.append(lane.queue.popleft())
         for task in list(lane.beside):
             found = max(found, self._step(task))
         if not lane.queue and not lane.beside:
@@ -691,7 +704,7 @@ def _look_ahead(task: Task) -> float:
 
 def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:
     call = task.call
-    number = f" (call #{task.seq})" if task.queued else ""
+    number = f" (call #{task.seq})" if task.seq else ""
     text = (
         f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
     )

@@ -24,6 +24,10 @@ class Transport(ABC):
     name: str
     rank: int
     size: int
+    watched = False  # a thread must keep the deadlines, as the user may wait elsewhere
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Give back what the ranks hold together; all of them do so now."""
 
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""

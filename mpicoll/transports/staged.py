@@ -100,10 +100,9 @@ class StagedTransport(Transport):
                     f"{self._copies.device}: copy it there, or make the group with "
                     f'new_group(device="cuda:{at}") on this rank'
                 )
-            if buffer.stream:
-                if buffer.stream not in marks:
-                    marks[buffer.stream] = self._copies.mark(buffer.stream)
-                buffer.ready = marks[buffer.stream]
+            if buffer.stream not in marks:
+                marks[buffer.stream] = self._copies.mark(buffer.stream)
+            buffer.ready = marks[buffer.stream]
         call.digest = digest(call.digest, 1)  # peers must not give host arrays to this call
 
     def prepare(self, call: Call, seq: int) -> bool:

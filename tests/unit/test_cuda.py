@@ -69,7 +69,7 @@ def test_a_copy_is_done_when_its_event_is(cuda):
     done = gpu.to_host(GPU, host)
     assert cuda.calls == [
         ("memcpyAsync", 2, host.ctypes.data, GPU.address, 20, 2, outward),
-        ("eventRecord", 2, 12, outward),
+        ("eventRecord", 2, 13, outward),
     ]
     assert not done()
     cuda.status = 0
@@ -78,7 +78,7 @@ def test_a_copy_is_done_when_its_event_is(cuda):
     gpu.to_device(host, GPU)
     assert cuda.calls == [
         ("memcpyAsync", 2, GPU.address, host.ctypes.data, 20, 1, inward),
-        ("eventRecord", 2, 13, inward),
+        ("eventRecord", 2, 14, inward),
     ]
 
 

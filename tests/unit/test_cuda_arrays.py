@@ -51,11 +51,11 @@ def test_an_array_is_what_it_says(shape, typestr):
 @pytest.mark.parametrize(
     "more, stream",
     [
-        ({"stream": None}, 0),
+        ({"stream": None}, LEGACY_STREAM),
         ({"stream": 7}, 7),
         ({"stream": 1}, 1),
-        ({}, 0),
-        ({"version": 2}, LEGACY_STREAM),  # it can't say, so the worst is assumed
+        ({}, LEGACY_STREAM),
+        ({"version": 2}, LEGACY_STREAM),
     ],
 )
 def test_its_stream(more, stream):

@@ -40,7 +40,7 @@ ORDER = [
         "transports.riding",
         "transports.shm",
     ),
-    *("transports.hierarchical", "transports.nccl", "transports.staged"),
+    *("transports.hierarchical", "transports.staged", "transports.nccl"),
     "cuda",
     *("stores", "rendezvous", "reclaim", "backends", "group"),
 ]
