@@ -18,7 +18,7 @@ from ..buffers import Blocks, DeviceBuffer
 from ..calls import Call
 from ..cuda_arrays import DeviceArray
 from ..dtypes import DType
-from ..library import IDLE, MOVED, Abandoned, Steps
+from ..library import IDLE, MOVED, Steps
 from ..ops import ReduceOp
 from .base import Transport
 from .staged import Copies, StagedTransport
@@ -29,7 +29,7 @@ TYPES = {
     "int8": 0, "uint8": 1, "int32": 2, "uint32": 3, "int64": 4, "uint64": 5,
     "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9,
 }  # fmt: skip
-SUM, PROD, MIN, MAX, AVG = range(5)
+SUM, PROD, MAX, MIN, AVG = range(5)
 
 _COMPLEX = {"complex64": "float32", "complex128": "float64"}
 _INTEGER_OPS = {"SUM": SUM, "PRODUCT": PROD, "MIN": MIN, "MAX": MAX}
@@ -159,21 +159,21 @@ class NcclTransport(StagedTransport):
             if buffer.ready is not None:
                 streams.add(buffer.stream)
                 gpu.queue_after(buffer.ready)
-        scaled = [self._scale(part) for part in parts]  # kept until the GPU has passed the call
-        with gpu.nccl_group():
-            for part, (sources, _) in zip(parts, scaled, strict=True):
-                enqueue: Callable[[Call, list[DeviceArray]], None]
-                enqueue = getattr(self, f"_{_SAME_AS.get(part.kind, part.kind)}")
-                enqueue(part, sources)
-        mark = gpu.mark(gpu.queue)
-        call.enqueued = Enqueued(gpu, mark, streams)
         try:
+            scaled = [self._scale(part) for part in parts]  # kept until the GPU has passed the call
+            with gpu.nccl_group():
+                for part, (sources, _) in zip(parts, scaled, strict=True):
+                    enqueue: Callable[[Call, list[DeviceArray]], None]
+                    enqueue = getattr(self, f"_{_SAME_AS.get(part.kind, part.kind)}")
+                    enqueue(part, sources)
+            mark = gpu.mark(gpu.queue)
+            call.enqueued = Enqueued(gpu, mark, streams)
             yield MOVED  # the engine sees that it is enqueued
             while not gpu.is_done(mark):
                 self._nccl.check_async_error()
                 yield IDLE
-        except Abandoned:
-            self._nccl.abort()  # its kernels would wait for the peers for ever
+        except BaseException:  # given up, or an error: NCCL's kernels would wait for ever
+            self._nccl.abort()
             raise
 
     def _scale(self, call: Call) -> tuple[list[DeviceArray], list[object]]:

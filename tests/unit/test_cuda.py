@@ -33,6 +33,12 @@ class Record:
             Stream=lambda non_blocking: SimpleNamespace(ptr=next(self.numbers)),
             Event=lambda disable_timing: SimpleNamespace(ptr=next(self.numbers)),
             runtime=self,
+            nccl=SimpleNamespace(
+                groupStart=lambda: self.groupStart(),
+                groupEnd=lambda: self.groupEnd(),
+                NcclCommunicator=lambda *a: self.NcclCommunicator(*a),
+            ),
+            get_current_stream=lambda: SimpleNamespace(ptr=5),
         )
         self.CUDARuntimeError = CudaError
 
@@ -101,6 +107,45 @@ def test_both_ways_come_after_a_mark(cuda):
         ("streamWaitEvent", 1, 11, mark.ptr),
     ]
     assert cuda.device == 0, "the caller's current device stays"
+
+
+def test_the_queue_comes_after_a_mark_and_streams_after_the_queue(cuda, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    gpu = Gpu(cuda, 1)
+    before, passed = gpu.mark(77), gpu.mark(gpu.queue)
+    del cuda.calls[:]
+    gpu.queue_after(before)
+    gpu.hold(passed, {9, 5})
+    assert cuda.calls == [
+        ("streamWaitEvent", 1, gpu.queue, before.ptr),
+        ("streamWaitEvent", 1, 5, passed.ptr),  # the current one
+        ("streamWaitEvent", 1, 9, passed.ptr),
+    ]
+
+
+def test_the_current_stream_of_torch_waits_too(cuda, monkeypatch):
+    import sys
+
+    streams = SimpleNamespace(
+        is_initialized=lambda: True, current_stream=lambda d: SimpleNamespace(cuda_stream=60 + d)
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=streams))
+    Gpu(cuda, 1).hold(SimpleNamespace(ptr=4), ())
+    assert [call[2] for call in cuda.calls] == [5, 61]
+
+
+def test_calls_of_nccl_become_one_on_the_groups_gpu(cuda):
+    gpu = Gpu(cuda, 1)
+    gpu.nccl(4, [7] * 128, 2)
+    with pytest.raises(ValueError), gpu.nccl_group():
+        raise ValueError
+    assert cuda.calls == [
+        ("NcclCommunicator", 1, 4, (7,) * 128, 2),
+        ("groupStart", 1),
+        ("groupEnd", 1),
+    ]
 
 
 def test_pinned_memory_is_whole_pages_and_unpinned_with_its_last_view(cuda):
