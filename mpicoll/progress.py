@@ -77,6 +77,7 @@ class Task:
         "error",
         "fetched",
         "lane",
+        "queued",
         "seq",
         "steps",
         "timeout",
@@ -91,16 +92,12 @@ class Task:
         self.timeout = timeout
         self.called = time.monotonic()
         self.deadline = self.called + timeout
+        self.queued = call.kind not in ("send", "recv")  # or it goes on beside its lane's queue
         self.done = False
         self.error: BaseException | None = None
         self.fetched = False
         self.asked = False
         self.callbacks: list[Callable[[], None]] = []
-
-    @property
-    def queued(self) -> bool:
-        """Whether it takes its turn in the lane's queue; else it runs beside it."""
-        return self.call.kind not in ("send", "recv") and self.call.enqueued is None
 
     @property
     def waited(self) -> bool:
@@ -442,8 +439,9 @@ class Engine:
             found = max(found, self._step(head))
             if head.done:
                 continue
-            if head.queued:
+            if head.call.enqueued is None:
                 break
+            head.queued = False
             lane.beside.append(lane.queue.popleft())
         for task in list(lane.beside):
             found = max(found, self._step(task))
