@@ -22,6 +22,7 @@ from mpicoll.errors import (
     MpicollError,
     TransportError,
 )
+from mpicoll.progress import engine
 from mpicoll.transports.nccl import NcclTransport
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
@@ -87,6 +88,14 @@ def fresh() -> Iterator[mc.ProcessGroup]:
 @pytest.fixture
 def kind(pg) -> Kind:
     return ElsewhereKind(queue_of(pg).settle)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_thread_stays_behind() -> Iterator[None]:
+    """The tests that follow are to run without one again."""
+    yield
+    engine._stay = False
+    engine._wake.set()
 
 
 ELSEWHERE = ElsewhereKind()
