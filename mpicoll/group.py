@@ -90,6 +90,7 @@ class ProcessGroup:
         self._highest_tag = highest_tag()
         self._lane = Lane(name, comm)
         self._transport = backends.transport(ground)
+        self._lane.abort = self._transport.abort
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)

@@ -135,6 +135,7 @@ class Lane:
         self.page = memoryview(bytearray(8)).cast("q")  # where its number is seen by the node
         self.word = 0
         self.farewell: Callable[[], None] | None = None
+        self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._where)
 
     def _where(self) -> tuple[int, bool, str]:
@@ -535,6 +536,8 @@ class Engine:
                         lane.peers.report_death(error.rank)
                     else:
                         lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
+            if lane.abort is not None:
+                lane.abort()
         for task in [*lane.queue, *lane.beside]:
             self._abandon(task)
             task.done = True

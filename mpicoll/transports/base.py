@@ -29,6 +29,9 @@ class Transport(ABC):
     def close(self) -> None:  # noqa: B027  (most have nothing to do)
         """Give back what the ranks hold together; all of them do so now."""
 
+    def abort(self) -> None:  # noqa: B027
+        """Let go of the peers: the group is broken, and no call of it is taken any further."""
+
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
         raise refuse_device(call.buffers())

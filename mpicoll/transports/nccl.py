@@ -152,6 +152,9 @@ class NcclTransport(StagedTransport):
     def close(self) -> None:
         self._nccl.destroy()
 
+    def abort(self) -> None:
+        self._nccl.abort()  # its kernels would wait for the peers for ever, and so would its end
+
     def _enqueue(self, call: Call, parts: tuple[Call, ...]) -> Steps:
         gpu, streams = self._gpu, set()
         for buffer in call.buffers():
@@ -172,8 +175,8 @@ class NcclTransport(StagedTransport):
             while not gpu.is_done(mark):
                 self._nccl.check_async_error()
                 yield IDLE
-        except BaseException:  # given up, or an error: NCCL's kernels would wait for ever
-            self._nccl.abort()
+        except BaseException:  # given up, or an error
+            self.abort()
             raise
 
     def _scale(self, call: Call) -> tuple[list[DeviceArray], list[object]]:

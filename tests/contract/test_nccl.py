@@ -66,6 +66,7 @@ def queue_of(pg: mc.ProcessGroup) -> Queue:
     if not isinstance(pg._transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
         pg._transport = NcclTransport(pg._transport, queue, Communicator(queue))
+        pg._lane.abort = pg._transport.abort
     return pg._transport._gpu
 
 
@@ -246,6 +247,12 @@ def test_many_calls_are_queued_before_the_first_is_done(fresh):
     queue.open = True
     mc.wait_all(works, timeout=10)
     assert all((x.values == fresh.size() * i).all() for i, x in enumerate(arrays))
+
+
+def test_a_broken_group_lets_go_of_the_peers(fresh):
+    fresh.allreduce(ELSEWHERE.full(5, 1)).synchronize()
+    fresh.abort()
+    assert queue_of(fresh).log[-1] == ("abort",)
 
 
 def test_a_good_end_destroys_the_communicator():
