@@ -750,7 +750,8 @@ class ProcessGroup:
 
         Afterwards the group raises `GroupClosedError`.  A second call does nothing.  On a
         broken group it only closes this rank's side.  The error of a Work that was dropped
-        unasked is raised here at the latest.
+        unasked is raised here at the latest; then, as where the peers call something else, no
+        rank has shut the group down.
         """
         lane = self._lane
         if lane.closed:
@@ -765,8 +766,11 @@ class ProcessGroup:
 
             try:
                 self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
-            finally:
+            except MpicollError as error:
+                if not error.breaks_group:
+                    raise  # no rank has shut it down
                 self._close("shut down")
+                raise
         self._close("shut down")
 
     def abort(self) -> None:
@@ -781,7 +785,7 @@ class ProcessGroup:
         self._close("aborted")
 
     def _close(self, how: str) -> None:
-        self._lane.closed = how
+        self._lane.close(how)
         engine.delist(self._lane)
         self._recorder.close()
 
