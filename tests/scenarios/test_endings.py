@@ -355,3 +355,63 @@ report(errors=errors)
 """
     ended = job(2, script, fails=True)
     assert ended["errors"] == [[["RemoteRankError", True]] * 2, [["GroupBrokenError", True]] * 2]
+
+
+def test_a_thread_that_raises_where_nobody_waits_is_the_programs_own_business(job):
+    """Alone, or with all groups shut down; and a thread may end by SystemExit."""
+    script = """
+for target in (lambda: 1 / 0, sys.exit):
+    with mc.new_group(timeout=20) as pg:
+        pg.barrier().wait()
+        if target is sys.exit:
+            thread = threading.Thread(target=target, args=[3])
+            thread.start()
+            thread.join()
+            pg.barrier().wait()
+    if target is not sys.exit:
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+report(done=True)
+"""
+    ended = job(2, script)
+    assert ended["done"] == [True, True] and "ZeroDivisionError" in ended.output
+    alone = job(
+        1, "pg = mc.new_group()\n" + script.replace("with mc.new_group", "with mc.new_group")
+    )
+    assert alone["done"] == [True]
+
+
+def test_sys_exit_is_still_what_it_was(job):
+    script = """
+import copy, pickle
+pg = mc.new_group(timeout=20)
+caught = []
+for status in ((), (None,), (3,), ("words",)):
+    try:
+        sys.exit(*status)
+    except SystemExit as error:
+        again = pickle.loads(pickle.dumps(error))
+        caught.append([repr(error), error.code, type(again) is SystemExit and again.code])
+        error.code = 7
+        assert error.code == 7
+report(caught=caught)
+"""
+    for caught in job(2, script)["caught"]:
+        assert caught == [
+            ["SystemExit()", None, None],
+            ["SystemExit()", None, None],
+            ["SystemExit(3)", 3, 3],
+            ["SystemExit('words')", "words", "words"],
+        ]
+
+
+def test_a_wrong_grace_period_is_refused_at_once(job):
+    script = """
+try:
+    mc.new_group(timeout=20)
+except InvalidCallError as error:
+    report(said=str(error))
+"""
+    for said in job(2, script, env={"MPICOLL_GRACE": "soon"})["said"]:
+        assert "MPICOLL_GRACE" in said and "'soon'" in said
