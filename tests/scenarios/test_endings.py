@@ -376,9 +376,7 @@ report(done=True)
 """
     ended = job(2, script)
     assert ended["done"] == [True, True] and "ZeroDivisionError" in ended.output
-    alone = job(
-        1, "pg = mc.new_group()\n" + script.replace("with mc.new_group", "with mc.new_group")
-    )
+    alone = job(1, "pg = mc.new_group()" + script)  # which stays open
     assert alone["done"] == [True]
 
 
