@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soak import SOAK, soak
+from tests.soak import soak
 
 SOON = 5.0  # seconds from the cause to the end of the job
 AT_ONCE = 1.0  # seconds from the cause until those who wait have raised
@@ -28,12 +28,12 @@ CAUSES = {
     "SIGKILL": ("os.kill(os.getpid(), 9)", "RankFailedError", ""),
     "SIGSEGV": ("os.kill(os.getpid(), 11)", "RankFailedError", ""),
 }
-REPEATS = 10 if SOAK else 1
+TWICE = soak([*CAUSES], ["an uncaught exception", "an exception in a thread", "SIGKILL"])
+TRIED = [("auto", cause) for cause in CAUSES] + [("mpi", cause) for cause in TWICE]
 
 
-@pytest.mark.parametrize("repeat", range(REPEATS))
-@pytest.mark.parametrize("cause", CAUSES)
-@pytest.mark.parametrize("backend", ["auto", "mpi"])
+@pytest.mark.parametrize("repeat", range(soak(10, 1)))
+@pytest.mark.parametrize("backend, cause", TRIED)
 def test_those_who_wait_raise_at_once_and_the_job_ends(job, backend, cause, repeat):
     program, error, words = CAUSES[cause]
     script = f"""
