@@ -10,7 +10,8 @@
   seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
   MPI_Finalize would hang, the job is ended.
 - Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.
-- A forked child is not a rank: it is refused, and its exit leaves MPI alone.
+- A forked child is not a rank: it is refused, and ends without a word to MPI, as the children of
+  multiprocessing do.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ class _Ending:
 
     def leave(self) -> None:
         """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
-        if self.forked:
-            return
+        if self.forked:  # without mpi4py's MPI_Finalize, in which a child hangs
+            _flush()
+            os._exit(self.code)
         leave_trace()
         if MPI.Is_finalized():
             return

@@ -413,3 +413,23 @@ except InvalidCallError as error:
 """
     for said in job(2, script, env={"MPICOLL_GRACE": "soon"})["said"]:
         assert "MPICOLL_GRACE" in said and "'soon'" in said
+
+
+def test_forked_children_end_as_they_like_and_the_rank_goes_on(job):
+    script = """
+pg = mc.new_group(timeout=20)
+codes = []
+for end in ("sys.exit(3)", "sys.exit()", "1 / 0", "pass"):
+    child = os.fork()
+    if child == 0:
+        exec(end)
+        break
+    _, status = os.waitpid(child, 0)
+    codes.append(os.waitstatus_to_exitcode(status))
+else:
+    x = np.full(3, RANK + 1.0)
+    pg.allreduce(x).wait()
+    report(codes=codes, total=x[0])
+"""
+    ended = job(2, script)
+    assert ended["codes"] == [[3, 0, 1, 0]] * 2 and ended["total"] == [3.0, 3.0]
