@@ -118,6 +118,17 @@ def single() -> bool:
     return text == "1"
 
 
+def refusals(world: int) -> tuple[str, ...]:
+    """Return what `new_group` would say, in a world so large, of variables that can't be so."""
+    found = []
+    for read in (default_timeout, grace, single, lambda: node_sizes(world)):
+        try:
+            read()
+        except InvalidCallError as error:
+            found.append(str(error))
+    return tuple(found)
+
+
 def ranks_on_node() -> int | None:
     """How many ranks the launcher says it started on this machine, if it says so."""
     for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):

@@ -1050,9 +1050,12 @@ def _refuse_stray() -> None:
     if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # ranks that another program has spawned are as many as it asked for
     vendor, _ = MPI.get_vendor()
-    why = launch.stray(world, vendor, launchers(environment()), launch.library_file())
+    why = launch.stray(world, vendor, launchers(environment()))
     if why:
-        raise TransportError(why)
+        raise TransportError(
+            f"{why}: {launch.remedy(vendor, launch.library_file())}. Where single ranks are "
+            "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
+        )
 
 
 def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:

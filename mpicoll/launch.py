@@ -22,30 +22,28 @@ def serves(launcher: Launcher, vendor: str) -> bool:
     return launcher.serves == ("MPICH" if vendor in KIN else vendor)
 
 
-def stray(world: int, vendor: str, found: Sequence[Launcher], file: str) -> str:
-    """Say why a world of one rank is not what was started, and the remedy; "" where it may be.
+def stray(world: int, vendor: str, found: Sequence[Launcher]) -> str:
+    """Say why a world of one rank is not what was started; "" where it may be.
 
     Args:
         world: the number of ranks in MPI.COMM_WORLD.
         vendor: who made the MPI library, in mpi4py's words.
         found: the launchers above this process.
-        file: the MPI library's, "" if unknown.
     """
     if world > 1 or not found or any(launcher.ranks == 1 for launcher in found):
         return ""
     name, _, _, ranks = found[0]
     return (
         f"{name} started {ranks} ranks, but {vendor} found each of them alone, in {ranks} worlds "
-        f"of one rank: {remedy(vendor, file)}. Where single ranks are meant, set MPICOLL_SINGLE=1 "
-        "or pass comm=MPI.COMM_SELF"
+        "of one rank"
     )
 
 
-def abortive(vendor: str, found: Sequence[Launcher], file: str) -> str:
+def abortive(vendor: str, found: Sequence[Launcher]) -> str:
     """Say why an MPI library would end the job if it were initialized; "" where it would not."""
     if vendor != "MPICH" or not found or found[0].name != "mpiexec (Open MPI)":
         return ""
-    return f"{vendor} can't be initialized under {found[0].name}: {remedy(vendor, file)}"
+    return f"{vendor} can't be initialized under {found[0].name}"
 
 
 def remedy(vendor: str, file: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import environment, launchers
 from .errors import TransportError
-from .launch import abortive, library_file
+from .launch import abortive, library_file, remedy
 
 IDLE, KEEN, MOVED = range(3)
 """What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
@@ -56,9 +56,10 @@ def initialize(loaded: Any) -> None:
     rc = importlib.import_module("mpi4py").rc
     if loaded.Is_initialized() or not rc.initialize:
         return
-    why = abortive(loaded.get_vendor()[0], launchers(environment()), library_file())
+    vendor, _ = loaded.get_vendor()
+    why = abortive(vendor, launchers(environment()))
     if why:
-        raise TransportError(why)
+        raise TransportError(f"{why}: {remedy(vendor, library_file())}")
     level = rc.thread_level if rc.threads else "single"
     loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
 
