@@ -110,6 +110,14 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
     return tuple(found)
 
 
+def local_rank(environ: Mapping[str, str]) -> int:
+    """Return this process's number on its node, as far as its launcher says; else 0."""
+    for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    return 0
+
+
 def single() -> bool:
     """Whether a rank that is alone is meant to be, whatever its launcher says: MPICOLL_SINGLE."""
     text = os.environ.get("MPICOLL_SINGLE", "")

@@ -1026,14 +1026,14 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
     """Return the lane on which groups over `parent` are made, and what was made on it."""
     global _creation_key
     if not _creation_key:
-        if parent != MPI.COMM_SELF:
-            _refuse_stray()
         ending.hook()
         share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
         _creation_key = MPI.Comm.Create_keyval()
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)
     if made is None:
+        if parent != MPI.COMM_SELF:
+            _refuse_stray()
         ranks = rendezvous.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
         made = Lane("new_group", parent), recorder, Children()

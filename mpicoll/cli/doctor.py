@@ -13,22 +13,21 @@ share that folder, as a FileStore needs.  The exit status is 1 if anything is wr
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import json
-import os
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from .. import __version__
+from ..config import environment, local_rank
 from ..library import MPI
-from .facts import SHM, Facts, Sight, gather, look_at
-from .findings import OK, WARNING, WRONG, Finding, Job, examine
+from .facts import SHM, Facts, Sight, before_mpi, look_at, tokens_left, with_mpi
+from .findings import OK, WARNING, WRONG, Finding, Job, examine, shared_memory
 
 TIMEOUT = 30.0
 SPARE = 15.0  # seconds past the time limit, until a call that never returns ends the process
@@ -55,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     faulthandler.dump_traceback_later(args.timeout + SPARE, exit=True)
     mine: Facts | None = None
     try:
-        mine = gather((args.folder,) if args.folder else ())
+        mine = before_mpi((args.folder,) if args.folder else ())
+        _foretell(mine)
+        mine = with_mpi(mine)
         if mine.world == 1:
             alone = Job([mine], folder=args.folder)
             # Ranks that a wrong launcher started all believe to be the only one.  The first to fail
@@ -66,20 +67,19 @@ def run(args: argparse.Namespace) -> int:
         if mine is None or mine.world == 1:
             raise
         traceback.print_exc()
-        _remove_tokens(mine)
         MPI.COMM_WORLD.Abort(2)
         raise
     finally:
-        if mine is not None:
-            _remove_tokens(mine)
         faulthandler.cancel_dump_traceback_later()
 
 
-def _remove_tokens(mine: Facts) -> None:
-    for token in mine.tokens.values():
-        if token.path:
-            with contextlib.suppress(OSError):
-                os.unlink(token.path)
+def _foretell(mine: Facts) -> None:
+    """Say what is wrong with shared memory, on each node: not every MPI survives that."""
+    if local_rank(environment()) == 0:
+        for finding in shared_memory(Job([mine])):
+            if finding.verdict == WRONG:
+                said = f"{finding.topic} on {mine.host}: {finding.said}\n-> {finding.remedy}"
+                print(f"mpicoll doctor: {said}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------- among all ranks
@@ -150,27 +150,35 @@ def _together(mine: Facts, args: argparse.Namespace) -> int:
     # Rank 0's time is up first: it can say most.
     limit = args.timeout + (SPARE / 2 if comm.rank else 0)
     mail = _Mail(comm, limit)
-    ranks: list[Facts] = []
-    status: int | None = None
+    job, status = Job([mine], waited=args.timeout, folder=args.folder), 1
     try:
-        ranks = mail.to_first(mine)
-        others = [*ranks[1:], *ranks[:1]]
-        near, far = mail.from_first(list(zip(_next_on_node(ranks), others, strict=True)))
-        sights = mail.to_first(_sight(mine, near, far, args.folder))
-        if comm.rank == 0:
-            status = _tell(Job(ranks, dict(enumerate(sights)), folder=args.folder), args)
+        job = _seen_by_all(mail, mine, args.folder)
+        status = _tell(job, args) if comm.rank == 0 else 0
         status = int(mail.from_first([status] * comm.size))
         mail.deliver()
     except _Late as late:
         if comm.rank:
             said = f"mpicoll doctor: rank {comm.rank} on {mine.host}: no word from rank 0"
             print(f"{said} in {limit:g} s", file=sys.stderr, flush=True)
-        elif status is None:
-            ranks = ranks or [late.came[rank] for rank in sorted(late.came)]
-            _tell(Job(ranks, {}, late.missing, args.timeout, args.folder), args)
-        _remove_tokens(mine)
+        elif not job.sights:
+            came = [late.came[rank] for rank in sorted(late.came)]
+            ranks = [said for said in came if isinstance(said, Facts)] or [mine]
+            _tell(replace(job, ranks=ranks, missing=late.missing), args)
         comm.Abort(1)  # MPI_Finalize would wait for whoever is missing
-    return status or 0
+    return status
+
+
+def _seen_by_all(mail: _Mail, mine: Facts, folder: str) -> Job:
+    """Return what all ranks know, and have seen of one another; on rank 0, of itself elsewhere."""
+    mail.to_first(mine)
+    mail.from_first([None] * mine.world)  # all are there: nobody will have to give up
+    with tokens_left(mine) as mine:
+        ranks = mail.to_first(mine)
+        others = [*ranks[1:], *ranks[:1]]
+        near, far = mail.from_first(list(zip(_next_on_node(ranks), others, strict=True)))
+        sights = mail.to_first(_sight(mine, near, far, folder))
+        mail.from_first([None] * mine.world)  # all have looked
+    return Job(ranks or [mine], dict(enumerate(sights)), folder=folder)
 
 
 def _next_on_node(ranks: Sequence[Facts]) -> list[Facts]:

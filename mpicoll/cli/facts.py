@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -13,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,58 +139,62 @@ class Sight:
 _word = np.array([secrets.randbits(62)], dtype=np.int64)
 
 
-def gather(folders: tuple[str, ...]) -> Facts:
-    """Load MPI, initialize it unless that would end the job, and gather this rank's facts.
-
-    The tokens that it leaves in `folders` are the caller's to remove.
-    """
+def before_mpi(folders: tuple[str, ...]) -> Facts:
+    """Gather what can be known without MPI, and try whether files can be made in the folders."""
     environ = config.environment()
-    gpu = _gpu(environ)  # in a process of its own, which is best started before MPI is
-    library, mpi, trouble = ("", "", ""), None, ""
-    try:
-        mpi = load()
-        vendor, version = mpi.get_vendor()
-        library = vendor, f"{vendor} {'.'.join(map(str, version))}", library_file()
-        initialize(mpi)
-    except TransportError as error:
-        trouble = str(error.__cause__ or error)
-    except Exception as error:  # of mpi4py: its class is known only where a library is
-        trouble = f"MPI can't be initialized: {error}"
     found = config.launchers(environ)
-    ready = mpi is not None and not trouble
-    world = mpi.COMM_WORLD if mpi is not None and ready else None
-    size = 1 if world is None else world.Get_size()
-    alone = found[0].rank if found and size == 1 else 0
     return Facts(
-        rank=alone if world is None or size == 1 else world.Get_rank(),
-        world=size,
+        rank=found[0].rank if found else 0,
         host=platform.node(),
         process=os.getpid(),
         launchers=found,
         meant_single=environ.get("MPICOLL_SINGLE") == "1",
-        spawned=mpi is not None and ready and mpi.Comm.Get_parent() != mpi.COMM_NULL,
-        vendor=library[0],
-        library=library[1],
-        file=library[2],
-        trouble=trouble,
-        threads="" if mpi is None or not ready else _level(mpi),
         wheels=tuple(filter(None, (_installed(name, name) for name in WHEELS))),
-        elsewhere=_elsewhere(environ.get("LD_LIBRARY_PATH", ""), library[2]),
         modules=tuple(filter(_MODULE.search, environ.get("LOADEDMODULES", "").split(":"))),
         versions=_versions(),
         package=str(Path(__file__).parent.parent),
         settings=_settings(environ),
-        refused=config.refusals(size),
         steers={name: value for name, value in environ.items() if _STEERS.match(name)},
         cores=_cores(),
         room=_room(SHM),
-        tokens={folder: leave_token(folder) for folder in (SHM, *folders)},
+        tokens={folder: _tried(folder) for folder in (SHM, *folders)},
         word_at=int(_word.ctypes.data),
         pidfds=identity().namespace != NOBODY,
         survives=config.survives_deaths(),
         slurm={name: value for name, value in environ.items() if name.startswith("SLURM_")},
         trace_trouble=_unwritable(config.trace_folder()),
-        gpu=gpu,
+        gpu=_gpu(environ),  # in a process of its own, which is best started before MPI is
+    )
+
+
+def with_mpi(known: Facts) -> Facts:
+    """Load MPI, initialize it unless that would end the job, and add what it says."""
+    environ = config.environment()
+    try:
+        mpi = load()
+    except TransportError as error:
+        return replace(known, trouble=str(error.__cause__), refused=config.refusals(1))
+    vendor, version = mpi.get_vendor()
+    known = replace(
+        known,
+        vendor=vendor,
+        library=f"{vendor} {'.'.join(map(str, version))}",
+        file=library_file(),
+        elsewhere=_elsewhere(environ, library_file()),
+    )
+    try:
+        initialize(mpi)
+    except (TransportError, mpi.Exception) as error:
+        return replace(known, trouble=str(error), refused=config.refusals(1))
+    world = mpi.COMM_WORLD
+    size = world.Get_size()
+    return replace(
+        known,
+        rank=world.Get_rank() if size > 1 else known.rank,
+        world=size,
+        spawned=mpi.Comm.Get_parent() != mpi.COMM_NULL,
+        threads=_level(mpi),
+        refused=config.refusals(size),
     )
 
 
@@ -237,12 +242,14 @@ def _installed(package: str, prefix: str = "") -> str:
     return f"{prefix} {version}".strip()
 
 
-def _elsewhere(path: str, loaded: str) -> tuple[str, ...]:
+def _elsewhere(environ: Mapping[str, str], loaded: str) -> tuple[str, ...]:
+    """Return other MPI libraries in the loader's path, but not what a launcher put there."""
     found = []
-    for folder in filter(None, path.split(":")):
-        libraries = [file for pattern in _LIBMPI for file in sorted(Path(folder).glob(pattern))]
-        if libraries and not any(_same(str(file), loaded) for file in libraries):
-            found.append(str(libraries[-1]))
+    for folder in dict.fromkeys(environ.get("LD_LIBRARY_PATH", "").split(":")):
+        libraries = [str(file) for kind in _LIBMPI for file in sorted(Path(folder).glob(kind))]
+        theirs = _same(folder, environ.get("OMPI_LIBDIR_LOC", ""))
+        if folder and libraries and not theirs and not any(_same(f, loaded) for f in libraries):
+            found.append(libraries[-1])
     return tuple(found)
 
 
@@ -275,6 +282,17 @@ def _room(folder: str) -> int:
     return system.f_bavail * system.f_frsize
 
 
+@contextlib.contextmanager
+def tokens_left(known: Facts) -> Iterator[Facts]:
+    """Give the facts with tokens in the folders, which stay as long as the with-block lasts."""
+    tokens = {folder: leave_token(folder) for folder in known.tokens}
+    try:
+        yield replace(known, tokens=tokens)
+    finally:
+        for token in tokens.values():
+            remove_token(token)
+
+
 def leave_token(folder: str) -> Token:
     """Make a file in a folder, with this process's word in it."""
     path = ""
@@ -287,6 +305,20 @@ def leave_token(folder: str) -> Token:
     except OSError as error:
         return Token(path, 0, f"{error.strerror or error}")
     return Token(path, int(_word[0]))
+
+
+def remove_token(token: Token) -> None:
+    """Remove the file of a token, if it has one."""
+    if token.path:
+        with contextlib.suppress(OSError):
+            os.unlink(token.path)
+
+
+def _tried(folder: str) -> Token:
+    # What MPI's initialization may do to this process must not leave a file behind.
+    token = leave_token(folder)
+    remove_token(token)
+    return token
 
 
 def _unseen(token: Token) -> str:
