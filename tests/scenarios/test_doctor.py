@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 import mpicoll
 from tests.harness import ROOT, environment, installed_mpi, launch, mpiexec, run_bounded
+from tests.hosts import NAMES, Hosts
 
 DOCTOR = ["-m", "mpicoll", "doctor"]
 OWN_MOUNT = 'mount --make-rprivate / && mount -t tmpfs -o {options} tmpfs {folder} && exec "$@"'
@@ -252,6 +254,25 @@ def test_a_folder_that_is_not_shared(tmp_path):
     report = doctor(2, arguments=["--folder", str(tmp_path)])
     report.has("ok", str(tmp_path), "shared")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_hosts(tmp_path):
+    """One table for both; a folder of one host alone, as /tmp on a cluster, is not shared."""
+    if os.geteuid() != 0:
+        pytest.skip("making network namespaces takes root")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(Hosts(tmp_path))
+        except OSError as error:
+            pytest.skip(f"two hosts can't be made: {error}")
+        for folder, verdict in ((str(shared), "ok"), ("/dev/shm", "wrong")):
+            program = [sys.executable, *DOCTOR, "--json", "--folder", folder]
+            report = Report(hosts.run(1, program, 40, {}))
+            report.has("ok", "ranks", f"2 of 2: 1 on {NAMES[0]}, 1 on {NAMES[1]}")
+            report.has(verdict, folder, "shared")
+        assert not [name for name in hosts.shared_memory(NAMES[0]) if "mpicoll" in name]
 
 
 # ----------------------------------------------------------------------------- the environment
