@@ -381,6 +381,7 @@ class Engine:
                     if time.monotonic() >= until:
                         end_job(1, f"{what} never returned")
                 self._look.wait(LOOK_OUT)
+                self._look.clear()
 
     # ---- one pass; all of this under the lock ----
 
