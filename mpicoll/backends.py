@@ -17,7 +17,7 @@ from . import cuda, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
-from .config import local_rank, nccl_shares_gpus, survives_deaths
+from .config import environment, local_rank, nccl_shares_gpus, survives_deaths
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI, until
 from .nodes import Nodes
@@ -257,7 +257,7 @@ def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) ->
 
 def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
     """Return this rank's number on its node: the launcher's, else that within the group."""
-    told = local_rank()
+    told = local_rank(environment())
     if told is not None:
         return told
     nodes, _ = yield from rendezvous.nodes_of(comm, wanted.sizes)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import NamedTuple
 
 from .errors import InvalidCallError
 
 DEFAULT_TIMEOUT = 1800.0  # seconds, as in torch.distributed
+
+SETTINGS = (
+    "MPICOLL_GRACE",
+    "MPICOLL_NODES",
+    "MPICOLL_SINGLE",
+    "MPICOLL_STORE_SECRET",
+    "MPICOLL_TIMEOUT",
+    "MPICOLL_TRACE_DIR",
+)
+"""All variables that this module reads for mpicoll itself."""
+
+
+def environment() -> dict[str, str]:
+    """Return a copy of the environment, for those who look at all of it."""
+    return dict(os.environ)
 
 
 def default_timeout() -> float:
@@ -49,19 +66,81 @@ def survives_deaths() -> bool:
     return said.lower() in ("1", "true", "yes", "on")
 
 
+class Launcher(NamedTuple):
+    """What a launcher says of the ranks that it started.
+
+    Attributes:
+        serves: the MPI library whose ranks find one another under it; "" if none's do.
+    """
+
+    name: str
+    serves: str
+    rank: int
+    ranks: int
+
+
+def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
+    """Return what the launchers above a process say in its environment, the nearest first.
+
+    There are two where `mpiexec` starts its ranks by way of `srun`.  SLURM_NTASKS and SLURM_PROCID
+    tell nothing: in a batch job a plain `python` has them too.  Only `srun` sets the tasks of a
+    step.
+    """
+
+    def numbers(rank: str, ranks: str) -> tuple[int, int] | None:
+        said = environ.get(rank, ""), environ.get(ranks, "")
+        return (int(said[0]), int(said[1])) if said[0].isdigit() and said[1].isdigit() else None
+
+    openmpi = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    pmi = numbers("PMI_RANK", "PMI_SIZE")  # of hydra, or of srun --mpi=pmi2
+    step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    by_srun = step is not None and "MPI_LOCALNRANKS" not in environ
+    found = []
+    if openmpi is not None:
+        found.append(Launcher("mpiexec (Open MPI)", "Open MPI", *openmpi))
+    if pmi is not None and not by_srun:
+        found.append(Launcher("mpiexec (hydra)", "MPICH", *pmi))
+    if step is not None:
+        if pmi is not None and by_srun:
+            found.append(Launcher("srun --mpi=pmi2", "MPICH", *step))
+        elif "PMIX_NAMESPACE" in environ and openmpi is None:
+            found.append(Launcher("srun --mpi=pmix", "Open MPI", *step))
+        else:
+            found.append(Launcher("srun without PMI", "", *step))
+    return tuple(found)
+
+
+def local_rank(environ: Mapping[str, str]) -> int | None:
+    """Return this process's number on its node, if its launcher says so."""
+    for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    return None
+
+
+def single() -> bool:
+    """Whether a rank that is alone is meant to be, whatever its launcher says: MPICOLL_SINGLE."""
+    text = os.environ.get("MPICOLL_SINGLE", "")
+    if text not in ("", "0", "1"):
+        raise InvalidCallError(f"MPICOLL_SINGLE must be 0 or 1, but is {text!r}")
+    return text == "1"
+
+
+def refusals(world: int) -> tuple[str, ...]:
+    """Return what `new_group` would say, in a world so large, of variables that can't be so."""
+    found = []
+    for read in (default_timeout, grace, single, lambda: node_sizes(world)):
+        try:
+            read()
+        except InvalidCallError as error:
+            found.append(str(error))
+    return tuple(found)
+
+
 def ranks_on_node() -> int | None:
     """How many ranks the launcher says it started on this machine, if it says so."""
     for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
         text = os.environ.get(name, "").split("(")[0]
-        if text.isdigit():
-            return int(text)
-    return None
-
-
-def local_rank() -> int | None:
-    """This rank's number among those that the launcher started on this machine, if it says so."""
-    for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
-        text = os.environ.get(name, "")
         if text.isdigit():
             return int(text)
     return None

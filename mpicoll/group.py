@@ -31,16 +31,25 @@ from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from . import backends, calls, rendezvous
+from . import backends, calls, launch, rendezvous
 from .arrival import Arrival
 from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, Call
-from .config import default_timeout, node_sizes, ranks_on_node, seconds
+from .config import (
+    default_timeout,
+    environment,
+    launchers,
+    node_sizes,
+    ranks_on_node,
+    seconds,
+    single,
+)
 from .errors import (
     GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
     MpicollError,
+    TransportError,
     UnsupportedError,
 )
 from .leaving import check_process, ending
@@ -751,7 +760,8 @@ class ProcessGroup:
 
         Afterwards the group raises `GroupClosedError`.  A second call does nothing.  On a
         broken group it only closes this rank's side.  The error of a Work that was dropped
-        unasked is raised here at the latest.
+        unasked is raised here at the latest; then, as where the peers call something else, no
+        rank has shut the group down.
         """
         lane = self._lane
         if lane.closed:
@@ -767,8 +777,11 @@ class ProcessGroup:
 
             try:
                 self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
-            finally:
+            except MpicollError as error:
+                if not error.breaks_group:
+                    raise  # no rank has shut it down
                 self._close("shut down")
+                raise
         self._close("shut down")
 
     def abort(self) -> None:
@@ -783,7 +796,7 @@ class ProcessGroup:
         self._close("aborted")
 
     def _close(self, how: str) -> None:
-        self._lane.closed = how
+        self._lane.close(how)
         engine.delist(self._lane)
         self._recorder.close()
 
@@ -972,7 +985,8 @@ def new_group(
             all ranks raise.
         CollectiveTimeoutError: not all ranks came; names those that are missing.
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
-        TransportError: there is no MPI library, or it failed.
+        TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
+            because another MPI's launcher started them.
     """
     check_process()
     parent = MPI.COMM_WORLD if comm is None else comm
@@ -1033,6 +1047,8 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)
     if made is None:
+        if parent != MPI.COMM_SELF:
+            _refuse_stray()
         ranks = rendezvous.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
         made = Lane("new_group", parent), recorder, Children()
@@ -1041,6 +1057,20 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
     engine.enlist(lane)
     recorder.open()
     return lane, recorder, children
+
+
+def _refuse_stray() -> None:
+    """Refuse to work alone where the launcher has started several ranks."""
+    world = MPI.COMM_WORLD.Get_size()
+    if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
+        return  # ranks that another program has spawned are as many as it asked for
+    vendor, _ = MPI.get_vendor()
+    why = launch.stray(world, vendor, launchers(environment()))
+    if why:
+        raise TransportError(
+            f"{why}: {launch.remedy(vendor, launch.library_file())}. Where single ranks are "
+            "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
+        )
 
 
 def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:

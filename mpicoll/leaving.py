@@ -10,7 +10,8 @@
   seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
   MPI_Finalize would hang, the job is ended.
 - Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.
-- A forked child is not a rank: it is refused, and its exit leaves MPI alone.
+- A forked child is not a rank: it is refused, and ends without a word to MPI, as the children of
+  multiprocessing do.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class _Ending:
         """Have the ends of this process noticed, from now on."""
         if self.hooked:
             return
+        grace()  # a wrong MPICOLL_GRACE is refused now, not at the end
         self.hooked = True
         uncaught, in_thread, leave = sys.excepthook, threading.excepthook, sys.exit
 
@@ -60,13 +62,14 @@ class _Ending:
             kind: type[BaseException], error: BaseException, trace: TracebackType | None
         ) -> None:
             uncaught(kind, error, trace)
-            if not hasattr(sys, "ps1"):  # at a prompt, the program goes on
+            if not (hasattr(sys, "ps1") or sys.flags.inspect):  # at a prompt, the program goes on
                 self.code = _INTERRUPTED if kind is KeyboardInterrupt else 1
                 self.raised(kind, error, trace)
 
         def thread_excepthook(args: threading.ExceptHookArgs) -> None:
             in_thread(args)
-            if not issubclass(args.exc_type, SystemExit) and args.exc_value is not None:
+            ended = issubclass(args.exc_type, SystemExit)  # as a thread may
+            if args.exc_value is not None and not ended and self._has_peers():
                 self.in_thread, self.code = True, self.code or 1
                 name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
                 self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
@@ -84,6 +87,10 @@ class _Ending:
 
     def _note_fork(self) -> None:
         self.forked = True
+
+    @staticmethod
+    def _has_peers() -> bool:
+        return any(lane.peers.size > 1 for lane in engine.lanes())
 
     def raised(
         self,
@@ -114,7 +121,7 @@ class _Ending:
             return
         self.failure = why
         for lane in engine.lanes():
-            if lane.broken is None:
+            if lane.broken is None and lane.peers.size > 1:
                 engine.fail_all(lane, GroupBrokenError(f"this rank {why}"), why)
 
     def note_exit(self, status: object) -> None:
@@ -134,8 +141,9 @@ class _Ending:
 
     def leave(self) -> None:
         """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
-        if self.forked:
-            return
+        if self.forked:  # without mpi4py's MPI_Finalize, in which a child hangs
+            _flush()
+            os._exit(self.code)
         leave_trace()
         if MPI.Is_finalized():
             return
@@ -247,6 +255,9 @@ class _Exit(SystemExit):
         _CODE.__set__(self, code)
 
     code = property(_get, _set)
+
+    def __reduce__(self) -> tuple[type[SystemExit], tuple[Any, ...]]:
+        return SystemExit, self.args
 
 
 _Exit.__name__ = _Exit.__qualname__ = "SystemExit"

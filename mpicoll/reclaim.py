@@ -52,7 +52,7 @@ class Child:
         if not self._lane.closed:
             yield from self._children.free(deadline)
             engine.delist(self._lane)
-            self._lane.closed = "reclaimed"
+            self._lane.close("reclaimed")
             self._recorder.close()
             yield from rendezvous.free(self._comms, deadline)
 

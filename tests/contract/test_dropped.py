@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.limit(soak(1800, 60))]
 
 ASYNCHRONOUS = sorted(KIND_OF.keys() - {"allgather_object"})
 # Elements, and how often: of 4 bytes, and of what takes one path after the other.
-OFTEN = soak(200 if MPI.COMM_WORLD.size == 2 else 20, 5)
+OFTEN = soak(200 if MPI.COMM_WORLD.size == 2 else 20, 3)
 SIZES = {1: OFTEN, 250: OFTEN, 75_000: soak(OFTEN, 1)} | soak({1_100_000: 3}, {})
 
 

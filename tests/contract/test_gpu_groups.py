@@ -45,7 +45,7 @@ def test_each_rank_is_bound_by_its_place(monkeypatch):
         raise UnsupportedError("not today")
 
     monkeypatch.setattr(cuda, "open_gpu", refuse)
-    monkeypatch.setattr(backends, "local_rank", lambda: 5)
+    monkeypatch.setattr(backends, "local_rank", lambda environ: 5)
     with pytest.raises(UnsupportedError, match="not today"):
         mc.new_group(timeout=20, device="cuda:1")
     assert seen == [("cuda:1", 5)]

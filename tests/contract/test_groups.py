@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
+import weakref
 from datetime import timedelta
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.errors import GroupClosedError, InvalidCallError
+from mpicoll.errors import CollectiveMismatchError, GroupClosedError, InvalidCallError
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.contract.conftest import NODES
 from tests.soak import soak
@@ -265,3 +268,71 @@ def test_every_backend_name_of_the_host_works():
     for name in ("auto", "gloo", "mpi"):
         with mc.new_group(backend=name, timeout=20, progress="caller") as pg:
             total(pg)
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_closed_group_is_gone_without_the_collector(fresh):
+    """Its mapped file, too: a loop that makes groups must not wait for a collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        files = open_files()
+        for let_go in ("shutdown", "drop", "drop"):
+            group = fresh.split(0)
+            x = np.ones(70_001)
+            group.allreduce(x).wait()
+            if let_go == "shutdown":
+                group.shutdown()
+            gone = weakref.ref(group)
+            del group
+            assert gone() is None
+        fresh.split(0).shutdown()  # where the dropped ones are reclaimed
+        assert open_files() == files
+    finally:
+        gc.enable()
+
+
+def test_dropped_groups_are_reclaimed_when_all_ranks_are_done_with_them(fresh):
+    """With what was made out of them; and not before."""
+    me = fresh.rank()
+    kept = fresh.split(0)
+    part = kept.split(me % 2)
+    lane, part_lane = kept._lane, part._lane
+    if me != 0:
+        del kept  # rank 0 still has it
+    fresh.split(0).shutdown()
+    assert not lane.closed and not part_lane.closed
+    if me == 0:
+        del kept  # but all have a part of it
+    fresh.barrier().wait()
+    fresh.split(0).shutdown()
+    assert not lane.closed and not part_lane.closed
+    x = np.ones(3)
+    part.allreduce(x).wait()
+    assert x[0] == part.size()
+    del part
+    fresh.split(0).shutdown()
+    assert lane.closed == part_lane.closed == "reclaimed"
+
+
+def test_a_dropped_group_whose_work_is_under_way_stays(fresh):
+    x = np.full(70_001, fresh.rank() + 1.0)
+    work = fresh.split(0).allreduce(x)
+    fresh.split(0).shutdown()
+    assert work.wait()
+    assert x[-1] == sum(range(1, fresh.size() + 1))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_shutdown_that_meets_another_call_shuts_nothing_down(fresh):
+    with pytest.raises(CollectiveMismatchError, match="shutdown"):
+        if fresh.rank() == 0:
+            fresh.shutdown()
+        else:
+            fresh.barrier().wait()
+    x = np.ones(3)
+    fresh.allreduce(x).wait()
+    assert x[0] == fresh.size()

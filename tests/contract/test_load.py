@@ -92,7 +92,7 @@ MAKE = {
     "local_group": lambda g, i: g.local_group(),
     "new_group": lambda g, i: mc.new_group(g.name() if g.name() == "mpi" else "auto", timeout=20),
 }
-LET_GO = {"shut down": lambda group: group.shutdown()}
+LET_GO = {"shut down": lambda group: group.shutdown(), "dropped": lambda group: None}
 
 
 @pytest.mark.parametrize("let_go", LET_GO)
@@ -108,6 +108,7 @@ def test_groups_come_and_go_and_nothing_stays(pg, make, let_go):
             group.allreduce(x).wait()
             assert NUMPY.same(x, reduced("SUM", [data(r, 5) for r in group.ranks]))
             LET_GO[let_go](group)
+            del group
 
     times = soak(20_000 if make == "split" else 3_000, 50)
     come_and_go(soak(2_000, 50))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soak import SOAK, soak
+from tests.soak import soak
 
 SOON = 5.0  # seconds from the cause to the end of the job
 AT_ONCE = 1.0  # seconds from the cause until those who wait have raised
@@ -28,12 +28,12 @@ CAUSES = {
     "SIGKILL": ("os.kill(os.getpid(), 9)", "RankFailedError", ""),
     "SIGSEGV": ("os.kill(os.getpid(), 11)", "RankFailedError", ""),
 }
-REPEATS = 10 if SOAK else 1
+TWICE = soak([*CAUSES], ["an uncaught exception", "an exception in a thread", "SIGKILL"])
+TRIED = [("auto", cause) for cause in CAUSES] + [("mpi", cause) for cause in TWICE]
 
 
-@pytest.mark.parametrize("repeat", range(REPEATS))
-@pytest.mark.parametrize("cause", CAUSES)
-@pytest.mark.parametrize("backend", ["auto", "mpi"])
+@pytest.mark.parametrize("repeat", range(soak(10, 1)))
+@pytest.mark.parametrize("backend, cause", TRIED)
 def test_those_who_wait_raise_at_once_and_the_job_ends(job, backend, cause, repeat):
     program, error, words = CAUSES[cause]
     script = f"""
@@ -355,3 +355,81 @@ report(errors=errors)
 """
     ended = job(2, script, fails=True)
     assert ended["errors"] == [[["RemoteRankError", True]] * 2, [["GroupBrokenError", True]] * 2]
+
+
+def test_a_thread_that_raises_where_nobody_waits_is_the_programs_own_business(job):
+    """Alone, or with all groups shut down; and a thread may end by SystemExit."""
+    script = """
+for target in (lambda: 1 / 0, sys.exit):
+    with mc.new_group(timeout=20) as pg:
+        pg.barrier().wait()
+        if target is sys.exit:
+            thread = threading.Thread(target=target, args=[3])
+            thread.start()
+            thread.join()
+            pg.barrier().wait()
+    if target is not sys.exit:
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+report(done=True)
+"""
+    ended = job(2, script)
+    assert ended["done"] == [True, True] and "ZeroDivisionError" in ended.output
+    alone = job(1, "pg = mc.new_group()" + script)  # which stays open
+    assert alone["done"] == [True]
+
+
+def test_sys_exit_is_still_what_it_was(job):
+    script = """
+import copy, pickle
+pg = mc.new_group(timeout=20)
+caught = []
+for status in ((), (None,), (3,), ("words",)):
+    try:
+        sys.exit(*status)
+    except SystemExit as error:
+        again = pickle.loads(pickle.dumps(error))
+        caught.append([repr(error), error.code, type(again) is SystemExit and again.code])
+        error.code = 7
+        assert error.code == 7
+report(caught=caught)
+"""
+    for caught in job(2, script)["caught"]:
+        assert caught == [
+            ["SystemExit()", None, None],
+            ["SystemExit()", None, None],
+            ["SystemExit(3)", 3, 3],
+            ["SystemExit('words')", "words", "words"],
+        ]
+
+
+def test_a_wrong_grace_period_is_refused_at_once(job):
+    script = """
+try:
+    mc.new_group(timeout=20)
+except InvalidCallError as error:
+    report(said=str(error))
+"""
+    for said in job(2, script, env={"MPICOLL_GRACE": "soon"})["said"]:
+        assert "MPICOLL_GRACE" in said and "'soon'" in said
+
+
+def test_forked_children_end_as_they_like_and_the_rank_goes_on(job):
+    script = """
+pg = mc.new_group(timeout=20)
+codes = []
+for end in ("sys.exit(3)", "sys.exit()", "1 / 0", "pass"):
+    child = os.fork()
+    if child == 0:
+        exec(end)
+        break
+    _, status = os.waitpid(child, 0)
+    codes.append(os.waitstatus_to_exitcode(status))
+else:
+    x = np.full(3, RANK + 1.0)
+    pg.allreduce(x).wait()
+    report(codes=codes, total=x[0])
+"""
+    ended = job(2, script)
+    assert ended["codes"] == [[3, 0, 1, 0]] * 2 and ended["total"] == [3.0, 3.0]

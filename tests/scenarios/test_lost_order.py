@@ -49,9 +49,9 @@ x = np.full(4, RANK + 1.0)
 whole.allreduce(x).wait()
 report(found=found, total=x[0])
 """
-    ended = job(
-        n, script, fails=True, env={"MPICOLL_NODES": nodes}
-    )  # as always after a group has broken
+    # One node waits for the other in MPI, which has something pending for ever after.
+    pending = nodes == "2" and backend == "auto"
+    ended = job(n, script, fails=pending, env={"MPICOLL_NODES": nodes, "MPICOLL_GRACE": "1"})
     assert ended["total"] == [n * (n + 1) / 2] * n
     for rank, found in enumerate(ended["found"]):
         assert len(found) == 4 * len(STEPS)

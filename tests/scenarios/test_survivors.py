@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.harness import ROOT, environment, installed_mpi, mpiexec, run_bounded
-from tests.soak import SOAK
+from tests.soak import soak
 
 MPICH = installed_mpi() == "mpich"
 ULFM = ("--with-ft", "ulfm")
@@ -100,18 +100,19 @@ for victim in {victims}:
 # Every victim of three, and deaths in a row, the coordinator's among them.
 VICTIMS = [(3, [0]), (3, [1]), (3, [2]), (4, [0, 1]), (4, [3, 0]), (4, [1, 2])]
 RECOVERIES = [
-    (backend, n, victims, repeat)
-    for repeat in range(5 if SOAK else 1)
+    (backend, n, victims, "1", repeat)
+    for repeat in range(soak(5, 1))
     for backend in ("auto", "mpi")
     for n, victims in VICTIMS
-]
+] + [("auto", 4, victims, "2", 0) for victims in ([0], [3, 1])]
 
 
 @only_ulfm
-@pytest.mark.parametrize("backend, n, victims, repeat", RECOVERIES, ids=str)
-def test_deaths_are_survived(job, backend, n, victims, repeat):
-    script = SURVIVE.format(backend=backend, victims=victims, size=1000 if repeat % 2 else 70_001)
-    ended = job(n, script, options=ULFM)  # and it ends by itself, with exit code 0
+@pytest.mark.parametrize("backend, n, victims, nodes, repeat", RECOVERIES, ids=str)
+def test_deaths_are_survived(job, backend, n, victims, nodes, repeat):
+    script = SURVIVE.format(backend=backend, victims=victims, size=1000 if repeat % 2 else 300_001)
+    env = {"MPICOLL_NODES": nodes}
+    ended = job(n, script, options=ULFM, env=env)  # and it ends by itself, with exit code 0
     alive = [rank for rank in range(n) if rank not in victims]
     for rank in alive:
         told = ended.ranks[rank]

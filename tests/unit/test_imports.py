@@ -16,6 +16,7 @@ ORDER = [
     *(
         "errors",
         "config",
+        "launch",
         "library",
         "alive",
         "ops",

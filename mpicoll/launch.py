@@ -1,0 +1,64 @@
+"""Whether the world that MPI made is the one that the launcher started.
+
+Another MPI's launcher starts N ranks that know nothing of one another: N worlds of one, and no
+error.  The launcher's variables give it away.  MPICH under Open MPI's launcher ends the job when it
+is initialized, without a word of what to do: that is told before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import Launcher
+
+_LIBRARY = re.compile(r"/lib(mpi|mpich)(_\w+)?\.so[.\d]*$")
+KIN = ("MPICH", "Intel MPI", "MVAPICH", "MVAPICH2")  # they have MPICH's launcher, hydra
+
+
+def serves(launcher: Launcher, vendor: str) -> bool:
+    """Return whether ranks of an MPI library find one another under a launcher."""
+    return launcher.serves == ("MPICH" if vendor in KIN else vendor)
+
+
+def stray(world: int, vendor: str, found: Sequence[Launcher]) -> str:
+    """Say why a world of one rank is not what was started; "" where it may be.
+
+    Args:
+        world: the number of ranks in MPI.COMM_WORLD.
+        vendor: who made the MPI library, in mpi4py's words.
+        found: the launchers above this process.
+    """
+    if world > 1 or not found or any(launcher.ranks == 1 for launcher in found):
+        return ""
+    name, _, _, ranks = found[0]
+    return (
+        f"{name} started {ranks} ranks, but {vendor} found each of them alone, in {ranks} worlds "
+        "of one rank"
+    )
+
+
+def abortive(vendor: str, found: Sequence[Launcher]) -> str:
+    """Say why an MPI library would end the job if it were initialized; "" where it would not."""
+    if vendor != "MPICH" or not found or found[0].name != "mpiexec (Open MPI)":
+        return ""
+    return f"{vendor} can't be initialized under {found[0].name}"
+
+
+def remedy(vendor: str, file: str) -> str:
+    """Say how ranks of an MPI library are started."""
+    beside = Path(file).parent.parent / "bin" / "mpiexec"
+    own = f" ({beside})" if file and beside.exists() else ""
+    pmi = "pmi2" if vendor in KIN else "pmix"
+    return f"start the ranks with {vendor}'s own mpiexec{own} or, under SLURM, srun --mpi={pmi}"
+
+
+def library_file() -> str:
+    """Return the file of the MPI library that this process has loaded; "" if none is seen."""
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    files = [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
+    return next((file for file in files if _LIBRARY.search(file)), "")

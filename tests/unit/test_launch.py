@@ -1,0 +1,119 @@
+"""What launchers leave in the environment, as the real ones were seen to do, and what it means."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mpicoll import config
+from mpicoll.config import Launcher, launchers, local_rank
+from mpicoll.errors import InvalidCallError
+from mpicoll.launch import abortive, remedy, serves, stray
+from tests.harness import ROOT
+
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9", "MPI_LOCALNRANKS": "4"}
+PRTE = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "PMIX_RANK": "1",
+    "PMIX_NAMESPACE": "prterun-h-1@1",
+}
+STEP = {
+    "SLURM_JOB_ID": "9",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "1",
+}
+PMI2 = STEP | {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9"}
+PMIX = STEP | {"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.9.0"}
+BATCH = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+PROXIES = STEP | {"SLURM_STEP_NUM_TASKS": "2"}  # one task per node, each starts that node's ranks
+
+
+@pytest.mark.parametrize(
+    "environ, names, ranks",
+    [
+        ({}, [], []),
+        ({"HOME": "/"}, [], []),
+        (BATCH, [], []),
+        (HYDRA, ["mpiexec (hydra)"], [4]),
+        (PRTE, ["mpiexec (Open MPI)"], [4]),
+        (STEP, ["srun without PMI"], [4]),
+        (PMI2, ["srun --mpi=pmi2"], [4]),
+        (PMIX, ["srun --mpi=pmix"], [4]),
+        (BATCH | HYDRA, ["mpiexec (hydra)"], [4]),
+        (PROXIES | HYDRA, ["mpiexec (hydra)", "srun without PMI"], [4, 2]),
+        (PROXIES | PRTE, ["mpiexec (Open MPI)", "srun without PMI"], [4, 2]),
+        ({"PMI_SIZE": "many", "PMI_RANK": "0"}, [], []),
+    ],
+)
+def test_who_started_this(environ, names, ranks):
+    found = launchers(environ)
+    assert [launcher.name for launcher in found] == names
+    assert [launcher.ranks for launcher in found] == ranks
+    assert all(launcher.rank == 1 for launcher in found)
+
+
+@pytest.mark.parametrize(
+    "environ, vendor, world, refused",
+    [
+        (HYDRA, "MPICH", 4, False),
+        (HYDRA, "Open MPI", 1, True),
+        (HYDRA | {"PMI_SIZE": "1"}, "Open MPI", 1, False),
+        (STEP, "MPICH", 1, True),
+        (PMI2, "Open MPI", 1, True),
+        (PMIX, "Open MPI", 4, False),
+        (BATCH, "Open MPI", 1, False),
+        ({}, "MPICH", 1, False),
+        # mpiexec -n 1 in an allocation of two nodes, by way of srun.
+        (PROXIES | HYDRA | {"PMI_SIZE": "1"}, "MPICH", 1, False),
+    ],
+)
+def test_a_world_of_one_that_was_not_meant(environ, vendor, world, refused):
+    why = stray(world, vendor, launchers(environ))
+    assert bool(why) == refused
+    if refused:
+        assert vendor in why and "4 ranks" in why
+
+
+def test_only_mpich_ends_the_job_under_openmpis_launcher():
+    assert "MPICH can't be initialized" in abortive("MPICH", launchers(PRTE))
+    assert not abortive("Open MPI", launchers(PRTE))
+    assert not abortive("MPICH", launchers(HYDRA)) and not abortive("MPICH", ())
+
+
+def test_the_remedy_names_the_mpiexec_beside_the_library(tmp_path):
+    file, beside = tmp_path / "lib" / "libmpi.so.12", tmp_path / "bin" / "mpiexec"
+    assert str(beside) not in remedy("MPICH", str(file))
+    beside.parent.mkdir()
+    beside.touch()
+    assert str(beside) in remedy("MPICH", str(file)) and "pmi2" in remedy("MPICH", str(file))
+    assert "pmix" in remedy("Open MPI", "")
+
+
+def test_hydra_serves_mpichs_kin():
+    hydra = Launcher("mpiexec (hydra)", "MPICH", 0, 2)
+    assert serves(hydra, "Intel MPI") and serves(hydra, "MPICH") and not serves(hydra, "Open MPI")
+
+
+@pytest.mark.parametrize("environ, rank", [({}, None), ({"MPI_LOCALRANKID": "3"}, 3)])
+def test_the_number_on_the_node(environ, rank):
+    assert local_rank(environ) == rank
+
+
+@pytest.mark.parametrize("text, meant", [("1", True), ("0", False), ("", False)])
+def test_single(monkeypatch, text, meant):
+    monkeypatch.setenv("MPICOLL_SINGLE", text)
+    assert config.single() is meant
+    monkeypatch.setenv("MPICOLL_SINGLE", "yes")
+    with pytest.raises(InvalidCallError, match="MPICOLL_SINGLE must be 0 or 1, but is 'yes'"):
+        config.single()
+
+
+def test_every_variable_that_is_read_is_known():
+    read = set(
+        re.findall(r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/config.py").read_text())
+    )
+    assert read == set(config.SETTINGS)
