@@ -143,7 +143,7 @@ class Lane:
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
         self.closed = how
-        self.farewell = None
+        self.farewell = self.abort = None
         self.page, self.word = _NOWHERE, 0
         self.peers.forget_node()
 
