@@ -6,29 +6,37 @@ The choice is made when a group is created and agreed by all its ranks, never at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import memory, rendezvous
+from . import cuda, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
-from .config import survives_deaths
+from .config import environment, local_rank, nccl_shares_gpus, survives_deaths
 from .errors import InvalidCallError, UnsupportedError
 from .library import MPI, until
 from .nodes import Nodes
 from .peers import Peers
+from .progress import engine
 from .transports.base import Transport
 from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
+from .transports.nccl import Nccl, NcclTransport
 from .transports.shm import ShmTransport
+from .transports.staged import StagedTransport
 
-OWN = ("auto", "gloo", "mpi")
+OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
+
+NCCL_NAME = 128  # numbers in the name of one of NCCL's communicators
+NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
+
+_REASON = 400  # bytes of why a rank can't use its GPU that the others are told
 
 Factory = Callable[..., Any]
 _factories: dict[str, Factory] = {}
@@ -61,14 +69,28 @@ def factory_of(name: object) -> Factory | None:
     raise InvalidCallError(f"backend must be one of {known}, but got {name!r}")
 
 
-def check_device(device: object) -> str:
-    """Return a device as a string; a `torch.device` is accepted."""
+def check_device(device: object, backend: str) -> str:
+    """Return a device as "cpu", "cuda" or "cuda:N"; a `torch.device` is accepted.
+
+    Raises:
+        UnsupportedError: another device, or a backend that doesn't move its memory.
+    """
     text = str(device)
-    if text.split(":")[0] != "cpu":
+    kind, colon, number = text.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not number.isdigit()):
+        raise UnsupportedError(f"device must be 'cpu', 'cuda' or 'cuda:N', but got {text!r}")
+    if kind == "cpu":
+        if backend in ("staged", "nccl"):
+            raise UnsupportedError(
+                f"backend {backend!r} moves GPU memory, but device is {text!r}: pass device='cuda'"
+            )
+        return kind
+    if backend == "mpi":
         raise UnsupportedError(
-            f"device must be 'cpu', but got {text!r}: this version moves host memory only"
+            "backend 'mpi' on GPU memory means CUDA-aware MPI, which this version doesn't have: "
+            "pass 'auto', 'nccl' or 'staged'"
         )
-    return "cpu"
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +101,13 @@ class Wanted:
         backend: one of `OWN`, or a name given to `register_backend`.
         checks: "full" or "node": how far the ranks of a call are compared.
         sizes: ranks of each node that MPICOLL_NODES pretends.
+        device: "cpu", "cuda" or "cuda:N"; each rank has a number of its own.
     """
 
     backend: str
     checks: str
     sizes: tuple[int, ...]
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.checks not in ("full", "node"):
@@ -95,12 +119,14 @@ class Wanted:
     def digest(self) -> int:
         """Return a number that differs where ranks want different things."""
         backend = "auto" if self.backend == "gloo" else self.backend
-        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes)
+        on_gpu = self.device != "cpu"
+        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes, -1, on_gpu)
 
     def __str__(self) -> str:
         """Say it as it was asked for."""
         nodes = f", MPICOLL_NODES={','.join(map(str, self.sizes))}" if self.sizes else ""
-        return f"{self.backend!r}, checks={self.checks!r}{nodes}"
+        device = "" if self.device == "cpu" else f", device={self.device!r}"
+        return f"{self.backend!r}{device}, checks={self.checks!r}{nodes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +139,8 @@ class Ground:
         nodes: who is on which node, where there are several and their memory is used.
         near, across: then, the communicators of this node and of this rank's stripe.
         neighbours: ranks that are watched by their pids, those of this node and pid namespace.
+        gpu: this rank's, in a group on GPU memory.
+        nccl: the communicator of NCCL, where that moves the GPUs' memory.
     """
 
     comm: MPI.Intracomm
@@ -121,6 +149,8 @@ class Ground:
     near: MPI.Intracomm | None = None
     across: MPI.Intracomm | None = None
     neighbours: dict[int, Identity] = field(default_factory=dict)
+    gpu: cuda.Gpu | None = None
+    nccl: Nccl | None = None
 
     @property
     def comms(self) -> list[MPI.Intracomm]:
@@ -132,10 +162,124 @@ Prepares: TypeAlias = "Generator[int, None, Ground]"
 
 
 def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
-    """Find the nodes, and let their ranks share memory.  All have arrived.
+    """Find what the ranks of a new group have between them.  All have arrived.
 
-    Where one node can't share memory, none does.
+    Raises:
+        UnsupportedError: on all ranks, if one can't use the GPU that it is to, or NCCL was asked
+            for and can't be had.
     """
+    ground = yield from _share(comm, wanted, deadline)
+    if wanted.device == "cpu":
+        return ground
+    gpu, why = None, ""
+    try:
+        gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
+    except UnsupportedError as error:
+        why = str(error)
+    rank, heard = yield from _first_reason(comm, why)
+    if heard:
+        yield from rendezvous.free(ground.comms, deadline)
+        raise UnsupportedError(
+            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
+        )
+    assert gpu is not None
+    if wanted.backend == "staged":
+        return replace(ground, gpu=gpu)
+    nccl, why = yield from _nccl(comm, gpu, deadline)
+    if wanted.backend == "nccl" and nccl is None:
+        yield from rendezvous.free(ground.comms, deadline)
+        raise UnsupportedError(f"backend 'nccl' can't be had: {why}. Pass 'auto' or 'staged'")
+    return replace(ground, gpu=gpu, nccl=nccl)
+
+
+_FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
+
+
+def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
+    """Make a communicator of NCCL, on all ranks or on none; then say why not."""
+    size, own = comm.Get_size(), comm.Get_rank()
+    version, identity, why = 0, "", ""
+    try:
+        version, identity = gpu.nccl_version(), gpu.identity()
+    except Exception as error:  # of CuPy and of NCCL, in classes of their own
+        why = f"{type(error).__name__}: {error}"
+    mine = np.array([digest(*identity.encode()), version], dtype=np.int64)
+    table = np.empty((size, 2), dtype=np.int64)
+    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
+    why = why or no_nccl(table.tolist(), own, shares=nccl_shares_gpus(), threads=threads)
+    name = np.zeros(NCCL_NAME, dtype=np.int64)
+    if own == 0 and not why:
+        try:
+            name[:] = gpu.nccl_id()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    rank, heard = yield from _first_reason(comm, why)
+    if heard:
+        return None, f"rank {rank} says: {heard}"
+    yield from until(comm.Ibcast([name, MPI.INT64_T], 0))
+    made: Nccl | None = None
+    with engine.guard(deadline, "ncclCommInitRank"):
+        try:
+            made = gpu.nccl(size, name.tolist(), own)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    rank, heard = yield from _first_reason(comm, why)
+    if not heard:
+        return made, ""
+    if made is not None:
+        made.abort()
+    return None, f"on rank {rank} it could not be initialized: {heard}"
+
+
+def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
+    """Return why NCCL is not for a group, as this rank sees it; "" if it is.
+
+    Args:
+        table: of each rank, what stands for its GPU, and its version of NCCL.
+        own: this rank.
+        shares: several ranks may share a GPU, if NCCL can do that.
+        threads: MPI may be called from a thread, without which no deadline is kept.
+    """
+    gpu, version = table[own]
+    if not version:
+        return "this CuPy comes without NCCL: pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]'"
+    if not threads:
+        return "it needs MPI_THREAD_MULTIPLE, but MPI was initialized with less"
+    sharing = [rank for rank, (other, _) in enumerate(table) if other == gpu]
+    if len(sharing) > 1 and not (shares and version >= NCCL_SHARES):
+        return (
+            f"ranks {sharing} share a GPU, which NCCL refuses, unless it is 2.30 or newer and told "
+            f"so by NCCL_MULTI_RANK_GPU_ENABLE=1"
+        )
+    return ""
+
+
+def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
+    """Return this rank's number on its node: the launcher's, else that within the group."""
+    told = local_rank(environment())
+    if told is not None:
+        return told
+    nodes, _ = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    return nodes.locate(comm.Get_rank())[1]
+
+
+def _first_reason(comm: MPI.Intracomm, why: str) -> Generator[int, None, tuple[int, str]]:
+    """Tell all ranks the lowest rank that gives a reason, and the reason; "" if none does."""
+    size = comm.Get_size()
+    first = np.array([comm.Get_rank() if why else size], dtype=np.int64)
+    yield from until(comm.Iallreduce(MPI.IN_PLACE, [first, MPI.INT64_T], MPI.MIN))
+    if first[0] == size:
+        return size, ""
+    text = np.zeros(_REASON, np.uint8)
+    said = why.encode()[:_REASON]
+    text[: len(said)] = np.frombuffer(said, np.uint8)
+    yield from until(comm.Ibcast([text, MPI.BYTE], int(first[0])))
+    return int(first[0]), text.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+    """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
         return Ground(comm)
     nodes, processes = yield from rendezvous.nodes_of(comm, wanted.sizes)
@@ -178,6 +322,15 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
 
 def transport(ground: Ground) -> Transport:
     """Return the transport of a group."""
+    host = _host_transport(ground)
+    if ground.gpu is None:
+        return host
+    if ground.nccl is None:
+        return StagedTransport(host, ground.gpu)
+    return NcclTransport(host, ground.gpu, ground.nccl)
+
+
+def _host_transport(ground: Ground) -> Transport:
     if ground.shared is None:
         return MpiTransport(ground.comm)
     if ground.nodes is None:

@@ -1,6 +1,7 @@
-"""Any array becomes a `Buffer`: one flat NumPy view of the user's own memory, and its dtype.
+"""Any array becomes a `Buffer`: one flat view of the user's own memory, and its dtype.
 
 Nothing is ever copied here, so what cannot be viewed flat is refused, with the remedy.
+Memory of a GPU becomes a `DeviceBuffer`; whether it can be moved is the transport's to say.
 `Blocks` is the same for collectives with a part per rank: one array in parts, or an array each.
 """
 
@@ -11,14 +12,16 @@ import itertools
 import reprlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from . import cuda_arrays
+from .cuda_arrays import Described
 from .dtypes import LAST_NATIVE, Array, DType, from_name, from_numpy
 from .errors import InvalidCallError, UnsupportedError
 
-_ACCEPTED = "a NumPy array, a CPU tensor, or an object with DLPack or the buffer protocol"
+_ACCEPTED = "a NumPy array, a tensor, or an object with DLPack or the buffer protocol"
 _HOST_DEVICES = (1, 3, 11)  # DLPack's kDLCPU, kDLCUDAHost, kDLROCMHost
 
 
@@ -36,6 +39,8 @@ class Buffer:
     """
 
     __slots__ = ("array", "count", "dtype", "nbytes", "owner", "shape", "writable")
+
+    device: int | None = None  # the GPU whose memory it is; None: the host's
 
     def __init__(
         self, owner: object, array: Array, dtype: DType, shape: tuple[int, ...], writable: bool
@@ -60,12 +65,39 @@ class Buffer:
         return f"Buffer({self.dtype.name}, shape={self.shape})"
 
 
+class DeviceBuffer(Buffer):
+    """A user's array in a GPU's memory; its `array` is a `DeviceArray`, which slices likewise.
+
+    Attributes:
+        name: the argument that errors speak of.
+        device: the GPU's number, or UNKNOWN.
+        stream: the stream that its content is ordered by.
+        ready: what a transport noted at the call, to come after that stream's work.
+        keeper: what must live as long as the address is used, besides the owner.
+    """
+
+    __slots__ = ("device", "keeper", "name", "ready", "stream")
+
+    def __init__(self, owner: object, name: str, said: Described) -> None:
+        super().__init__(owner, cast(Array, said.array), said.dtype, said.shape, said.writable)
+        self.name = name
+        self.device: int = said.device
+        self.stream = said.stream
+        self.ready: object = None
+        self.keeper = said.keeper
+
+    @property
+    def address(self) -> int:
+        """Where the memory begins."""
+        return cast(cuda_arrays.DeviceArray, self.array).address
+
+
 def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:
     """View `obj` as a flat buffer; `name` is the argument that errors speak of.
 
-    Takes NumPy arrays, PyTorch CPU tensors, objects with `__array_interface__`, DLPack or the
-    buffer protocol, and a list or tuple holding one of these.  `write` says that results will
-    land in it.
+    Takes NumPy arrays, PyTorch tensors, objects with `__array_interface__`, DLPack, the buffer
+    protocol or the CUDA array interface, and a list or tuple holding one of these.  `write` says
+    that results will land in it.
 
     Raises:
         InvalidCallError: not an array, not C-contiguous, or read-only where `write`.
@@ -83,7 +115,16 @@ def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(obj, getattr(torch, "Tensor", ())):
         return _from_tensor(obj, torch, name)
+    said = None if isinstance(obj, np.ndarray) else cuda_arrays.describe(obj, name)
+    if said is not None:
+        return _on_device(obj, said, name, write)
     return _from_array(obj, _as_array(obj, name), name, write)
+
+
+def _on_device(obj: object, said: Described, name: str, write: bool) -> Buffer:
+    if write and not said.writable:
+        raise InvalidCallError(_read_only(obj, name))
+    return DeviceBuffer(obj, name, said)
 
 
 def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
@@ -93,14 +134,18 @@ def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
         raise InvalidCallError(_not_contiguous(array, name, write))
     writable = flags.writeable
     if write and not writable:
-        raise InvalidCallError(
-            f"{name} must be writable, as the result lands in it, but got a read-only "
-            f"{type(owner).__name__}: pass a copy, such as np.array({name})"
-        )
+        raise InvalidCallError(_read_only(owner, name))
     flat = array if array.ndim == 1 else array.ravel()
     if flat.dtype is not dtype.storage:
         flat = flat.view(dtype.storage)
     return Buffer(owner, flat, dtype, array.shape, writable)
+
+
+def _read_only(owner: object, name: str) -> str:
+    return (
+        f"{name} must be writable, as the result lands in it, but got a read-only "
+        f"{type(owner).__name__}: pass a copy, such as np.array({name})"
+    )
 
 
 def _not_contiguous(array: Array, name: str, write: bool) -> str:
@@ -126,15 +171,13 @@ def _as_array(obj: Any, name: str) -> Array:
         return obj.view(np.ndarray)
     if obj is None or isinstance(obj, (np.generic, str, int, float, complex)):
         raise _no_array(obj, name)
-    if hasattr(obj, "__cuda_array_interface__"):
-        raise _on_device(name, f"a {type(obj).__name__} in GPU memory")
     try:
         if hasattr(obj, "__array_interface__"):
             return np.asarray(obj)
         if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
             device = int(obj.__dlpack_device__()[0])
             if device not in _HOST_DEVICES:
-                raise _on_device(name, f"a {type(obj).__name__} on DLPack device type {device}")
+                raise _elsewhere(name, f"a {type(obj).__name__} on DLPack device type {device}")
             return np.from_dlpack(obj)
         return np.asarray(memoryview(obj))
     except TypeError as error:
@@ -155,18 +198,28 @@ def _no_array(obj: object, name: str) -> InvalidCallError:
     )
 
 
-def _on_device(name: str, what: str) -> UnsupportedError:
+def _elsewhere(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{name} must lie in host memory, but got {what}: copy it to the host first "
-        f"(.cpu() in PyTorch, .get() in CuPy, np.asarray in JAX)"
+        f"{name} must lie in the memory of the host or of a CUDA device, but got {what}: copy it "
+        f"to the host first (.cpu() in PyTorch, np.asarray in JAX)"
+    )
+
+
+def refuse_device(buffers: Sequence[Buffer]) -> UnsupportedError:
+    """Return the error of a call on host memory that was given these, some in GPU memory."""
+    found = next(buffer for buffer in buffers if isinstance(buffer, DeviceBuffer))
+    return UnsupportedError(
+        f"{found.name} must lie in host memory, but got a {type(found.owner).__name__} in GPU "
+        'memory: make the group with new_group(device="cuda"), or copy it to the host first '
+        "(.cpu() in PyTorch, .get() in CuPy, np.asarray in JAX)"
     )
 
 
 def _from_tensor(tensor: Any, torch: Any, name: str) -> Buffer:
-    if not tensor.is_cpu:
+    if not (tensor.is_cpu or tensor.is_cuda):
         if tensor.is_meta:
             raise InvalidCallError(f"{name} is a meta tensor, which holds no data: materialize it")
-        raise _on_device(name, f"a tensor on {tensor.device}")
+        raise _elsewhere(name, f"a tensor on {tensor.device}")
     if tensor.layout is not torch.strided:
         raise _refused_tensor(name, f"a tensor of layout {tensor.layout}", "to_dense()")
     if tensor.is_quantized:
@@ -178,6 +231,8 @@ def _from_tensor(tensor: Any, torch: Any, name: str) -> Buffer:
     if not tensor.is_contiguous():
         got = f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         raise _refused_tensor(name, got, "contiguous()")
+    if tensor.is_cuda:
+        return DeviceBuffer(tensor, name, cuda_arrays.describe_tensor(tensor, torch, name))
     dtype = from_name(str(tensor.dtype), name)
     bits = tensor.detach() if tensor.requires_grad else tensor
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .buffers import Blocks, Buffer, as_buffer
+from .cuda_arrays import UNKNOWN
 from .dtypes import DType, Reduction, from_numpy, reduction
 from .errors import InvalidCallError, UnsupportedError
 from .ops import ReduceOp, as_reduce_op
@@ -85,6 +86,7 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
     """
 
     kind: str
@@ -103,6 +105,7 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())
 
     @property
@@ -112,6 +115,20 @@ class Call:
         if self.recv is not None:
             return self.recv.dtype
         return self.parts[0].dtype if self.parts else None
+
+    @property
+    def device(self) -> int | None:
+        """The GPU whose memory its arrays lie in; None: the host's, or it has none."""
+        blocks = self.send if self.send is not None else self.recv
+        if blocks is not None:
+            return blocks.buffers[0].device
+        return self.parts[0].device if self.parts else None
+
+    def buffers(self) -> list[Buffer]:
+        """Return all arrays of the call."""
+        sides = [self.send] if self.send is self.recv else [self.send, self.recv]
+        found = [buffer for blocks in sides if blocks is not None for buffer in blocks.buffers]
+        return found + [buffer for part in self.parts for buffer in part.buffers()]
 
     @property
     def extent(self) -> int:
@@ -140,7 +157,8 @@ class Call:
                     size = ", ".join(map(str, blocks.counts))
             if self.parts:
                 size = ", ".join(str(part.count) for part in self.parts)
-            said.append(f"{self.dtype.name}[{size}]")
+            where = "" if self.device is None else " in GPU memory"
+            said.append(f"{self.dtype.name}[{size}]{where}")
         if self.op is not None:
             said.append(f"op={self.op.name}")
         if self.root >= 0:
@@ -233,11 +251,17 @@ def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buff
         arrays = _list(arrays[0], name, 1)
     found = [as_buffer(x, f"{name}[{i}]", write=write) for i, x in enumerate(arrays)]
     for i, buffer in enumerate(found):
-        _same_dtype(found[0], f"{name}[0]", buffer, f"{name}[{i}]")
+        _alike(found[0], f"{name}[0]", buffer, f"{name}[{i}]")
     return found
 
 
-def _same_dtype(a: Buffer, a_name: str, b: Buffer, b_name: str) -> None:
+def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str) -> None:
+    """Refuse two arrays of one call that differ in dtype or in where they lie."""
+    if a.device != b.device and _apart(a.device, b.device):
+        raise InvalidCallError(
+            f"{a_name} and {b_name} must lie in the same memory, but are {_place(a.device)} and "
+            f"{_place(b.device)}: copy one of them"
+        )
     if a.dtype is not b.dtype and a.dtype != b.dtype:
         raise InvalidCallError(
             f"{a_name} and {b_name} must have one dtype, "
@@ -245,10 +269,25 @@ def _same_dtype(a: Buffer, a_name: str, b: Buffer, b_name: str) -> None:
         )
 
 
+def _apart(a: int | None, b: int | None) -> bool:
+    """Return whether two arrays surely lie in different memories."""
+    if a is None or b is None:
+        return a is not b
+    return a != b and UNKNOWN not in (a, b)
+
+
+def _place(device: int | None) -> str:
+    if device is None:
+        return "on the host"
+    return "in GPU memory" if device == UNKNOWN else f"on GPU {device}"
+
+
 def _disjoint(writes: Sequence[tuple[str, Buffer]], reads: Sequence[tuple[str, Buffer]]) -> None:
     """Refuse memory that is written while something else of the call uses it."""
-    if len(writes) == len(reads) == 1 and not np.may_share_memory(
-        writes[0][1].array, reads[0][1].array
+    if (
+        len(writes) == len(reads) == 1
+        and writes[0][1].device is None
+        and not np.may_share_memory(writes[0][1].array, reads[0][1].array)
     ):
         return  # exact for contiguous arrays, and four times faster than what follows
     used = []
@@ -328,7 +367,7 @@ def scan(kind: str, rank: int, size: int, tensor: object, op: object) -> Call:
 def allgather(rank: int, size: int, output_tensors: object, input_tensor: object) -> Call:
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
     source = as_buffer(input_tensor, "input_tensor", write=False)
-    _same_dtype(outputs[0], "output_tensors[0]", source, "input_tensor")
+    _alike(outputs[0], "output_tensors[0]", source, "input_tensor")
     if outputs[rank].count != source.count:
         raise InvalidCallError(
             f"output_tensors[{rank}] must have as many elements as this rank's input_tensor, "
@@ -349,7 +388,7 @@ def allgather(rank: int, size: int, output_tensors: object, input_tensor: object
 def all_gather_single(rank: int, size: int, output: object, source: object) -> Call:
     into = as_buffer(output, "output", write=True)
     taken = as_buffer(source, "input", write=False)
-    _same_dtype(into, "output", taken, "input")
+    _alike(into, "output", taken, "input")
     if into.count != size * taken.count:
         raise InvalidCallError(
             f"output must have {size} x {taken.count} = {size * taken.count} elements "
@@ -375,7 +414,7 @@ def gather(
         _nothing(output_tensors, "output_tensors", rank, root)
         return call
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
-    _same_dtype(outputs[0], "output_tensors[0]", source, "input_tensor")
+    _alike(outputs[0], "output_tensors[0]", source, "input_tensor")
     if outputs[rank].count != source.count:
         raise InvalidCallError(
             f"output_tensors[{rank}] must have as many elements as the root's own input_tensor, "
@@ -405,7 +444,7 @@ def scatter(
         _nothing(input_tensors, "input_tensors", rank, root)
         return call
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
-    _same_dtype(sources[0], "input_tensors[0]", into, "output_tensor")
+    _alike(sources[0], "input_tensors[0]", into, "output_tensor")
     if sources[rank].count != into.count:
         raise InvalidCallError(
             f"input_tensors[{rank}] must have as many elements as the root's own output_tensor, "
@@ -427,7 +466,7 @@ def _nothing(value: object, name: str, rank: int, root: int) -> None:
 def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
     into = as_buffer(output, "output", write=True)
     sources = _buffers(source, "input", size, write=False)
-    _same_dtype(sources[0], "input[0]", into, "output")
+    _alike(sources[0], "input[0]", into, "output")
     if sources[rank].count != into.count:
         raise InvalidCallError(
             f"input[{rank}] must have as many elements as this rank's output, {into.count}, "
@@ -449,7 +488,7 @@ def reduce_scatter(rank: int, size: int, output: object, source: object, op: obj
 def reduce_scatter_single(rank: int, size: int, output: object, source: object, op: object) -> Call:
     into = as_buffer(output, "output", write=True)
     taken = as_buffer(source, "input", write=False)
-    _same_dtype(into, "output", taken, "input")
+    _alike(into, "output", taken, "input")
     if taken.count != size * into.count:
         raise InvalidCallError(
             f"input must have {size} x {into.count} = {size * into.count} elements "
@@ -469,7 +508,7 @@ def reduce_scatter_single(rank: int, size: int, output: object, source: object, 
 def alltoall(rank: int, size: int, output_tensors: object, input_tensors: object) -> Call:
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
-    _same_dtype(outputs[0], "output_tensors[0]", sources[0], "input_tensors[0]")
+    _alike(outputs[0], "output_tensors[0]", sources[0], "input_tensors[0]")
     _disjoint(_named("output_tensors", outputs), _named("input_tensors", sources))
     send, recv = Blocks.each(sources), Blocks.each(outputs)
     if send.counts[rank] != recv.counts[rank]:
@@ -496,7 +535,7 @@ def all_to_all_single(
 ) -> Call:
     into = as_buffer(output, "output", write=True)
     taken = as_buffer(source, "input", write=False)
-    _same_dtype(into, "output", taken, "input")
+    _alike(into, "output", taken, "input")
     out_row, out_counts = _splits(into, output_split_sizes, "output", size)
     in_row, in_counts = _splits(taken, input_split_sizes, "input", size)
     if out_row != in_row and into.count and taken.count:
@@ -564,6 +603,12 @@ def coalesced(kind: str, parts: Sequence[Call], names: str) -> Call:
         if part.send is not None and part.send is not part.recv:
             reads += [(f"{names}[{i}]", b) for b in part.send.buffers]
         assert part.dtype is not None
+        if _apart(parts[0].device, part.device):
+            raise InvalidCallError(
+                f"{names}[0] and {names}[{i}] must lie in the same memory, but are "
+                f"{_place(parts[0].device)} and {_place(part.device)}: copy one of them, or make "
+                "a call for each"
+            )
         numbers += [part.dtype.code, part.count, part.digest]
     _disjoint(writes, reads)
     return Call(

@@ -110,12 +110,12 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
     return tuple(found)
 
 
-def local_rank(environ: Mapping[str, str]) -> int:
-    """Return this process's number on its node, as far as its launcher says; else 0."""
+def local_rank(environ: Mapping[str, str]) -> int | None:
+    """Return this process's number on its node, if its launcher says so."""
     for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
         if environ.get(name, "").isdigit():
             return int(environ[name])
-    return 0
+    return None
 
 
 def single() -> bool:
@@ -144,6 +144,11 @@ def ranks_on_node() -> int | None:
         if text.isdigit():
             return int(text)
     return None
+
+
+def nccl_shares_gpus() -> bool:
+    """Whether NCCL (2.30 and newer) was told that several ranks may share a GPU."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1"
 
 
 def node_sizes(world: int) -> tuple[int, ...]:

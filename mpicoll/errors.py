@@ -124,12 +124,12 @@ class RemoteRankError(MpicollError):
 
 
 class TransportError(MpicollError):
-    """The MPI library reported a failure, or can't be loaded; or a store lost its connection.
+    """MPI or CUDA reported a failure, or MPI can't be loaded; or a store lost its connection.
 
     The group is broken.
 
     Attributes:
-        code: MPI's error class, or the store's errno; 0 if there is none.
+        code: MPI's error class, CUDA's error, or the store's errno; 0 if there is none.
     """
 
     def __init__(self, message: str, *, code: int = 0) -> None:
@@ -138,12 +138,13 @@ class TransportError(MpicollError):
 
 
 def translate(error: Exception, what: str) -> MpicollError:
-    """Turn an exception of mpi4py, or of a step, into ours; `what` says what was being done."""
+    """Turn an exception of mpi4py, CuPy or a step into ours; `what` says what was being done."""
     if isinstance(error, MpicollError):
         return error
     get_class = getattr(error, "Get_error_class", None)
     if get_class is None:
-        ours = TransportError(f"{what} failed: {error!r}")
+        code = getattr(error, "status", 0)  # as CuPy's errors of CUDA have it
+        ours = TransportError(f"{what} failed: {error!r}", code=int(code))
     else:
         ours = TransportError(f"MPI failed in {what}: {error}", code=int(get_class()))
     ours.__cause__ = error

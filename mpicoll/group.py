@@ -2,9 +2,9 @@
 
 A public method checks, starts and returns.  Unless said otherwise, every rank of the group
 must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
-from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous host arrays:
-NumPy, torch CPU tensors, or anything with the buffer protocol or DLPack; a list of one array
-is accepted where an array is.
+from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous: NumPy, torch
+tensors, or anything with the buffer protocol or DLPack; on a group made with ``device="cuda"``
+also arrays in GPU memory.  A list of one array is accepted where an array is.
 
 What a `Work` may raise, besides the errors that a method names:
 
@@ -20,6 +20,7 @@ call raises `GroupBrokenError`; after the others it is usable and no array has c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -81,23 +82,24 @@ class ProcessGroup:
         wanted: Wanted,
         *,
         timeout: float,
-        device: str,
         name: str,
         desc: str = "",
         progress: str = "caller",
     ) -> None:
         self.comm = comm = ground.comm
         self._ground = ground
+        if ground.gpu is not None:  # groups that are made out of this one stay on this rank's GPU
+            wanted = dataclasses.replace(wanted, device=f"cuda:{ground.gpu.device}")
         self._wanted = wanted
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout = timeout
-        self._device = device
         self._desc = desc
         self._progress = progress
         self._highest_tag = highest_tag()
         self._lane = Lane(name, comm)
         self._transport = backends.transport(ground)
+        self._lane.abort = self._transport.abort
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
@@ -108,7 +110,7 @@ class ProcessGroup:
         self._children = Children()
         self._kin = Child(ground.comms, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
-        if progress == "thread":
+        if progress == "thread" or self._transport.watched:
             engine.background(stay=True)
 
     def __del__(self) -> None:
@@ -154,8 +156,8 @@ class ProcessGroup:
 
     @property
     def device(self) -> str:
-        """The device whose memory the group moves."""
-        return self._device
+        """The device whose memory the group moves, besides the host's: "cpu" means none."""
+        return self._wanted.device
 
     @property
     def ranks(self) -> list[int]:
@@ -746,7 +748,6 @@ class ProcessGroup:
             made,
             self._wanted,
             timeout=seconds(timeout, self._timeout),
-            device=self._device,
             name=name,
             desc=desc or "",
             progress=self._progress,
@@ -771,6 +772,7 @@ class ProcessGroup:
 
             def then(work: Work) -> Steps:
                 engine.delist(lane)  # nobody may listen on it any more
+                self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
 
             try:
@@ -832,6 +834,8 @@ class ProcessGroup:
             if lane.unfetched is not None:
                 self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
+            if call.device is not None:
+                self._transport.admit(call)
             if engine.busy:
                 _refuse_busy(call)
         except Exception as error:
@@ -870,6 +874,8 @@ class ProcessGroup:
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
+        if call.device is not None:
+            self._transport.admit(call)
         if engine.busy:
             _refuse_busy(call)
         move = self._transport.send if kind == "send" else self._transport.recv
@@ -922,6 +928,8 @@ def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
     reads, writes = call.spans()
     for task in engine.unfinished():
+        if task.waited:
+            continue
         their_reads, their_writes = task.call.spans()
         if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
             reads, their_writes
@@ -954,10 +962,14 @@ def new_group(
 
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
-            name given to `register_backend`; "gloo" means "auto".
+            name given to `register_backend`; "gloo" means "auto".  On GPU memory "nccl" is
+            NCCL, "staged" goes through pinned host memory, and "auto" takes NCCL where it can be
+            had: each rank needs a GPU of its own.
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
-        device: "cpu" (or a `torch.device`).
+        device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one
+            of the GPUs that it sees by its number on its node.  A group on GPU memory takes host
+            arrays, too, but not both in one call.  It needs CuPy.
         comm: an mpi4py intracommunicator; the group works on a duplicate of it.
         group_name: for messages, and to tell merging groups apart.
         checks: "full": every call is compared between all ranks.  "node": in a group over several
@@ -969,7 +981,8 @@ def new_group(
         options: for a registered backend's factory.
 
     Raises:
-        InvalidCallError, UnsupportedError: an argument is wrong.
+        InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
+            all ranks raise.
         CollectiveTimeoutError: not all ranks came; names those that are missing.
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
         TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
@@ -992,7 +1005,7 @@ def new_group(
     try:
         limit = seconds(timeout, limit)
         factory = backends.factory_of(backend)
-        kind = backends.check_device(device) if factory is None else str(device)
+        place = backends.check_device(device, backend) if factory is None else "cpu"
         if progress not in ("caller", "thread"):
             raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
         if options and factory is None:
@@ -1000,7 +1013,7 @@ def new_group(
                 f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
                 "comm, group_name, checks and progress"
             )
-        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()))
+        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()), place)
         call.digest, call.payload = wanted.digest(), wanted
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
@@ -1019,11 +1032,9 @@ def new_group(
         raise refusal
     work.wait()
     name = group_name or ("world" if comm is None else "comm")
-    group = ProcessGroup(
-        call.result, wanted, timeout=limit, device=kind, name=name, progress=progress
-    )
+    group = ProcessGroup(call.result, wanted, timeout=limit, name=name, progress=progress)
     children.add(group._kin)
-    return group if factory is None else _from_factory(group, factory, limit, kind, options)
+    return group if factory is None else _from_factory(group, factory, limit, str(device), options)
 
 
 def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:

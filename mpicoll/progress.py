@@ -9,6 +9,8 @@ Its rules:
 - A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
 - A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
   a rank that computed for long before it waits does not fail untried.
+- A collective that is enqueued on a GPU's stream leaves the queue, and goes on beside it: the
+  stream keeps the order.  Waiting for it may end then, and leave the rest to the GPU.
 - Whoever leaves a call early tells its peers, and they raise at once; so does who sees a peer
   die.  What an abandoned call was using is kept for ever: MPI may still write there.
 - One lock.  A signal handler that interrupts its holder finds the engine at work: what it
@@ -75,6 +77,7 @@ class Task:
         "error",
         "fetched",
         "lane",
+        "queued",
         "seq",
         "steps",
         "timeout",
@@ -89,6 +92,7 @@ class Task:
         self.timeout = timeout
         self.called = time.monotonic()
         self.deadline = self.called + timeout
+        self.queued = call.kind not in ("send", "recv")  # or it goes on beside its lane's queue
         self.done = False
         self.error: BaseException | None = None
         self.fetched = False
@@ -96,9 +100,9 @@ class Task:
         self.callbacks: list[Callable[[], None]] = []
 
     @property
-    def queued(self) -> bool:
-        """Whether it takes its turn in the lane's queue; else it runs beside it."""
-        return self.call.kind not in ("send", "recv")
+    def waited(self) -> bool:
+        """Whether the user's streams wait for it, so that its arrays may be used on them again."""
+        return self.call.enqueued is not None and self.call.enqueued.waited
 
     @property
     def recovers(self) -> bool:
@@ -133,12 +137,13 @@ class Lane:
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
+        self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._where)
 
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
         self.closed = how
-        self.farewell = None
+        self.farewell = self.abort = None
         self.page, self.word = _NOWHERE, 0
         self.peers.forget_node()
 
@@ -268,14 +273,17 @@ class Engine:
         if self._thread is not None:
             self._wake.set()
 
-    def wait(self, task: Task, timeout: float | None = None) -> None:
-        """Progress everything until `task` is done; its deadline may be brought forward."""
+    def wait(self, task: Task, timeout: float | None = None, *, on_host: bool = True) -> None:
+        """Progress everything until `task` is done; its deadline may be brought forward.
+
+        With `on_host` False until it is enqueued, if the rest is up to the GPU.
+        """
         if task.done:
             return
         if timeout is not None:
             self._shorten(task, timeout)
         pace = Pace()
-        while not task.done:
+        while not task.done and (on_host or task.call.enqueued is None):
             if not self._enter():
                 raise InvalidCallError(
                     "wait() was called by a signal handler that interrupted mpicoll itself: "
@@ -440,8 +448,12 @@ class Engine:
         while lane.queue:
             head = lane.queue[0]
             found = max(found, self._step(head))
-            if not head.done:
+            if head.done:
+                continue
+            if head.call.enqueued is None:
                 break
+            head.queued = False
+            lane.beside.append(lane.queue.popleft())
         for task in list(lane.beside):
             found = max(found, self._step(task))
         if not lane.queue and not lane.beside:
@@ -534,6 +546,8 @@ class Engine:
                         lane.peers.report_death(error.rank)
                     else:
                         lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
+            if lane.abort is not None:
+                lane.abort()
         for task in [*lane.queue, *lane.beside]:
             self._abandon(task)
             task.done = True
@@ -701,7 +715,7 @@ def _look_ahead(task: Task) -> float:
 
 def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:
     call = task.call
-    number = f" (call #{task.seq})" if task.queued else ""
+    number = f" (call #{task.seq})" if task.seq else ""
     text = (
         f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
     )

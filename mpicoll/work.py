@@ -45,7 +45,9 @@ class Work(Task):
     def wait(self, timeout: object = None) -> bool:
         """Wait until the call is done, and return True.
 
-        Waiting advances everything that was launched in this process.
+        Waiting advances everything that was launched in this process.  If NCCL carries out the
+        call, and no timeout is given, the host waits until it is enqueued only, and the current
+        stream for the rest.
 
         Args:
             timeout: seconds or a `timedelta`; where it ends before the call's own deadline
@@ -54,8 +56,16 @@ class Work(Task):
         Raises:
             MpicollError: what became of the call; its class says in which state the group is.
         """
-        if not self.done or timeout is not None:
-            engine.wait(self, None if timeout is None else seconds(timeout, 0.0))
+        if timeout is not None:
+            engine.wait(self, seconds(timeout, 0.0))
+        elif not self.done:
+            engine.wait(self, on_host=False)
+            if not self.done:
+                self.call.enqueued.hold()
+                return True
+        return self._ended_well()
+
+    def _ended_well(self) -> bool:
         if self.error is not None:
             self.fetched = self.lane.told = True
             raise self.error
@@ -79,12 +89,12 @@ class Work(Task):
     def result(self) -> list[object]:
         """Return the arrays that hold the call's results, as they were given.
 
-        The call must be over.
+        The call must be over, or left to the GPU by `wait`.
 
         Raises:
             InvalidCallError: the call is still under way.
         """
-        if not self.done:
+        if not (self.done or self.waited):
             raise InvalidCallError(f"result() of a call under way, {self!r}: wait() first")
         error = self.exception()
         if error is not None:
@@ -100,8 +110,9 @@ class Work(Task):
         return int(self.call.result if self.call.result is not None else -1)
 
     def synchronize(self) -> None:
-        """Block until the call is done, as `wait` does."""
-        self.wait()
+        """Block the host until the call is done."""
+        engine.wait(self)
+        self._ended_well()
 
     def get_future(self) -> Future:
         """Return a future of `result()`.  It completes without wait(), from a thread."""

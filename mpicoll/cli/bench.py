@@ -5,6 +5,7 @@ Start it under MPI:
     mpiexec -n 2 python -m mpicoll bench
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
     mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
+    mpiexec -n 2 python -m mpicoll bench --device cuda
 
 Calls of mpicoll, of mpi4py's blocking methods, and for allreduce of `Iallreduce` and `Wait`,
 alternate, so that all see the same machine; those of gloo follow.  A call takes as long as on its
@@ -12,7 +13,10 @@ slowest rank.  Sizes are bytes of the larger array of a rank: of the output in a
 and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and NCCL tests,
 algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it by 2 (n - 1)
 / n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast, reduce and
-scan.  Every result is checked, and the exit status is not zero if one was wrong.
+scan.  On GPU memory a call ends when the current stream has passed it; mpi4py is measured on host
+arrays of the same size, as not every MPI library may be given the GPU's; and where the group uses
+NCCL, bare NCCL through CuPy runs beside it.  Every result is checked, and the exit status is not
+zero if one was wrong.
 """
 
 from __future__ import annotations
@@ -31,10 +35,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cuda import load_cupy
 from ..errors import InvalidCallError
 from ..group import ProcessGroup, new_group
 from ..library import MPI
 from ..ops import ReduceOp
+from ..transports.nccl import SUM, TYPES
 
 Array = npt.NDArray[Any]
 Calls = Callable[[], object]
@@ -54,6 +60,7 @@ class Case:
     right: Callable[[], bool]
     gloo: Calls | None = None
     nonblocking: Calls | None = None
+    nccl: Calls | None = None
 
 
 @dataclass
@@ -73,6 +80,7 @@ class Row:
     ratio: float  # mpi4py's median over ours: above 1, mpicoll is faster
     nonblocking_median_us: float | None  # mpi4py's Iallreduce and Wait
     gloo_median_us: float | None
+    nccl_median_us: float | None = None  # NCCL's own call, through CuPy
 
 
 class Bench:
@@ -81,14 +89,18 @@ class Bench:
     No MPI reduces bfloat16: mpi4py is measured on float16 there.
     """
 
-    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any) -> None:
+    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any, xp: Any = np) -> None:
+        self.xp = xp  # the module that makes our arrays
+        self.nccl = _BareNccl(pg, xp, dtype) if pg.name() == "nccl" else None
         self.pg, self.n, self.rank = pg, pg.size(), pg.rank()
         self.dtype = np.dtype(_bfloat16() if dtype == "bfloat16" else dtype)
         self.bare_dtype = np.dtype(np.float16) if dtype == "bfloat16" else self.dtype
         self.dist = gloo  # the module torch.distributed, initialized; or None
 
     def array(self, count: int) -> tuple[Array, Array, Any]:
-        """Return an array for us, one for mpi4py over the same memory, and a tensor for gloo."""
+        """Return an array for us, one for mpi4py (the same host memory), and a tensor for gloo."""
+        if self.xp is not np:
+            return self.xp.zeros(count, self.dtype), np.zeros(count, self.bare_dtype), None
         x = np.zeros(count, self.dtype)
         tensor = None
         if self.dist is not None:
@@ -111,6 +123,7 @@ class Bench:
             lambda: bool((x == self.total()).all()),
             lambda: self.dist.all_reduce(t),
             lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
+            nccl=None if self.nccl is None else self.nccl.allreduce(x),
         )
 
     def reduce(self, count: int) -> Case:
@@ -140,6 +153,7 @@ class Bench:
             lambda: x.fill(7 if self.rank == 0 else 0),
             lambda: bool((x == 7).all()),
             lambda: self.dist.broadcast(t, 0),
+            nccl=None if self.nccl is None else self.nccl.broadcast(x),
         )
 
     def all_gather_single(self, count: int) -> Case:
@@ -152,6 +166,7 @@ class Bench:
             lambda: out.fill(0),
             lambda: self._one_each(out),
             lambda: self.dist.all_gather_into_tensor(o, t),
+            nccl=None if self.nccl is None else self.nccl.all_gather(out, x),
         )
 
     def gather(self, count: int) -> Case:
@@ -171,7 +186,7 @@ class Bench:
         each = max(1, count // self.n)
         (x, y, _), (out, into, _), pg = self.array(self.n * each), self.array(each), self.pg
         rows = x.reshape(self.n, each)
-        rows[...] = np.arange(1, self.n + 1)[:, None]
+        rows[...] = self.xp.arange(1, self.n + 1)[:, None]
         root = self.rank == 0
         parts = list(rows) if root else []
         return Case(
@@ -191,6 +206,7 @@ class Bench:
             lambda: out.fill(0),
             lambda: bool((out == self.total()).all()),
             lambda: self.dist.reduce_scatter_tensor(o, t),
+            nccl=None if self.nccl is None else self.nccl.reduce_scatter(out, x),
         )
 
     def all_to_all_single(self, count: int) -> Case:
@@ -220,7 +236,8 @@ class Bench:
         )
 
     def _one_each(self, out: Array) -> bool:
-        return bool((out.reshape(self.n, -1) == np.arange(1, self.n + 1)[:, None]).all())
+        numbers = self.xp.arange(1, self.n + 1)
+        return bool((out.reshape(self.n, -1) == numbers[:, None]).all())
 
     def measure(self, kind: str, nbytes: int, budget: float) -> tuple[Row, bool]:
         """Measure one collective at one size; every rank of the group must call this."""
@@ -232,15 +249,16 @@ class Bench:
             way()
             # mpi4py has summed other numbers where there is no bfloat16.
             correct[0] &= way is not case.ours or case.right()
-        ways = [case.ours, case.bare, *([case.nonblocking] if case.nonblocking else [])]
+        ways = [case.ours, case.bare, *filter(None, [case.nonblocking, case.nccl])]
         calls, times = self.alternate(ways, budget)
+        medians = dict(zip(map(id, ways), np.median(times, axis=1).tolist(), strict=True))
         gloo = None
         if self.dist is not None and case.gloo is not None:
             # Not in turns with the others: the threads it wakes would disturb them.
             gloo = float(np.median(self.alternate([case.gloo], budget / 3)[1]))
         self.pg.allreduce(correct, op=ReduceOp.MIN).wait()
-        ours, bare, *more = times
-        median = float(np.median(ours))
+        ours = times[0]
+        median, bare = medians[id(case.ours)], medians[id(case.bare)]
         rate = nbytes / median / 1e3
         return Row(
             kind,
@@ -252,10 +270,11 @@ class Bench:
             float(np.percentile(ours, 99)),
             rate,
             rate * BUS[kind](self.n),
-            float(np.median(bare)),
-            float(np.median(bare)) / median,
-            float(np.median(more[0])) if more else None,
+            bare,
+            bare / median,
+            medians.get(id(case.nonblocking)),
             gloo,
+            medians.get(id(case.nccl)),
         ), bool(correct[0])
 
     def alternate(self, ways: list[Calls], budget: float) -> tuple[int, Array]:
@@ -270,9 +289,37 @@ class Bench:
         self.pg.comm.Barrier()
         begin = time.perf_counter()
         call()
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()
         seconds = np.array([time.perf_counter() - begin])
         self.pg.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
         return float(seconds[0])
+
+
+class _BareNccl:
+    """NCCL's own calls, on a communicator beside the group's, and on the current stream."""
+
+    def __init__(self, pg: ProcessGroup, xp: Any, dtype: str) -> None:
+        nccl = xp.cuda.nccl
+        name = pg.broadcast_object(nccl.get_unique_id() if pg.rank() == 0 else None, 0)
+        self.comm = nccl.NcclCommunicator(pg.size(), name, pg.rank())
+        self.kind, self.stream = TYPES[dtype], xp.cuda.get_current_stream().ptr
+
+    def allreduce(self, x: Any) -> Calls:
+        p = x.data.ptr
+        return lambda: self.comm.allReduce(p, p, x.size, self.kind, SUM, self.stream)
+
+    def broadcast(self, x: Any) -> Calls:
+        p = x.data.ptr
+        return lambda: self.comm.broadcast(p, p, x.size, self.kind, 0, self.stream)
+
+    def all_gather(self, out: Any, x: Any) -> Calls:
+        p, q = x.data.ptr, out.data.ptr
+        return lambda: self.comm.allGather(p, q, x.size, self.kind, self.stream)
+
+    def reduce_scatter(self, out: Any, x: Any) -> Calls:
+        p, q = x.data.ptr, out.data.ptr
+        return lambda: self.comm.reduceScatter(p, q, out.size, self.kind, SUM, self.stream)
 
 
 BUS: dict[str, Callable[[int], float]] = {
@@ -295,6 +342,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", default=",".join(BUS), help="collectives, with commas")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", help="as new_group takes it")
+    parser.add_argument("--device", default="cpu", help="as new_group takes it")
     parser.add_argument("--gloo", action="store_true", help="beside torch.distributed on gloo")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a measurement takes")
     parser.add_argument("--json", action="store_true", help="print rows for machines")
@@ -308,9 +356,9 @@ def run(args: argparse.Namespace) -> int:
     _check(kinds, args)
     rows: list[Row] = []
     wrong = np.zeros(1, dtype=np.int64)
-    with new_group(args.backend) as pg:
+    with new_group(args.backend, device=args.device) as pg:
         speaks = pg.rank() == 0
-        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None)
+        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None, _array_module(pg))
         points = [(kind, size) for kind in kinds for size in (sizes if kind != "barrier" else [4])]
         if speaks and not args.json:
             print(f"{pg!r} beside mpi4py on {MPI.Get_library_version().splitlines()[0].strip()}")
@@ -319,7 +367,7 @@ def run(args: argparse.Namespace) -> int:
             wrong += not correct
             if speaks and not args.json:
                 if not rows or rows[-1].kind != kind:
-                    print(_head(kind, args.gloo))
+                    print(_head(row))
                 print(_line(row) + ("" if correct else "  WRONG"), flush=True)
             rows.append(row)
             if speaks:
@@ -343,6 +391,18 @@ def _check(kinds: list[str], args: argparse.Namespace) -> None:
         raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
     if args.gloo and importlib.util.find_spec("torch") is None:
         raise InvalidCallError("--gloo needs PyTorch: pip install torch")
+    if args.gloo and args.device != "cpu":
+        raise InvalidCallError("--gloo goes with --device cpu: gloo moves host memory")
+
+
+def _array_module(pg: ProcessGroup) -> Any:
+    """Return NumPy, or CuPy with the group's GPU made current."""
+    _, _, number = pg.device.partition(":")
+    if not number:
+        return np
+    cupy = load_cupy()
+    cupy.cuda.Device(int(number)).use()
+    return cupy
 
 
 def _gloo(pg: ProcessGroup) -> Any:
@@ -369,20 +429,26 @@ def _bfloat16() -> Any:
     return ml_dtypes.bfloat16
 
 
-def _head(kind: str, gloo: bool) -> str:
+def _head(row: Row) -> str:
     names = ["min us", "median", "p99", "alg GB/s", "bus GB/s", "mpi4py", "ratio"]
-    names += ["I + Wait"] if kind == "allreduce" else []
-    names += ["gloo"] if gloo else []
-    return f"\n{kind:<24}" + "".join(f"{name:>10}" for name in names)
+    names += [name for name, time in _beside(row) if time is not None]
+    return f"\n{row.kind:<24}" + "".join(f"{name:>10}" for name in names)
+
+
+def _beside(row: Row) -> list[tuple[str, float | None]]:
+    return [
+        ("I + Wait", row.nonblocking_median_us),
+        ("gloo", row.gloo_median_us),
+        ("NCCL", row.nccl_median_us),
+    ]
 
 
 def _line(row: Row) -> str:
-    more = (row.nonblocking_median_us, row.gloo_median_us)
     return (
         f"{in_words(row.nbytes) if row.kind != 'barrier' else '':>24}{row.min_us:>10.1f}"
         f"{row.median_us:>10.1f}{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}"
         f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>10.2f}"
-        + "".join(f"{time:>10.1f}" for time in more if time is not None)
+        + "".join(f"{time:>10.1f}" for _, time in _beside(row) if time is not None)
     )
 
 

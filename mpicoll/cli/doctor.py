@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _foretell(mine: Facts) -> None:
     """Say what is wrong with shared memory, on each node: not every MPI survives that."""
-    if local_rank(environment()) == 0:
+    if not local_rank(environment()):
         for finding in shared_memory(Job([mine])):
             if finding.verdict == WRONG:
                 said = f"{finding.topic} on {mine.host}: {finding.said}\n-> {finding.remedy}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..buffers import Blocks, as_buffer
+from ..buffers import Blocks, as_buffer, refuse_device
 from ..calls import UNEVEN, Call
 from ..library import Steps
 
@@ -24,6 +24,17 @@ class Transport(ABC):
     name: str
     rank: int
     size: int
+    watched = False  # a thread must keep the deadlines, as the user may wait elsewhere
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Give back what the ranks hold together; all of them do so now."""
+
+    def abort(self) -> None:  # noqa: B027
+        """Let go of the peers: the group is broken, and no call of it is taken any further."""
+
+    def admit(self, call: Call) -> None:
+        """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
+        raise refuse_device(call.buffers())
 
     def prepare(self, call: Call, seq: int) -> bool:
         """Before this rank arrives: give what can ride along with its record; true if it does."""

@@ -3,6 +3,7 @@
 Speed is not asserted.
 """
 
+import importlib.util
 import json
 import sys
 
@@ -45,3 +46,10 @@ def test_table_picture_and_gloo(tmp_path):
 def test_unknown_collective_is_refused():
     ended = bench(2, "--kinds", "nonsense")
     assert ended.code != 0 and "--kinds must be of allreduce" in ended.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
+def test_gpu_memory_where_there_is_none():
+    ended = bench(2, "--device", "cuda")
+    assert ended.code != 0 and "rank 0 can't use a GPU" in ended.output
+    assert "mpicoll[cuda12]" in ended.output

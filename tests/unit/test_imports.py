@@ -21,6 +21,7 @@ ORDER = [
         "alive",
         "ops",
         "dtypes",
+        "cuda_arrays",
         "buffers",
         "calls",
         "recorder",
@@ -40,7 +41,8 @@ ORDER = [
         "transports.riding",
         "transports.shm",
     ),
-    *("transports.hierarchical", "transports.nccl", "transports.staged"),
+    *("transports.hierarchical", "transports.staged", "transports.nccl"),
+    "cuda",
     *("stores", "rendezvous", "reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}

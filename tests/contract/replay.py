@@ -1,0 +1,223 @@
+"""The calls that mpicoll makes of NCCL, noted and carried out later by mpi4py, on host memory.
+
+What is queued runs in order, while somebody asks whether a mark has been passed, and not at all
+while the gate is shut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from mpi4py import MPI
+
+from mpicoll.cuda_arrays import DeviceArray
+from tests.contract.arrays import HALF, Array
+from tests.contract.staging import LOOKS, LateCopies, _at
+
+QUEUE = 99
+NUMPY_TYPES = [*map(np.dtype, "bBiIqQefd"), np.dtype(ml_dtypes.bfloat16)]  # by NCCL's numbers
+UFUNCS: tuple[Any, ...] = (np.add, np.multiply, np.maximum, np.minimum, np.add)  # likewise
+AVG = 4
+
+Requests = list[MPI.Request]
+
+
+class Step:
+    """One thing in the queue: `start` posts requests; when they are complete comes `finish`."""
+
+    def __init__(self, start: Callable[[], tuple[Requests, Callable[[], None]]]) -> None:
+        self.start, self.looks = start, 0
+        self.posted: tuple[Requests, Callable[[], None]] | None = None
+
+    def done(self) -> bool:
+        self.looks += 1
+        if self.looks < LOOKS:
+            return False
+        if self.posted is None:
+            self.posted = self.start()
+        if not MPI.Request.Testall(self.posted[0]):
+            return False
+        self.posted[1]()
+        return True
+
+
+class Queue(LateCopies):
+    """Keeps `mpicoll.transports.nccl.Queue`; a mark is how many steps were queued before it."""
+
+    queue = QUEUE
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        super().__init__()
+        self.comm = comm
+        self.pending: list[Step] = []
+        self.given = self.passed = 0
+        self.held = self.needed = 0
+        self.open = True
+        self.group: list[Callable[[], tuple[Requests, Callable[[], None]]]] | None = None
+
+    def add(self, start: Callable[[], tuple[Requests, Callable[[], None]]]) -> None:
+        if self.group is not None:
+            self.group.append(start)
+            return
+        self.pending.append(Step(start))
+        self.given += 1
+
+    @contextlib.contextmanager
+    def nccl_group(self) -> Iterator[None]:
+        calls = self.group = []
+        yield
+        self.group = None
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            posted = [call() for call in calls]
+            requests = [request for some, _ in posted for request in some]
+            return requests, lambda: [finish() for _, finish in posted] and None
+
+        self.add(start)
+
+    def mark(self, stream: int) -> Any:
+        self.log.append(("mark", stream))
+        return self.given if stream == QUEUE else ("user", self.held)
+
+    def after(self, mark: Any) -> None:
+        super().after(mark)
+        self.needed = max(self.needed, mark[1])
+
+    def queue_after(self, mark: Any) -> None:
+        self.log.append(("queue_after", mark))
+
+    def is_done(self, mark: Any) -> bool:
+        while self.open and self.pending and self.pending[0].done():
+            self.pending.pop(0)
+            self.passed += 1
+        return self.passed >= mark
+
+    def hold(self, mark: Any, streams: Iterable[int]) -> None:
+        self.log.append(("hold", mark, tuple(streams)))
+        self.held = max(self.held, mark)
+
+    def _start(self, way: str, into: Array, source: Array) -> Callable[[], bool]:
+        needed, done = self.needed, super()._start(way, into, source)
+        return lambda: self.passed >= needed and done()
+
+    def scaled(self, array: DeviceArray, factor: float) -> tuple[DeviceArray, object]:
+        out = np.full(array.size, 7, array.dtype)
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            np.multiply(_at(array.address, array.nbytes).view(out.dtype), factor, out=out)
+            return [], lambda: None
+
+        self.add(start)
+        return DeviceArray(out.ctypes.data, out.size, out.dtype), out
+
+    def settle(self) -> None:
+        """Wait for what the user's stream has been told to wait for."""
+        limit = time.monotonic() + 20
+        while self.passed < self.held:
+            assert time.monotonic() < limit
+            time.sleep(1e-4)
+
+
+class Communicator:
+    """Keeps `mpicoll.transports.nccl.Nccl`."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.q, self.comm, self.log = queue, queue.comm, queue.log
+        self.error: Exception | None = None
+
+    def _note(self, name: str, stream: int, *what: object) -> None:
+        assert stream == QUEUE and self.q.group is not None
+        self.log.append((name, *what))
+
+    def _reduced(self, src: int, n: int, kind: int, op: int, give: Callable[[Array], None]) -> None:
+        dtype = NUMPY_TYPES[kind]
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            mine = _at(src, n * dtype.itemsize).copy()
+            every = np.empty((self.comm.size, mine.size), np.uint8)
+
+            def finish() -> None:
+                wide = np.dtype("f") if dtype in HALF else dtype
+                with np.errstate(all="ignore"):
+                    total = reduce(UFUNCS[op], [row.view(dtype).astype(wide) for row in every])
+                    if op == AVG:
+                        total = total / wide.type(self.comm.size)
+                    give(total.astype(dtype))
+
+            return [self.comm.Iallgather(mine, every)], finish
+
+        self.q.add(start)
+
+    def allReduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
+        self._note("allReduce", stream, n, kind, op)
+        self._reduced(src, n, kind, op, lambda total: _put(dst, total))
+
+    def reduce(self, src: int, dst: int, n: int, kind: int, op: int, root: int, stream: int):
+        self._note("reduce", stream, n, kind, op, root)
+        own = self.comm.rank == root
+        self._reduced(src, n, kind, op, lambda total: _put(dst, total) if own else None)
+
+    def reduceScatter(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
+        self._note("reduceScatter", stream, n, kind, op)
+        part = slice(self.comm.rank * n, (self.comm.rank + 1) * n)
+        self._reduced(src, n * self.comm.size, kind, op, lambda total: _put(dst, total[part]))
+
+    def broadcast(self, src: int, dst: int, n: int, kind: int, root: int, stream: int) -> None:
+        self._note("broadcast", stream, n, kind, root)
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            room = np.empty(n * NUMPY_TYPES[kind].itemsize, np.uint8)
+            if self.comm.rank == root:
+                room[...] = _at(src, room.size)
+            return [self.comm.Ibcast(room, root)], lambda: _put(dst, room)
+
+        self.q.add(start)
+
+    def allGather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None:
+        self._note("allGather", stream, n, kind)
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            mine = _at(src, n * NUMPY_TYPES[kind].itemsize).copy()
+            every = np.empty(mine.size * self.comm.size, np.uint8)
+            return [self.comm.Iallgather(mine, every)], lambda: _put(dst, every)
+
+        self.q.add(start)
+
+    def send(self, src: int, n: int, kind: int, peer: int, stream: int) -> None:
+        self._note("send", stream, n, kind, peer)
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            mine = _at(src, n * NUMPY_TYPES[kind].itemsize).copy()
+            request = self.comm.Isend(mine, peer)
+            return [request], lambda: mine.fill(0)  # it lived so long
+
+        self.q.add(start)
+
+    def recv(self, dst: int, n: int, kind: int, peer: int, stream: int) -> None:
+        self._note("recv", stream, n, kind, peer)
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            room = np.empty(n * NUMPY_TYPES[kind].itemsize, np.uint8)
+            return [self.comm.Irecv(room, peer)], lambda: _put(dst, room)
+
+        self.q.add(start)
+
+    def check_async_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def abort(self) -> None:
+        self.log.append(("abort",))
+
+    def destroy(self) -> None:
+        self.log.append(("destroy",))
+
+
+def _put(address: int, values: Array) -> None:
+    _at(address, values.nbytes)[...] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)

@@ -1,0 +1,230 @@
+"""The contract on a real GPU: CuPy arrays and torch CUDA tensors, streams, a deadline.
+
+The ranks may share one GPU.  Where there is none the whole module is skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpicoll as mc
+from mpicoll.cuda import load_cupy
+from mpicoll.errors import CollectiveTimeoutError, GroupBrokenError, UnsupportedError
+from tests.contract.arrays import BFLOAT16, Array, Kind, Torch, data, reduced
+from tests.contract.conftest import _groups
+from tests.contract.test_collectives import (  # noqa: F401  (the same tests, on other fixtures)
+    size,
+    test_a_one_element_list_is_accepted_where_an_array_is,
+    test_all_gather_single,
+    test_all_gather_single_coalesced,
+    test_all_to_all_single_even,
+    test_all_to_all_single_uneven_with_zero_rows,
+    test_allgather_coalesced,
+    test_allgather_of_differing_sizes,
+    test_allreduce,
+    test_allreduce_coalesced,
+    test_alltoall_of_differing_sizes,
+    test_broadcast,
+    test_gather_of_differing_sizes,
+    test_premul_sum_takes_each_ranks_own_factor,
+    test_reduce_leaves_the_inputs_of_others_alone,
+    test_reduce_scatter_of_differing_sizes,
+    test_reduce_scatter_single,
+    test_reduce_scatter_single_coalesced,
+    test_scan_and_exscan,
+    test_scatter_of_differing_sizes,
+    test_shapes_of_any_number_of_dimensions,
+)
+from tests.contract.test_dtypes import (  # noqa: F401
+    test_every_dtype_moves,
+    test_every_pair_is_right_or_refused,
+    test_nan_wins_with_the_same_bits_everywhere,
+    test_the_other_reductions_agree_with_allreduce,
+)
+from tests.contract.test_dtypes import (
+    test_half_precision_is_rounded_once as half_precision_is_rounded_once,
+)
+from tests.contract.test_p2p import (  # noqa: F401
+    test_any_source,
+    test_ring,
+    test_tags_are_told_apart_whatever_the_order,
+)
+
+pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
+
+try:
+    cupy = load_cupy()
+    if not cupy.cuda.runtime.getDeviceCount():
+        pytest.skip("no test on a GPU: CUDA finds none", allow_module_level=True)
+except UnsupportedError as error:
+    pytest.skip(f"no test on a GPU: {error}", allow_module_level=True)
+except cupy.cuda.runtime.CUDARuntimeError as error:
+    pytest.skip(f"no test on a GPU: {error}", allow_module_level=True)
+
+
+class OnGpu(Kind):
+    nccl = False  # whether NCCL moves it, which rounds sums of bfloat16 more than once
+
+    def holds(self, dtype: Any) -> bool:
+        dtype = np.dtype(dtype)
+        return dtype.char not in "gG" and not (dtype == BFLOAT16 and self.nccl)
+
+
+class CuPy(OnGpu):
+    name = "cupy"
+
+    def holds(self, dtype: Any) -> bool:
+        return super().holds(dtype) and np.dtype(dtype) != BFLOAT16
+
+    def array(self, values: Array) -> Any:
+        return cupy.asarray(values)
+
+    def numpy(self, array: Any) -> Array:
+        return np.asarray(cupy.asnumpy(array))
+
+
+class CudaTensors(OnGpu, Torch):
+    name = "torch-cuda"
+
+    def require(self) -> None:
+        super().require()
+        if not importlib.import_module("torch").cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+
+    def array(self, values: Array) -> Any:
+        return super().array(values).cuda()
+
+    def numpy(self, array: Any) -> Array:
+        return super().numpy(array.cpu())
+
+
+KINDS = (CuPy(), CudaTensors())
+
+
+BACKENDS = ("staged", "nccl")
+
+
+def made(request: pytest.FixtureRequest, make: Callable[..., mc.ProcessGroup]) -> mc.ProcessGroup:
+    """A group on this rank's GPU, which becomes the current one."""
+    try:
+        pg = make(backend=request.param, device="cuda")
+    except UnsupportedError as error:  # on all ranks: they share a GPU, perhaps
+        pytest.skip(str(error))
+    cupy.cuda.Device(int(pg.device.partition(":")[2])).use()
+    return pg
+
+
+@pytest.fixture(params=BACKENDS)
+def pg(request) -> mc.ProcessGroup:
+    return made(request, _groups)
+
+
+@pytest.fixture(params=BACKENDS)
+def fresh(request) -> Iterator[mc.ProcessGroup]:
+    pg = made(request, partial(mc.new_group, timeout=20))
+    yield pg
+    pg.abort()
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request, pg) -> Kind:
+    request.param.require()
+    request.param.nccl = pg.name() == "nccl"
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["e", BFLOAT16], ids=str)
+def test_half_precision_is_rounded_once(pg, kind, dtype):
+    if pg.name() == "nccl":
+        pytest.skip("NCCL rounds at each step")
+    half_precision_is_rounded_once(pg, kind, dtype)
+
+
+def test_groups_made_out_of_it_stay_on_its_gpu(fresh):
+    with fresh.local_group() as near:
+        assert near.device == fresh.device and near.name() == fresh.name()
+        x = cupy.ones(5, np.float32)
+        near.allreduce(x).wait()
+        assert (x == near.size()).all()
+
+
+@pytest.mark.limit(300)
+def test_no_race_with_the_streams_of_the_user(pg):
+    """Compute on a side stream, a collective, compute; arrays are dropped as soon as can be."""
+    n, count = pg.size(), 100_003
+    wrong = cupy.zeros((), np.int64)
+    side = cupy.cuda.Stream(non_blocking=True)
+    with side:
+        for i in range(1000):
+            x = cupy.full(count, -1, np.float32)
+            for _ in range(5):
+                x += 1
+            x += pg.rank() + i % 7 - 4
+            pg.allreduce(x).wait()
+            y = x * 2
+            del x
+            wrong += (y != 2 * (n * (n - 1) // 2 + n * (i % 7))).sum()
+    side.synchronize()
+    assert int(wrong) == 0
+
+
+def test_no_race_with_the_streams_of_torch(pg):
+    CudaTensors().require()
+    torch = importlib.import_module("torch")
+    n, side = pg.size(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(300):
+            x = torch.full((100_003,), float(pg.rank()), device="cuda")
+            x.mul_(2).add_(i % 7)
+            pg.allreduce(x).wait()
+            wrong += (x != n * (n - 1) + n * (i % 7)).sum()
+    side.synchronize()
+    assert int(wrong) == 0
+
+
+def test_a_rank_that_never_comes(fresh, world):
+    """The others get the error in time, and the GPU is free."""
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    absent = world.size - 1
+    begin = time.monotonic()
+    if world.rank != absent:
+        x = cupy.ones(1 << 20, np.float32)
+        with pytest.raises(CollectiveTimeoutError, match=rf"ranks \[{absent}\] have not arrived"):
+            fresh.allreduce(x, timeout=0.5).wait()
+        assert time.monotonic() - begin < 5
+        cupy.cuda.Device().synchronize()
+        assert (x == 1).all()
+        with pytest.raises(GroupBrokenError):
+            fresh.barrier()
+
+
+def test_a_rank_that_comes_to_nccl_and_stops(fresh, world):
+    """A call that is enqueued here only: the watchdog aborts it, and the GPU is free again."""
+    if fresh.name() != "nccl" or world.size == 1:
+        pytest.skip("needs NCCL and two ranks")
+    x = cupy.ones(1 << 20, np.float32)
+    fresh.allreduce(x).synchronize()  # NCCL connects in the first call, which blocks the host
+    if world.rank == 0:  # as if the others' part had been lost
+        fresh._arrival.steps = lambda call, seq: iter(())
+        fresh.allreduce(x, timeout=1).wait()
+        cupy.cuda.Device().synchronize()  # returns, since the communicator is aborted
+        with pytest.raises(GroupBrokenError):
+            fresh.barrier()
+
+
+def test_both_memories_in_turn(pg):
+    parts = [data(r, 20_000) for r in range(pg.size())]
+    for _ in range(3):
+        x, y = cupy.asarray(parts[pg.rank()]), parts[pg.rank()].copy()
+        pg.allreduce(x).wait()
+        pg.allreduce(y).wait()
+        assert (cupy.asnumpy(x) == y).all() and (y == reduced("SUM", parts)).all()
