@@ -501,9 +501,10 @@ class Engine:
         task.done = True
         task.error = error
         if error is None:
-            lane = task.lane
-            lane.finished = task.call.kind, task.seq
-            lane.page[lane.word] = task.seq
+            if task.seq:  # messages have no number
+                lane = task.lane
+                lane.finished = task.call.kind, task.seq
+                lane.page[lane.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         task.ended()

@@ -210,6 +210,29 @@ atexit.register(leaving)
         assert "CollectiveTimeoutError" in ended.output
 
 
+def test_what_a_silent_rank_was_last_seen_doing(job):
+    """Messages are no calls: they have no number."""
+    script = """
+pg = mc.new_group(timeout=20)
+x = np.ones(3)
+pg.allreduce(x).wait()
+pg.barrier().wait()
+sent = pg.send(np.ones(5), RANK)
+pg.recv(np.ones(5), RANK).wait()
+sent.wait()
+if RANK == 2:
+    time.sleep(1)
+try:
+    pg.broadcast(x, 0, timeout=20 if RANK == 2 else 0.5).wait()
+except MpicollError as error:
+    report(text=str(error))
+"""
+    ended = job(3, script)
+    for told in ended.ranks[:2]:
+        assert "ranks [2] have not arrived" in told["text"], told
+        assert told["text"].endswith("last finished barrier #2"), told
+
+
 def test_a_late_rank_is_waited_for(job):
     script = """
 pg = mc.new_group(timeout=2)
