@@ -1,4 +1,4 @@
-"""Run every test and count: `python -m tests.run --mpi mpich|openmpi [--soak] [-k EXPR]`.
+"""Run every test and count: `python -m tests.run --mpi mpich|openmpi [--soak] [-k EXPR] ...`.
 
 A stage is one program under a hard time limit.  One that hangs, is killed, leaves processes
 behind or ends non-zero without a failed test to show for it counts as a failure.
@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,14 @@ class Stage:
     limit: float  # seconds
     nodes: str = ""  # MPICOLL_NODES
 
-    def argv(self, keyword: str) -> list[str]:
+    def argv(self, keyword: str, without: Sequence[str]) -> list[str]:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
         options += ["--color=no"]
         if self.ranks:
             options += ["--with-mpi", "--no-summary"]
         if keyword:
             options += ["-k", keyword]
+        options += [f"--ignore-glob=*{word}*" for word in without if word.startswith("test_")]
         launcher = mpiexec(self.ranks) if self.ranks else []
         return [*launcher, sys.executable, "-m", "pytest", *options, *self.paths]
 
@@ -71,7 +73,7 @@ def stages(soak: bool) -> list[Stage]:
             for n in (3, 4)
         ),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
-        Stage("scenarios", 0, ["tests/scenarios"], 400 * slower),
+        Stage("scenarios", 0, ["tests/scenarios"], 600 * slower),
     ]
 
 
@@ -124,6 +126,13 @@ def main() -> int:
     parser.add_argument("--mpi", choices=("mpich", "openmpi"), default=installed_mpi())
     parser.add_argument("--soak", action="store_true", help="also the large counts (slow)")
     parser.add_argument("-k", dest="keyword", default="", help="as in pytest")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="leave out stages with these words in their names, or files test_WORDS*.py",
+    )
     options = parser.parse_args()
     if options.mpi != installed_mpi():
         parser.error(f"--mpi {options.mpi}, but {sys.prefix} holds {installed_mpi()}")
@@ -132,13 +141,17 @@ def main() -> int:
     before = set(os.listdir(SHARED))
     with tempfile.TemporaryDirectory(prefix="mpicoll-tests-") as folder:
         for number, stage in enumerate(stages(options.soak)):
+            if any(words in stage.name for words in options.without):
+                continue
             log = Path(folder) / f"{number}.jsonl"
             extra = {"MPICOLL_TEST_LOG": str(log)}
             if options.soak or SOAK:
                 extra["MPICOLL_SOAK"] = "1"
             if stage.nodes:
                 extra["MPICOLL_NODES"] = stage.nodes
-            ended = run_bounded(stage.argv(options.keyword), stage.limit, environment(extra))
+            ended = run_bounded(
+                stage.argv(options.keyword, options.without), stage.limit, environment(extra)
+            )
             count, failures = outcomes(log, ended)
             for title, text in failures:
                 print(f"\n{'=' * 8} [{stage.name}] {title}\n{text.rstrip()}\n")

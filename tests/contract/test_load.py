@@ -30,7 +30,7 @@ def test_a_thread_per_group(pg):
     def use(group, number):
         try:
             dice = random.Random(number)  # as on the other ranks
-            for seed in range(soak(10_000, 200)):
+            for seed in range(soak(10_000, 100)):
                 size = dice.choice([1, 1, 50, 50, 3_000, 20_000])
                 parts = [data(r, size, seed=seed + number) for r in range(group.size())]
                 x = parts[group.rank()].copy()
@@ -59,7 +59,7 @@ def test_a_thread_per_group(pg):
 def test_sixty_four_works_in_flight_waited_for_in_random_order(pg):
     n, me = pg.size(), pg.rank()
     dice = random.Random(me)  # each rank in an order of its own
-    for turn in range(soak(1000, 10)):
+    for turn in range(soak(1000, 4)):
         parts = [[data(r, 1 + 40 * i, seed=i + turn) for r in range(n)] for i in range(64)]
         arrays = [part[me].copy() for part in parts]
         works = [
@@ -110,8 +110,8 @@ def test_groups_come_and_go_and_nothing_stays(pg, make, let_go):
             LET_GO[let_go](group)
             del group
 
-    times = soak(20_000 if make == "split" else 3_000, 50)
-    come_and_go(soak(2_000, 50))
+    times = soak(20_000 if make == "split" else 3_000, 20)
+    come_and_go(soak(2_000, 20))
     memory, files, tables = held()
     come_and_go(times)
     memory_after, files_after, tables_after = held()

@@ -11,7 +11,7 @@ from tests.contract.arrays import KINDS
 from tests.contract.test_property import DTYPES, KIND_OF, ORDERED, REDUCING, Step, run
 from tests.soak import soak
 
-CALLS = soak(10_000, 300)
+CALLS = soak(10_000, 200)
 pytestmark = [pytest.mark.mpi, pytest.mark.limit(soak(1200, 60))]
 
 
