@@ -8,7 +8,7 @@
 - Members of a broken group take leave of one another at their ends.  Those that know of the failure
   may take their time: they may be writing a checkpoint.  Those that don't have `config.grace`
   seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
-  MPI_Finalize would hang, the job is ended.
+  MPI_Finalize would hang, or takes no more messages, the job is ended.
 - Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.
 - A forked child is not a rank: it is refused, and ends without a word to MPI, as the children of
   multiprocessing do.
@@ -193,7 +193,9 @@ class _Ending:
             if settled and not (known or unknown) and _all_settled(lanes):
                 return True
             now = time.monotonic()
-            if now > for_aware or (now > for_unaware and not known):
+            if now > for_aware:
+                return False
+            if now > for_unaware and (not known or any(x.peers.is_stuck() for x in lanes)):
                 return False
             time.sleep(1e-3)
         return False

@@ -77,7 +77,7 @@ class Peers:
         self._answers: dict[int, Notice] = {}
         self._state = state
         self._tag = notice_tag()
-        self._kept: list[tuple[MPI.Request, bytes]] = []  # unfinished sends and their bytes
+        self._kept: list[tuple[int, MPI.Request, bytes]] = []  # unfinished sends: to whom, and what
         self._inbox = bytearray(_HEAD.size + _TEXT)
         self._watched: dict[int, Identity] = {}
         self._look_at_locks = Every(0.05)
@@ -244,8 +244,15 @@ class Peers:
 
     def all_sent(self) -> bool:
         """Return whether every notice of this rank has left it."""
-        self._kept = [kept for kept in self._kept if not _is_over(kept[0])]
+        self._kept = [kept for kept in self._kept if not _is_over(kept[1])]
         return not self._kept
+
+    def is_stuck(self) -> bool:
+        """Return whether MPI holds back a notice to a rank that knows of the failure.
+
+        The room for messages to ranks that don't take theirs is limited, and theirs may use it up.
+        """
+        return not self.all_sent() and any(rank in self.aware for rank, _, _ in self._kept)
 
     def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
         for rank in range(self.size):
@@ -256,7 +263,8 @@ class Peers:
         self.all_sent()
         message = _HEAD.pack(what, seq, waiting) + text.encode()[:_TEXT]
         with contextlib.suppress(MPI.Exception):  # the receiver may have died
-            self._kept.append((self.comm.Isend([message, MPI.BYTE], rank, self._tag), message))
+            request = self.comm.Isend([message, MPI.BYTE], rank, self._tag)
+            self._kept.append((rank, request, message))
 
 
 def _is_over(request: MPI.Request) -> bool:

@@ -17,6 +17,7 @@ except MpicollError as error:
 def test_a_mismatch_inside_a_node_is_heard_on_the_other_with_checks_on_the_node():
     """The node that differs knows who differed; the other one learns that it left the group."""
     job = launch(4, SCRIPT, env={"MPICOLL_NODES": "2"})
-    assert not job.timed_out and not job.leftovers and job.code != 0, job.output
+    # (It may end well or not: the other node may have begun the next call in MPI, or not yet.)
+    assert not job.timed_out and not job.leftovers, job.output
     assert job["kind"] == ["RemoteRankError"] * 2 + ["CollectiveMismatchError"] * 2
     assert all("rank 2" in text or "rank 3" in text for text in job["text"]), job["text"]

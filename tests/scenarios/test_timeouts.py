@@ -122,6 +122,24 @@ def test_call_after_call(job):
     on_time(keeps_deadlines(job, calls, 0.3), 0.3)
 
 
+def test_a_job_of_which_many_groups_are_broken_ends(job):
+    """A rank that takes no messages leaves MPI no room for those of the others."""
+    script = """
+pg = [mc.new_group(timeout=20) for _ in range(60)]
+pg[-1].barrier().wait()
+if RANK == 2:
+    time.sleep(60)
+for group in pg:
+    try:
+        group.allreduce(np.ones(3), timeout=0.02).wait()
+    except CollectiveTimeoutError:
+        pass
+report(left=True)
+"""
+    ended = job(3, script, fails=True)
+    assert ended.at - max(ended.ranks[r]["wall"] for r in (0, 1)) <= ENDS
+
+
 @twice
 def test_calls_at_one_second(job):
     keeps_deadlines(job, CALLS[:4], 1.0)
