@@ -118,6 +118,8 @@ def sweep(before: set[str]) -> Counter[str]:
     """Clear shared memory of what the run left there: nothing of ours may be among it."""
     ours, theirs = clear_shared(before)
     print(f"in {SHARED}: {len(theirs)} files of the MPI library removed, {len(ours)} of ours")
+    for name in theirs + ours:
+        print(f"    {name}")
     return Counter(failed=len(ours), passed=not ours)
 
 
