@@ -56,6 +56,7 @@ NEWS = 0.05  # seconds that the death of a peer may take to show after a call fa
 HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 IDLE_LANES = 32  # lanes without a call under way that are listened to in one pass
 LOOK_OUT = 0.1  # seconds between looks at calls that block inside MPI
+SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, before it ends it
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
@@ -698,6 +699,8 @@ def end_job(code: int, why: str = "") -> None:
         print(f"mpicoll: {why}; ending the job", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if why:
+        time.sleep(SAID)
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
 
