@@ -11,7 +11,7 @@ What a `Work` may raise, besides the errors that a method names:
 - `InvalidCallError`, `UnsupportedError` at the call, before anything is sent;
 - `CollectiveMismatchError`: peers called something else, or were refused; no data was moved;
 - `CollectiveTimeoutError`: the deadline passed; names the ranks that had not arrived;
-- `RemoteRankError`, `TransportError`: a peer left, or MPI failed.
+- `RemoteRankError`, `RankFailedError`, `TransportError`: a peer left or died, or MPI failed.
 
 After the last two lines the group is broken, its outputs are undefined, and every further
 call raises `GroupBrokenError`; after the others it is usable and no array has changed.

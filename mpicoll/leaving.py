@@ -135,8 +135,12 @@ class _Ending:
 
         It may wait for that thread for ever.
         """
-        self._take_leave(lambda: self._leaving or any(x.told for x in engine.broken))
-        if not self._leaving and not any(lane.told for lane in engine.broken):
+
+        def known() -> bool:
+            return self._leaving or any(lane.told for lane in engine.broken)
+
+        self._take_leave(known)
+        if not known():
             end_job(self.code, "a thread failed, and the main program goes on")
 
     def leave(self) -> None:

@@ -163,10 +163,7 @@ class Peers:
 
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
-        if rank == self.rank:
-            self.joined[rank] = text
-        else:
-            self._tell(rank, JOIN, 0, False, text)
+        self._tell(rank, JOIN, 0, False, text)
 
     def decide(self, rank: int, text: str) -> None:
         """Tell a rank what was decided in `shrink_group`."""

@@ -226,8 +226,7 @@ def _agree_on_shrinking(
                 peers.joined.clear()
                 return _follow(plan, excluded)
         elif decider != told:
-            join = {"out": list(excluded), "attempt": attempt, "seconds": -late}
-            peers.join(decider, json.dumps(join))
+            peers.join(decider, json.dumps({"out": list(excluded), "attempt": attempt}))
             told = decider
         elif peers.plan and json.loads(peers.plan)["to"] == attempt:
             return _follow(json.loads(peers.plan), excluded)
