@@ -54,7 +54,7 @@ def hosts(tmp_path):
 def test_two_hosts_of_two_ranks(hosts, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(PREAMBLE + textwrap.dedent(SCRIPT))
-    ended = hosts.run(2, [sys.executable, str(path)], 60, {RESULT: str(tmp_path)})
+    ended = hosts.run([2, 2], [sys.executable, str(path)], 60, {RESULT: str(tmp_path)})
     assert ended.code == 0 and not ended.timed_out and not ended.leftovers, ended.output
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert [rank["host"] for rank in told] == [NAMES[0]] * 2 + [NAMES[1]] * 2
