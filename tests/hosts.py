@@ -20,18 +20,26 @@ from tests.harness import Ended, environment, installed_mpi, run_bounded
 NAMES = ("alpha", "beta")
 _SWITCH = "switch"
 _ADDRESS = "10.99.7.{}"
+_SHARED = "128m"  # room in a host's /dev/shm
 _KEEPER = """
 hostname {name}
-mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && mount --bind {hosts} /etc/hosts
+mount --make-rprivate / && mount -t tmpfs -o size={shared} tmpfs /dev/shm
+mount --bind {hosts} /etc/hosts
 ip link set lo up
 echo ready
 exec cat
 """
-# What stands in for ssh: AGENT [-option ...] HOST COMMAND...
+# What stands in for ssh: AGENT [-option ...] HOST COMMAND...  Across a cut it learns of no end, and
+# its own end reaches nobody.
 _AGENT = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 host=$1; shift
-exec nsenter -t "$(cat {folder}/$host)" --net --uts --ipc --mount --wd="$PWD" -- sh -c "$*"
+setsid --fork --wait \\
+    nsenter -t "$(cat {folder}/$host)" --net --uts --ipc --mount --wd="$PWD" -- sh -c "$*"
+code=$?
+exec >/dev/null 2>&1
+while [ -e {folder}/cut ] && kill -0 $PPID; do sleep 0.1; done
+exit $code
 """
 
 
@@ -71,7 +79,7 @@ class Hosts:
         keeper = subprocess.Popen(
             [
                 *("unshare", "--net", "--uts", "--ipc", "--mount", "sh", "-ec"),
-                _KEEPER.format(name=name, hosts=hosts),
+                _KEEPER.format(name=name, hosts=hosts, shared=_SHARED),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -122,12 +130,19 @@ class Hosts:
 
     def cut(self, host: str) -> None:
         """Cut a host off: what it sends, and what is sent to it, is lost without a word."""
+        (self._folder / "cut").touch()
         self._do(_SWITCH, f"ip link set {host} down")
 
     def heal(self, host: str) -> None:
         """Join a host to the others again."""
         self._do(_SWITCH, f"ip link set {host} up")
         self._await_link(host)
+        (self._folder / "cut").unlink()
+
+    def give_up(self) -> None:
+        """Have TCP give up on who doesn't answer now; by itself it takes a quarter of an hour."""
+        for name in self.names:
+            self._do(name, "echo 1 > /proc/sys/net/ipv4/tcp_retries2")
 
     def crash(self, host: str) -> None:
         """End all that runs on a host, of which the others hear nothing."""
