@@ -6,6 +6,7 @@ exist as long as this process does.  It takes root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -29,8 +30,8 @@ ip link set lo up
 echo ready
 exec cat
 """
-# What stands in for ssh: AGENT [-option ...] HOST COMMAND...  Across a cut it learns of no end, and
-# its own end reaches nobody.
+# What stands in for ssh: AGENT [-option ...] HOST COMMAND...  Across a cut it hears of no end, and
+# nobody of its own.
 _AGENT = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 host=$1; shift
@@ -38,7 +39,7 @@ setsid --fork --wait \\
     nsenter -t "$(cat {folder}/$host)" --net --uts --ipc --mount --wd="$PWD" -- sh -c "$*"
 code=$?
 exec >/dev/null 2>&1
-while [ -e {folder}/cut ] && kill -0 $PPID; do sleep 0.1; done
+while [ -e {folder}/cut-$host -o -e {folder}/cut-{first} ] && kill -0 $PPID; do sleep 0.1; done
 exit $code
 """
 
@@ -56,14 +57,14 @@ class Hosts:
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Hosts:
-        for tool in ("unshare", "nsenter", "ip", "hostname", "mount"):
+        for tool in ("unshare", "nsenter", "setsid", "ip", "bridge", "hostname", "mount"):
             if shutil.which(tool) is None:
                 raise OSError(f"there is no {tool} here")
         lines = [f"{_ADDRESS.format(i)} {name}" for i, name in enumerate(self.names, 1)]
         hosts = self._folder / "hosts"
         hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         agent = self._folder / "agent"
-        agent.write_text(_AGENT.format(folder=self._folder))
+        agent.write_text(_AGENT.format(folder=self._folder, first=self.names[0]))
         agent.chmod(0o755)
         try:
             for name in (_SWITCH, *self.names):
@@ -106,9 +107,12 @@ class Hosts:
             self._await_link(name)
 
     def _await_link(self, name: str) -> None:
-        """Wait until a host's interface runs: UCX takes no other, and the bridge forwards then."""
-        self._do(name, "until ip link show eth0 | grep -q LOWER_UP; do sleep 0.02; done")
-        self._do(_SWITCH, f"until bridge link show dev {name} | grep -q forwarding; do :; done")
+        """Wait until a host's interface runs (UCX takes no other), and the switch forwards."""
+        for where, show in (
+            (name, "ip link show eth0 | grep -q LOWER_UP"),
+            (_SWITCH, f"bridge link show dev {name} | grep -q forwarding"),
+        ):
+            self._do(where, f"until {show}; do sleep 0.02; done")
 
     def _do(self, name: str, command: str) -> None:
         done = subprocess.run(
@@ -130,14 +134,14 @@ class Hosts:
 
     def cut(self, host: str) -> None:
         """Cut a host off: what it sends, and what is sent to it, is lost without a word."""
-        (self._folder / "cut").touch()
+        (self._folder / f"cut-{host}").touch()
         self._do(_SWITCH, f"ip link set {host} down")
 
     def heal(self, host: str) -> None:
         """Join a host to the others again."""
         self._do(_SWITCH, f"ip link set {host} up")
         self._await_link(host)
-        (self._folder / "cut").unlink()
+        (self._folder / f"cut-{host}").unlink()
 
     def give_up(self) -> None:
         """Have TCP give up on who doesn't answer now; by itself it takes a quarter of an hour."""
@@ -148,7 +152,8 @@ class Hosts:
         """End all that runs on a host, of which the others hear nothing."""
         self.cut(host)
         for pid in self.processes(host):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def processes(self, host: str) -> list[int]:
         """Return the processes on a host, without its keeper."""
