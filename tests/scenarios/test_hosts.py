@@ -43,7 +43,8 @@ class Job:
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(meanwhile)
             ended = self.hosts.run(self.ranks, [sys.executable, str(path)], 60, env)
-            beside.result()
+            error = beside.exception()
+        assert error is None, f"{error}\n{ended.output}"
         assert not ended.timed_out and not ended.leftovers, ended.output
         for name in self.hosts.names:
             assert not self.hosts.processes(name), ended.output
