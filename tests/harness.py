@@ -114,8 +114,13 @@ def _signal_group(pid: int, number: int) -> None:
         pass
 
 
-def run_bounded(argv: Sequence[str], timeout: float, env: Mapping[str, str]) -> Ended:
-    """Run `argv`; past `timeout` SIGTERM, 3 s later SIGKILL, then whatever carries its cookie."""
+def run_bounded(
+    argv: Sequence[str], timeout: float, env: Mapping[str, str], *, grace: float = 1.0
+) -> Ended:
+    """Run `argv`; past `timeout` SIGTERM, 3 s later SIGKILL, then whatever carries its cookie.
+
+    What still runs `grace` seconds after its end is left over: a launcher's helpers may outlive it.
+    """
     cookie = secrets.token_hex(16)
     timed_out = False
     with tempfile.TemporaryFile() as out:
@@ -142,8 +147,8 @@ def run_bounded(argv: Sequence[str], timeout: float, env: Mapping[str, str]) -> 
                     _signal_group(process.pid, signal.SIGKILL)
                     process.wait()
         seconds, at = time.monotonic() - start, time.time()
-        grace = time.monotonic() + 1.0  # the launcher's helpers may outlive it by a moment
-        while (leftovers := marked(cookie)) and time.monotonic() < grace:
+        until = time.monotonic() + grace
+        while (leftovers := marked(cookie)) and time.monotonic() < until:
             time.sleep(0.02)
         for pid in leftovers:
             try:

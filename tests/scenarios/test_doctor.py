@@ -269,7 +269,7 @@ def test_two_hosts(tmp_path):
             pytest.skip(f"two hosts can't be made: {error}")
         for folder, verdict in ((str(shared), "ok"), ("/dev/shm", "wrong")):
             program = [sys.executable, *DOCTOR, "--json", "--folder", folder]
-            report = Report(hosts.run(1, program, 40, {}))
+            report = Report(hosts.run([1, 1], program, 40, {}))
             report.has("ok", "ranks", f"2 of 2: 1 on {NAMES[0]}, 1 on {NAMES[1]}")
             report.has(verdict, folder, "shared")
         assert not [name for name in hosts.shared_memory(NAMES[0]) if "mpicoll" in name]
