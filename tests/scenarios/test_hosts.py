@@ -50,11 +50,12 @@ class Job:
         env = {RESULT: str(self.folder), "MPICOLL_GRACE": str(GRACE)}
         with ThreadPoolExecutor(1) as pool:
             beside = pool.submit(meanwhile)
-            # All ranks of MPICH may hang in MPI_Init where hosts start at different speeds.
+            # On several hosts all ranks of MPICH have been seen to hang in MPI_Init: one more try.
             for _ in range(2):
                 ended = self.hosts.run(self.ranks, [sys.executable, str(path)], 60, env)
                 if any(self.told("up")):
                     break
+                print(f"no rank has got through MPI_Init:\n{ended.output}")
             error = beside.exception()
         assert error is None, f"{error}\n{ended.output}"
         assert not ended.timed_out and not ended.leftovers, ended.output
