@@ -1,0 +1,288 @@
+"""A SLURM of two nodes on one machine: munge, slurmctld, and a slurmd per node.
+
+Each slurmd has a host name and a /dev/shm of its own, and so has all that it starts.  It is there
+from `with` to its end, with everything it writes under one folder.  It takes root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tests.harness import (
+    ROOT,
+    SHARED,
+    Ended,
+    environment,
+    installed_mpi,
+    marked,
+    run_bounded,
+)
+
+NODES = ("n1", "n2")
+GPUS = ("/dev/null", "/dev/zero")  # on each node: SLURM wants devices, and hands out their numbers
+PMI = {"mpich": "pmi2", "openmpi": "pmix"}
+PMIX_PLUGIN = "/usr/lib/*/slurm*/mpi_pmix.so"
+PMIX = "/usr/lib/*/pmix2/lib/libpmix.so"  # what Debian's plugin opens, and no package has
+_START, _END = 20.0, 10.0  # seconds
+_TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scancel", "scontrol")
+_CONF = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A job may start again when its credential has expired: after 5 s, the least there is, not 120.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+SlurmctldPidFile={folder}/slurmctld.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+TmpFS={folder}/tmp/%n
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+GresTypes=gpu
+KillWait=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 Gres=gpu:2
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 Gres=gpu:2
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=10 State=UP
+"""
+# Without a host name of its own the ranks of both nodes are on one, and the launchers lost.
+_NODE = """
+hostname {name}
+mount --bind {folder}/hosts /etc/hosts && mount -t tmpfs tmpfs /dev/shm
+exec slurmd -D -N {name} -f {folder}/slurm.conf
+"""
+
+
+@dataclass
+class Batch:
+    """How a batch job ended."""
+
+    state: str
+    code: int
+    restarts: int
+    output: str
+
+
+class Slurm:
+    """The nodes, from `with` to its end.
+
+    Raises:
+        OSError: they can't be had here; says why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Slurm:
+        for tool in (*_TOOLS, "unshare", "hostname", "mount"):
+            if shutil.which(tool) is None:
+                raise OSError(f"there is no {tool} here")
+        each = [f"{name}/{node}" for name in ("spool", "tmp") for node in NODES]
+        for name in ("munge", "state", "log", "out", *each):
+            (self.folder / name).mkdir(parents=True)
+        for path in (self.folder, self.folder / "munge"):
+            path.chmod(0o755)  # munged insists on it
+        key = self.folder / "munge" / "key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        names = f"127.0.0.1 localhost {' '.join(NODES)} {socket.gethostname()}\n"
+        (self.folder / "hosts").write_text(names)
+        with _free_ports(3) as ports:
+            said = _CONF.format(folder=self.folder, ports=ports)
+        (self.folder / "slurm.conf").write_text(said)
+        gpus = [f"Name=gpu File={device} Flags=nvidia_gpu_env\n" for device in GPUS]
+        (self.folder / "gres.conf").write_text("".join(gpus))
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _start(self) -> None:
+        munge = [f"--{what}-file={self.folder}/munge/{what}" for what in ("key", "pid", "seed")]
+        self._keep("munged", "--foreground", f"--socket={self.folder}/munge/socket", *munge)
+        self._until(lambda: (self.folder / "munge" / "socket").exists())
+        self._keep("slurmctld", "-D", "-c", "-f", f"{self.folder}/slurm.conf")
+        for name in NODES:
+            script = _NODE.format(name=name, folder=self.folder)
+            self._keep(name, "unshare", "--uts", "--mount", "sh", "-ec", script)
+        self._until(lambda: self._said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
+
+    def _keep(self, name: str, *command: str) -> None:
+        argv = command if name in NODES else (name, *command)
+        with open(self.folder / "log" / name, "wb") as log:
+            self._daemons[name] = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                start_new_session=True,  # Ctrl-C is for the tests, which end them
+            )
+
+    def _until(self, ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + _START
+        while not ready():
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > end:
+                logs = [path.read_text()[-500:] for path in (self.folder / "log").iterdir()]
+                why = f"{ended[0]} ended" if ended else f"no nodes in {_START:g} s"
+                raise OSError(f"{why}: {' '.join(''.join(logs).split())}")
+            time.sleep(0.05)
+
+    def _said(self, *command: str) -> str:
+        env = self.environment()
+        return subprocess.run(
+            command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if "slurmctld" in self._daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._said("scancel", "--user=root")
+                end = time.monotonic() + _END
+                while self._said("squeue", "-h") and time.monotonic() < end:
+                    time.sleep(0.1)
+        for daemon in reversed(self._daemons.values()):
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(_END)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What a user of this SLURM has who activated the Python environment of the tests."""
+        outer = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SALLOC"))}
+        if installed_mpi() == "openmpi":
+            for name in ("OMPI", "PRTE"):
+                outer[f"{name}_ALLOW_RUN_AS_ROOT"] = outer[f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+            # The nodes have more processors by name than the machine has.
+            outer["PRTE_MCA_hwloc_default_binding_policy"] = "none"
+        path = f"{Path(sys.prefix) / 'bin'}:{outer['PATH']}"
+        return outer | {"PATH": path, "SLURM_CONF": f"{self.folder}/slurm.conf"} | dict(extra or {})
+
+    # ---- programs ----
+
+    def srun(
+        self,
+        program: Sequence[str],
+        timeout: float = 30.0,
+        *,
+        options: Sequence[str] = (),
+        nodes: int = 2,
+        each: int = 2,
+        mpi: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> Ended:
+        """Run a program as a job of one step, on `each` tasks of every node."""
+        size = [f"--nodes={nodes}", f"--ntasks-per-node={each}"]
+        command = ["srun", "-Q", f"--mpi={mpi or PMI[installed_mpi()]}", *size, *options, *program]
+        return run_bounded(command, timeout, self.environment(env))
+
+    def mpiexec(
+        self,
+        program: Sequence[str],
+        timeout: float = 30.0,
+        *,
+        launcher: Path | None = None,
+        nodes: int = 2,
+        each: int = 2,
+    ) -> Ended:
+        """Run a program under mpiexec, inside an allocation; `launcher`: another MPI's."""
+        start = [str(launcher or Path(sys.prefix) / "bin" / "mpiexec"), "-n", str(nodes * each)]
+        return self.salloc([*start, *program], timeout, nodes=nodes, each=each)
+
+    def salloc(
+        self, program: Sequence[str], timeout: float = 30.0, *, nodes: int = 2, each: int = 2
+    ) -> Ended:
+        """Run a program in an allocation, on the machine that asked for it."""
+        command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *program]
+        return run_bounded(command, timeout, self.environment())
+
+    def submit(
+        self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str
+    ) -> int:
+        """Submit a batch script; return the job's number."""
+        output = f"--output={self.folder}/out/%j"
+        command = ["sbatch", "--parsable", output, *options, str(script), *arguments]
+        # Not by `run_bounded`: what sbatch leaves behind is the job.
+        done = subprocess.run(
+            command, env=self.environment(env), cwd=ROOT, capture_output=True, text=True, timeout=20
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    def ended(self, job: int, timeout: float = 30.0) -> Batch:
+        """Wait for the end of a batch job; past the timeout it is cancelled, and is no more."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            said = self.show(job)
+            if said["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+                code = int(said["ExitCode"].split(":")[0])
+                restarts = int(said["Restarts"])
+                return Batch(said["JobState"], code, restarts, self.output(job))
+            time.sleep(0.1)
+        self._said("scancel", str(job))
+        raise AssertionError(f"job {job} took more than {timeout} s:\n{self.output(job)}")
+
+    def show(self, job: int) -> dict[str, str]:
+        """What SLURM says of a job."""
+        words = self._said("scontrol", "--oneliner", "show", "job", str(job)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def output(self, job: int) -> str:
+        """What a job has written so far."""
+        path = self.folder / "out" / str(job)
+        return path.read_text() if path.exists() else ""
+
+    def signal_script(self, job: int, name: str) -> None:
+        """Send a signal to a job's batch script, as `--signal=B:` does when time runs out."""
+        self._said("scancel", "--batch", f"--signal={name}", str(job))
+
+    # ---- what is left ----
+
+    def shared_memory(self) -> list[str]:
+        """The names of the files in the nodes' shared memory."""
+        roots = [Path(f"/proc/{self._daemons[name].pid}/root") for name in NODES]
+        return [file.name for root in roots for file in (root / SHARED.relative_to("/")).iterdir()]
+
+    def leftovers(self) -> list[int]:
+        """Processes that belong to this SLURM, its daemons included."""
+        return marked(f"SLURM_CONF={self.folder}/")
+
+
+@contextlib.contextmanager
+def _free_ports(count: int) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        yield [each.getsockname()[1] for each in sockets]
