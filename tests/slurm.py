@@ -182,8 +182,8 @@ class Slurm:
         """What a user of this SLURM has who activated the Python environment of the tests."""
         outer = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SALLOC"))}
         if installed_mpi() == "openmpi":
-            for name in ("OMPI", "PRTE"):
-                outer[f"{name}_ALLOW_RUN_AS_ROOT"] = outer[f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+            for name in ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"):
+                outer |= {name: "1", f"{name}_CONFIRM": "1"}
             # The nodes have more processors by name than the machine has.
             outer["PRTE_MCA_hwloc_default_binding_policy"] = "none"
         path = f"{Path(sys.prefix) / 'bin'}:{outer['PATH']}"
@@ -227,9 +227,7 @@ class Slurm:
         command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *program]
         return run_bounded(command, timeout, self.environment())
 
-    def submit(
-        self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str
-    ) -> int:
+    def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str) -> int:
         """Submit a batch script; return the job's number."""
         output = f"--output={self.folder}/out/%j"
         command = ["sbatch", "--parsable", output, *options, str(script), *arguments]
