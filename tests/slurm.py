@@ -1,7 +1,7 @@
 """A SLURM of two nodes on one machine: munge, slurmctld, and a slurmd per node.
 
 Each slurmd has a host name and a /dev/shm of its own, and so has all that it starts.  It is there
-from `with` to its end, with everything it writes under one folder.  It takes root.
+from `with` to its end, with everything it writes in one folder, which goes then.  It takes root.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,9 +66,10 @@ NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 Gr
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=10 State=UP
 """
 # Without a host name of its own the ranks of both nodes are on one, and the launchers lost.
+_APART = ("unshare", "--uts", "--mount", "sh", "-ec")
+_PLACE = "hostname {name}; mount -t tmpfs tmpfs /dev/shm\n"
 _NODE = """
-hostname {name}
-mount --bind {folder}/hosts /etc/hosts && mount -t tmpfs tmpfs /dev/shm
+mount --bind {folder}/hosts /etc/hosts
 exec slurmd -D -N {name} -f {folder}/slurm.conf
 """
 
@@ -87,16 +89,24 @@ class Slurm:
 
     Raises:
         OSError: they can't be had here; says why.
+        RuntimeError: they should have been there, but did not start.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        self.folder = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Slurm:
+        if os.geteuid() != 0:
+            raise OSError("two nodes on one machine take root")
         for tool in (*_TOOLS, "unshare", "hostname", "mount"):
             if shutil.which(tool) is None:
                 raise OSError(f"there is no {tool} here")
+        tried = subprocess.run([*_APART, _PLACE.format(name="n1")], capture_output=True, text=True)
+        if tried.returncode:
+            raise OSError(f"no namespaces here: {tried.stderr.strip()}")
+        # Not below pytest's folders: munged wants the way to its socket open to all, and short.
+        self.folder = Path(tempfile.mkdtemp(prefix="mpicoll-slurm-"))
         each = [f"{name}/{node}" for name in ("spool", "tmp") for node in NODES]
         for name in ("munge", "state", "log", "out", *each):
             (self.folder / name).mkdir(parents=True)
@@ -125,8 +135,8 @@ class Slurm:
         self._until(lambda: (self.folder / "munge" / "socket").exists())
         self._keep("slurmctld", "-D", "-c", "-f", f"{self.folder}/slurm.conf")
         for name in NODES:
-            script = _NODE.format(name=name, folder=self.folder)
-            self._keep(name, "unshare", "--uts", "--mount", "sh", "-ec", script)
+            script = (_PLACE + _NODE).format(name=name, folder=self.folder)
+            self._keep(name, *_APART, script)
         self._until(lambda: self._said("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
     def _keep(self, name: str, *command: str) -> None:
@@ -148,7 +158,7 @@ class Slurm:
             if ended or time.monotonic() > end:
                 logs = [path.read_text()[-500:] for path in (self.folder / "log").iterdir()]
                 why = f"{ended[0]} ended" if ended else f"no nodes in {_START:g} s"
-                raise OSError(f"{why}: {' '.join(''.join(logs).split())}")
+                raise RuntimeError(f"{why}: {' '.join(''.join(logs).split())}")
             time.sleep(0.05)
 
     def _said(self, *command: str) -> str:
@@ -177,6 +187,7 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        shutil.rmtree(self.folder)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """What a user of this SLURM has who activated the Python environment of the tests."""
