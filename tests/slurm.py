@@ -43,8 +43,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job may start again when its credential has expired: after 5 s, the least there is, not 120.
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket
 CredType=cred/munge
 SlurmctldPidFile={folder}/slurmctld.pid
 StateSaveLocation={folder}/state
@@ -275,6 +274,13 @@ class Slurm:
     def signal_script(self, job: int, name: str) -> None:
         """Send a signal to a job's batch script, as `--signal=B:` does when time runs out."""
         self._said("scancel", "--batch", f"--signal={name}", str(job))
+
+    def hasten(self, job: int) -> None:
+        """Let a requeued job start now; by itself it waits two minutes, for its old credential."""
+        end = time.monotonic() + 20
+        while self.show(job)["JobState"] != "PENDING" and time.monotonic() < end:
+            time.sleep(0.05)
+        self._said("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     # ---- what is left ----
 

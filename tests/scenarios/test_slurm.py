@@ -25,7 +25,6 @@ from tests.slurm import NODES, PMI, PMIX, PMIX_PLUGIN, Slurm
 VENDOR = {"mpich": "MPICH", "openmpi": "Open MPI"}
 SCRIPTS = ROOT / "scripts" / "slurm"
 SOON = 12.0  # seconds in which a job that fails must have ended
-HEAT = "examples/heat.py"
 
 PROGRAM = """
 import os, socket, sys, time
@@ -131,28 +130,26 @@ WRONG = {"mpich": ["none", "pmix"], "openmpi": ["none", "pmi2"]}[installed_mpi()
 
 
 @pytest.mark.parametrize("mpi", WRONG)
-def test_the_wrong_mpi_of_srun(slurm, program, mpi):
+def test_the_wrong_mpi_of_srun(slurm, program, tmp_path, mpi):
     """It is refused with the remedy, unless single ranks are meant; MPICH can't be, under PMIx."""
     if mpi == "pmix":
         need_pmix()
-    said = badly(slurm.srun(program, mpi=mpi))
-    name = {"none": "srun without PMI"}.get(mpi, f"srun --mpi={mpi}")
+    name = "srun without PMI" if mpi == "none" else f"srun --mpi={mpi}"
+    remedy = f"srun --mpi={PMI[installed_mpi()]}"
+    said = badly(slurm.srun(program, each=1, mpi=mpi))
     if mpi == "pmix":
         assert f"MPICH can't be initialized under {name}" in said
     else:
-        assert f"{name} started 4 ranks" in said and "4 worlds of one rank" in said
-    assert f"srun --mpi={PMI[installed_mpi()]}" in said
-    if mpi != "pmix":
-        said = well(slurm.srun(program, mpi=mpi, env={"MPICOLL_SINGLE": "1"}))
-        assert said.count("seen: [('n1', [0])]") == said.count("seen: [('n2', [0])]") == 2
-    examined(slurm.srun(DOCTOR, mpi=mpi)).has(
-        "wrong", "launcher", name, f"srun --mpi={PMI[installed_mpi()]}"
-    )
+        assert f"{name} started 2 ranks" in said and "2 worlds of one rank" in said
+        meant = slurm.srun(program, each=1, mpi=mpi, env={"MPICOLL_SINGLE": "1"})
+        assert sorted(re.findall("seen: (.*)", well(meant))) == ["[('n1', [0])]", "[('n2', [0])]"]
+    assert remedy in said
+    examined(slurm, tmp_path, each=1, mpi=mpi).has("wrong", "launcher", name, remedy)
 
 
 def test_the_other_mpis_mpiexec(slurm, program):
     """On one node too, where hydra's only proxy is a step of one task."""
-    other = ROOT / ".venv" / "bin" / "mpiexec"
+    other = Path(sys.prefix).parent / ".venv" / "bin" / "mpiexec"
     if installed_mpi() == "mpich" or not other.exists():
         pytest.skip("only Open MPI's ranks can be initialized under the other's mpiexec, if there")
     for nodes in (1, 2):
@@ -198,16 +195,20 @@ class Report:
         ), f"no {verdict}, {topic}, {words!r}, {remedy!r} in {self.findings}"
 
 
-def examined(ended):
+def examined(slurm, folder, **options):
+    """Run doctor under srun; into files, since srun puts words of its own inside long lines."""
+    files = {name: folder / f"doctor.{name}" for name in ("output", "error")}
+    to = [f"--{name}={file}" for name, file in files.items()]
+    ended = slurm.srun(DOCTOR, options=to, **options)
     assert not ended.timed_out and not ended.leftovers, ended.output
-    report = Report(ended.output)
+    report = Report(files["output"].read_text())
     wrong = any(found["verdict"] == "wrong" for found in report.findings)
     assert ended.code == int(wrong), ended.output
     return report
 
 
-def test_doctor_under_srun(slurm):
-    report = examined(slurm.srun(DOCTOR))
+def test_doctor_under_srun(slurm, tmp_path):
+    report = examined(slurm, tmp_path)
     report.has("ok", "launcher", f"srun --mpi={PMI[installed_mpi()]}, 4 ranks")
     report.has("ok", "ranks", "4 of 4: 2 on n1, 2 on n2")
     report.has("ok", "SLURM", "on 2 nodes, step 0")
@@ -233,38 +234,33 @@ def test_doctor_in_a_batch_script(slurm):
 # ----------------------------------------------------------------------------------------- failures
 
 
-@pytest.mark.parametrize("how", ["raise", "kill", "late"])
+@pytest.mark.parametrize("how", ["raise", "late"])
 def test_a_rank_that_fails(slurm, tmp_path, how):
-    """The step ends in seconds; a killed task's, at once, by -K."""
+    """Under plain srun, where bare mpi4py hangs, the step ends in seconds."""
     path = tmp_path / "fails.py"
     path.write_text(FAILS)
-    options = ["-K"] if how == "kill" else []
-    said = badly(slurm.srun([sys.executable, str(path), how], options=options))
+    env = {"MPICOLL_GRACE": "0.5"} if how == "late" else {}
+    said = badly(slurm.srun([sys.executable, str(path), how], env=env))
     assert seen(said) == TWO_BY_TWO
     if how == "raise":
         assert "ValueError: rank 3 can't go on" in said and "fails.py" in said
         assert "RemoteRankError: rank 3 raised" in said
-    if how == "late":
+    else:
         assert "CollectiveTimeoutError" in said and "ranks [3] have not arrived" in said
 
 
 # -------------------------------------------------------------------------------------- the scripts
 
 
-@pytest.mark.parametrize("name", ["mpiexec", "srun"])
-def test_script(slurm, name):
-    ended = slurm.ended(slurm.submit(SCRIPTS / f"{name}.sbatch", HEAT))
-    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    assert ended.output.count("correct: ") == 1, ended.output
-
-
-def test_script_of_a_program_that_fails(slurm, tmp_path):
-    """Its exit code becomes the job's, and the job has failed."""
+def test_script_of_which_a_task_is_killed(slurm, tmp_path):
+    """By -K the step ends at once, and the job has failed."""
     path = tmp_path / "fails.py"
     path.write_text(FAILS)
-    ended = slurm.ended(slurm.submit(SCRIPTS / "srun.sbatch", str(path), "raise"))
-    assert ended.state == "FAILED" and ended.code != 0, ended.output
-    assert "ValueError: rank 3 can't go on" in ended.output
+    start = time.monotonic()
+    ended = slurm.ended(slurm.submit(SCRIPTS / "srun.sbatch", str(path), "kill"))
+    assert time.monotonic() - start < SOON
+    assert ended.state == "FAILED" and ended.code != 0, ended
+    assert seen(ended.output) == TWO_BY_TWO
 
 
 @pytest.mark.parametrize("name, gpus", [("gpu-one-task-per-gpu", "0,1"), ("gpu-shared", "0")])
@@ -281,13 +277,14 @@ def test_script_for_gpus(slurm, tmp_path, name, gpus):
 def test_script_that_requeues(slurm, tmp_path):
     """Stopped in the middle, as at its time limit, the job goes on and gets the same result."""
     checkpoint = tmp_path / "resume.npz"
-    program = ["examples/resume.py", f"--checkpoint={checkpoint}", "--pause=0.03"]
+    program = ["examples/resume.py", f"--checkpoint={checkpoint}", "--pause=0.02"]
     job = slurm.submit(SCRIPTS / "requeue.sbatch", *program)
     end = time.monotonic() + 20
     while not checkpoint.exists():
         assert time.monotonic() < end, slurm.output(job)
         time.sleep(0.02)
     slurm.signal_script(job, "USR1")
+    slurm.hasten(job)
     ended = slurm.ended(job)
     assert (ended.state, ended.code, ended.restarts) == ("COMPLETED", 0, 1), ended.output
     assert f"start 1 of job {job}\n" in ended.output and f"start 2 of job {job}\n" in ended.output
