@@ -215,6 +215,16 @@ class Slurm:
         """Run a program as a job of one step, on `each` tasks of every node."""
         size = [f"--nodes={nodes}", f"--ntasks-per-node={each}"]
         command = ["srun", "-Q", f"--mpi={mpi or PMI[installed_mpi()]}", *size, *options, *program]
+        return self.run(command, timeout, env=env)
+
+    def run(
+        self,
+        command: Sequence[str],
+        timeout: float = 30.0,
+        *,
+        env: Mapping[str, str] | None = None,
+    ) -> Ended:
+        """Run a command as the user of this SLURM."""
         return run_bounded(command, timeout, self.environment(env))
 
     def mpiexec(
@@ -228,14 +238,8 @@ class Slurm:
     ) -> Ended:
         """Run a program under mpiexec, inside an allocation; `launcher`: another MPI's."""
         start = [str(launcher or Path(sys.prefix) / "bin" / "mpiexec"), "-n", str(nodes * each)]
-        return self.salloc([*start, *program], timeout, nodes=nodes, each=each)
-
-    def salloc(
-        self, program: Sequence[str], timeout: float = 30.0, *, nodes: int = 2, each: int = 2
-    ) -> Ended:
-        """Run a program in an allocation, on the machine that asked for it."""
-        command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *program]
-        return run_bounded(command, timeout, self.environment())
+        size = [f"--nodes={nodes}", f"--ntasks-per-node={each}"]
+        return self.run(["salloc", "-Q", *size, *start, *program], timeout)
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str) -> int:
         """Submit a batch script; return the job's number."""

@@ -290,3 +290,19 @@ def test_script_that_requeues(slurm, tmp_path):
     assert f"start 1 of job {job}\n" in ended.output and f"start 2 of job {job}\n" in ended.output
     assert re.search(r"going on after step (20|40|60)\n", ended.output), ended.output
     assert "correct: one process alone" in ended.output
+
+
+def test_the_five_commands(slurm, tmp_path):
+    """The docs' last two, as they stand, in an environment such as the first three make."""
+    text = (ROOT / "docs" / "clusters.md").read_text().partition("```shell\n")[2]
+    load, venv, install, doctor, submit = text.partition("```")[0].splitlines()
+    assert load.startswith("module load") and "activate" in venv and install == "pip install ."
+    if installed_mpi() == "mpich":  # as the text says
+        doctor = doctor.replace("--mpi=pmix", "--mpi=pmi2")
+    command, *words = shlex.split(doctor)
+    said = well(slurm.run([command, *words]))
+    assert "4 of 4: 2 on n1, 2 on n2" in said and "0 wrong" in said
+    command, script = shlex.split(submit)
+    ended = slurm.ended(slurm.submit(ROOT / script))
+    assert command == "sbatch" and (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert ended.output.count("correct: ") == 1
