@@ -280,11 +280,14 @@ class Slurm:
         self._said("scancel", "--batch", f"--signal={name}", str(job))
 
     def hasten(self, job: int) -> None:
-        """Let a requeued job start now; by itself it waits two minutes, for its old credential."""
+        """Let a requeued job start soon; by itself it waits two minutes, for its old credential.
+
+        In the second in which that was revoked, a node still refuses the job.
+        """
         end = time.monotonic() + 20
         while self.show(job)["JobState"] != "PENDING" and time.monotonic() < end:
             time.sleep(0.05)
-        self._said("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self._said("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     # ---- what is left ----
 
