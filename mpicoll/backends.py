@@ -13,16 +13,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import cuda, memory, rendezvous
+from . import cuda, cuda_trial, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
 from .config import environment, local_rank, nccl_shares_gpus, survives_deaths
 from .errors import InvalidCallError, UnsupportedError
-from .library import MPI, until
+from .library import IDLE, MPI, until
 from .nodes import Nodes
 from .peers import Peers
 from .progress import engine
+from .transports.aware import AwareTransport
 from .transports.base import Transport
 from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
@@ -33,7 +34,7 @@ from .transports.staged import StagedTransport
 OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
 
-NCCL_NAME = 128  # numbers in the name of one of NCCL's communicators
+NCCL_NAME = 128  # bytes of the name of one of NCCL's communicators
 NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
 
 _REASON = 400  # bytes of why a rank can't use its GPU that the others are told
@@ -85,11 +86,6 @@ def check_device(device: object, backend: str) -> str:
                 f"backend {backend!r} moves GPU memory, but device is {text!r}: pass device='cuda'"
             )
         return kind
-    if backend == "mpi":
-        raise UnsupportedError(
-            "backend 'mpi' on GPU memory means CUDA-aware MPI, which this version doesn't have: "
-            "pass 'auto', 'nccl' or 'staged'"
-        )
     return text
 
 
@@ -141,6 +137,7 @@ class Ground:
         neighbours: ranks that are watched by their pids, those of this node and pid namespace.
         gpu: this rank's, in a group on GPU memory.
         nccl: the communicator of NCCL, where that moves the GPUs' memory.
+        aware: whether MPI takes addresses of the GPUs' memory, where NCCL doesn't move it.
     """
 
     comm: MPI.Intracomm
@@ -151,6 +148,7 @@ class Ground:
     neighbours: dict[int, Identity] = field(default_factory=dict)
     gpu: cuda.Gpu | None = None
     nccl: Nccl | None = None
+    aware: bool = False
 
     @property
     def comms(self) -> list[MPI.Intracomm]:
@@ -161,8 +159,13 @@ class Ground:
 Prepares: TypeAlias = "Generator[int, None, Ground]"
 
 
-def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+def prepare(
+    comm: MPI.Intracomm, wanted: Wanted, deadline: float, nccl: Nccl | None = None
+) -> Prepares:
     """Find what the ranks of a new group have between them.  All have arrived.
+
+    Args:
+        nccl: their communicator of NCCL, where there is one already.
 
     Raises:
         UnsupportedError: on all ranks, if one can't use the GPU that it is to, or NCCL was asked
@@ -183,13 +186,25 @@ def prepare(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
             f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
         )
     assert gpu is not None
-    if wanted.backend == "staged":
-        return replace(ground, gpu=gpu)
-    nccl, why = yield from _nccl(comm, gpu, deadline)
-    if wanted.backend == "nccl" and nccl is None:
+    ground, why = replace(ground, gpu=gpu), ""
+    if wanted.backend in ("auto", "gloo", "nccl"):
+        if nccl is None:
+            nccl, why = yield from _nccl(comm, gpu, deadline)
+        if nccl is not None:
+            return replace(ground, nccl=nccl)
+    if wanted.backend in ("auto", "gloo", "mpi"):
+        said = yield from cuda_trial.takes_gpu_memory(gpu.device)
+        rank, heard = yield from _first_reason(comm, said)
+        if not heard:
+            return replace(ground, aware=True)
+        why = f"rank {rank} finds that its MPI library is not CUDA-aware: {said or heard}"
+    if wanted.backend in ("nccl", "mpi"):
         yield from rendezvous.free(ground.comms, deadline)
-        raise UnsupportedError(f"backend 'nccl' can't be had: {why}. Pass 'auto' or 'staged'")
-    return replace(ground, gpu=gpu, nccl=nccl)
+        raise UnsupportedError(
+            f"backend {wanted.backend!r} can't be had for GPU memory: {why}. "
+            "Pass 'auto' or 'staged'"
+        )
+    return ground
 
 
 _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
@@ -208,20 +223,20 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
     yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
     threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     why = why or no_nccl(table.tolist(), own, shares=nccl_shares_gpus(), threads=threads)
-    name = np.zeros(NCCL_NAME, dtype=np.int64)
+    name = np.zeros(NCCL_NAME, dtype=np.uint8)
     if own == 0 and not why:
         try:
-            name[:] = gpu.nccl_id()
+            name[:] = np.frombuffer(gpu.nccl_id(), np.uint8)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
     rank, heard = yield from _first_reason(comm, why)
     if heard:
         return None, f"rank {rank} says: {heard}"
-    yield from until(comm.Ibcast([name, MPI.INT64_T], 0))
+    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
     made: Nccl | None = None
     with engine.guard(deadline, "ncclCommInitRank"):
         try:
-            made = gpu.nccl(size, name.tolist(), own)
+            made = gpu.nccl(size, name.tobytes(), own)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
     rank, heard = yield from _first_reason(comm, why)
@@ -230,6 +245,41 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
     if made is not None:
         made.abort()
     return None, f"on rank {rank} it could not be initialized: {heard}"
+
+
+def split_nccl(
+    parent: Ground, comm: MPI.Intracomm | None, deadline: float
+) -> Generator[int, None, Nccl | None]:
+    """Split a group's communicator of NCCL as `comm` was split off.  All its ranks do so.
+
+    Args:
+        comm: what became of this rank; None: it is in no part.
+
+    Returns:
+        This rank's part; None also where NCCL could not split, on all ranks.
+    """
+    gpu, nccl = parent.gpu, parent.nccl
+    if gpu is None or nccl is None:
+        return None
+    color, key = -1, 0
+    if comm is not None:
+        ours, everyone = comm.Get_group(), parent.comm.Get_group()
+        color, key = ours.Translate_ranks([0], everyone)[0], comm.Get_rank()
+        ours.Free()
+        everyone.Free()
+    mark = gpu.mark(gpu.queue)
+    while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
+        yield IDLE
+    part, why = None, ""
+    with engine.guard(deadline, "ncclCommSplit"), gpu.active():
+        try:
+            part = nccl.commSplit(color, key)
+        except Exception as error:  # of NCCL, in a class of its own
+            why = f"{type(error).__name__}: {error}"
+    _, heard = yield from _first_reason(parent.comm, why)
+    if heard and part is not None:
+        part.abort()
+    return None if heard else part
 
 
 def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
@@ -325,9 +375,11 @@ def transport(ground: Ground) -> Transport:
     host = _host_transport(ground)
     if ground.gpu is None:
         return host
-    if ground.nccl is None:
-        return StagedTransport(host, ground.gpu)
-    return NcclTransport(host, ground.gpu, ground.nccl)
+    if ground.nccl is not None:
+        return NcclTransport(host, ground.gpu, ground.nccl)
+    if ground.aware:
+        return AwareTransport(host, ground.gpu, ground.comm)
+    return StagedTransport(host, ground.gpu)
 
 
 def _host_transport(ground: Ground) -> Transport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
@@ -23,10 +24,20 @@ SETTINGS = (
 )
 """All variables that this module reads for mpicoll itself."""
 
+# What launchers tell a rank; of Open MPI's settings, how messages go is for everyone.
+_OF_A_RANK = re.compile(
+    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL|OMPI_(?!MCA_(pml|btl|mtl|osc|coll|opal)_?)"
+)
+
 
 def environment() -> dict[str, str]:
     """Return a copy of the environment, for those who look at all of it."""
     return dict(os.environ)
+
+
+def environment_alone() -> dict[str, str]:
+    """Return the environment for a process that is no rank, though a rank starts it."""
+    return {name: value for name, value in os.environ.items() if not _OF_A_RANK.match(name)}
 
 
 def default_timeout() -> float:

@@ -10,6 +10,7 @@ import importlib
 import mmap
 import platform
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -63,6 +64,13 @@ def load_cupy() -> Any:
         ) from error
 
 
+def load_nccl() -> Any:
+    """Return CuPy's module for NCCL; its `available` tells whether there is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is none may well be meant
+        return importlib.import_module("cupy.cuda.nccl")
+
+
 def device_for(wanted: str, place: int, visible: int) -> int:
     """Choose among the visible GPUs: the one that is named, or by a rank's place on its node.
 
@@ -83,7 +91,7 @@ def device_for(wanted: str, place: int, visible: int) -> int:
 
 
 class Gpu:
-    """One GPU, as `transports.staged.Copies` and `transports.nccl.Queue` want it.
+    """One GPU, as the protocols of `transports` want it: `Copies`, `Device`, `Queue`.
 
     Attributes:
         device: its number among those that this process sees.
@@ -100,6 +108,7 @@ class Gpu:
             self._inward = self._cuda.Stream(non_blocking=True)
             self._work = self._cuda.Stream(non_blocking=True)
         self.queue = int(self._work.ptr)
+        self._nccl = load_nccl()
 
     def pinned(self, nbytes: int) -> Array:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
@@ -150,6 +159,10 @@ class Gpu:
             raise self._runtime.CUDARuntimeError(status)
         return bool(status == 0)
 
+    def active(self) -> contextlib.AbstractContextManager[object]:
+        device: contextlib.AbstractContextManager[object] = self._cuda.Device(self.device)
+        return device
+
     # ---- for NCCL ----
 
     def identity(self) -> str:
@@ -161,26 +174,25 @@ class Gpu:
 
     def nccl_version(self) -> int:
         """Return NCCL's version as NCCL writes it, such as 23007; 0 if there is none."""
-        nccl = self._cuda.nccl
-        return int(nccl.get_version()) if nccl.available else 0
+        return int(self._nccl.get_version()) if self._nccl.available else 0
 
-    def nccl_id(self) -> list[int]:
+    def nccl_id(self) -> bytes:
         """Return a new name for a communicator, which one rank gives to all."""
-        return [int(n) for n in self._cuda.nccl.get_unique_id()]
+        return bytes(self._nccl.get_unique_id())
 
-    def nccl(self, size: int, name: list[int], rank: int) -> Any:
+    def nccl(self, size: int, name: bytes, rank: int) -> Any:
         """Make a communicator; returns when all ranks have called."""
         with self._cuda.Device(self.device):  # NCCL takes the device that is current
-            return self._cuda.nccl.NcclCommunicator(size, tuple(name), rank)
+            return self._nccl.NcclCommunicator(size, name, rank)
 
     @contextlib.contextmanager
     def nccl_group(self) -> Iterator[None]:
         with self._cuda.Device(self.device):
-            self._cuda.nccl.groupStart()
+            self._nccl.groupStart()
             try:
                 yield
             finally:
-                self._cuda.nccl.groupEnd()
+                self._nccl.groupEnd()
 
     def queue_after(self, mark: Any) -> None:
         with self._cuda.Device(self.device):

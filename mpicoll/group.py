@@ -108,7 +108,7 @@ class ProcessGroup:
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
         self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
         self._children = Children()
-        self._kin = Child(ground.comms, self._lane, self._recorder, self._children)
+        self._kin = Child(ground.comms, ground.nccl, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
         if progress == "thread" or self._transport.watched:
             engine.background(stay=True)
@@ -658,7 +658,7 @@ class ProcessGroup:
             made = yield from rendezvous.merge(self.comm, plan, deadline)
             return made
 
-        made, call = self._comm("merge_remote_group", timeout, check, make)
+        made, call = self._comm("merge_remote_group", timeout, check, make, parts=False)
         first = call.payload["groups"][0][0]
         assert made is not None
         return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
@@ -716,8 +716,13 @@ class ProcessGroup:
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
+        *,
+        parts: bool = True,
     ) -> tuple[Ground | None, Call]:
-        """Run a call that makes a communicator, wait for it, and return both."""
+        """Run a call that makes a communicator, wait for it, and return both.
+
+        `parts` says that its members are of this group.
+        """
 
         def then(work: Work) -> Steps:
             deadline = work.deadline
@@ -726,10 +731,12 @@ class ProcessGroup:
             work.deadline += _VERDICT
             yield from self._children.reclaim(self.comm, deadline)
             comm = yield from make(work.call, deadline)
+            work.call.result = nccl = None
+            if parts:
+                nccl = yield from backends.split_nccl(self._ground, comm, deadline)
             if comm is not None:
-                work.call.result = yield from backends.prepare(comm, self._wanted, deadline)
-            else:
-                work.call.result = None
+                made = yield from backends.prepare(comm, self._wanted, deadline, nccl)
+                work.call.result = made
 
         work = self._call(kind, timeout, check, then=then)
         work.wait()
@@ -963,8 +970,8 @@ def new_group(
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
             name given to `register_backend`; "gloo" means "auto".  On GPU memory "nccl" is
-            NCCL, "staged" goes through pinned host memory, and "auto" takes NCCL where it can be
-            had: each rank needs a GPU of its own.
+            NCCL (each rank needs a GPU of its own), "mpi" a CUDA-aware MPI library, "staged" goes
+            through pinned host memory, and "auto" takes the first of these that can be had.
         timeout: seconds or `timedelta`: how long the making may take, and how long each call
             may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
         device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one

@@ -17,6 +17,7 @@ from . import rendezvous
 from .library import MPI, Steps, until
 from .progress import Lane, engine
 from .recorder import Recorder
+from .transports.nccl import Nccl
 
 
 class Child:
@@ -24,16 +25,23 @@ class Child:
 
     Args:
         comms: the group's communicators.
+        nccl: that of NCCL, if there is one: the collector must not destroy it, either.
         lane, recorder: its own.
         children: those of the group itself.
     """
 
-    __slots__ = ("_children", "_comms", "_lane", "_recorder", "dropped")
+    __slots__ = ("_children", "_comms", "_lane", "_nccl", "_recorder", "dropped")
 
     def __init__(
-        self, comms: Sequence[MPI.Intracomm], lane: Lane, recorder: Recorder, children: Children
+        self,
+        comms: Sequence[MPI.Intracomm],
+        nccl: Nccl | None,
+        lane: Lane,
+        recorder: Recorder,
+        children: Children,
     ) -> None:
         self._comms = comms
+        self._nccl = nccl
         self._lane = lane
         self._recorder = recorder
         self._children = children
@@ -54,6 +62,8 @@ class Child:
             engine.delist(self._lane)
             self._lane.close("reclaimed")
             self._recorder.close()
+            if self._nccl is not None:
+                self._nccl.destroy()
             yield from rendezvous.free(self._comms, deadline)
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import load_cupy
+from ..cuda import load_cupy, load_nccl
 from ..errors import InvalidCallError
 from ..group import ProcessGroup, new_group
 from ..library import MPI
@@ -92,15 +92,21 @@ class Bench:
     def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any, xp: Any = np) -> None:
         self.xp = xp  # the module that makes our arrays
         self.nccl = _BareNccl(pg, xp, dtype) if pg.name() == "nccl" else None
+        self.aware = pg.name() == "cuda-aware"
         self.pg, self.n, self.rank = pg, pg.size(), pg.rank()
         self.dtype = np.dtype(_bfloat16() if dtype == "bfloat16" else dtype)
         self.bare_dtype = np.dtype(np.float16) if dtype == "bfloat16" else self.dtype
         self.dist = gloo  # the module torch.distributed, initialized; or None
 
     def array(self, count: int) -> tuple[Array, Array, Any]:
-        """Return an array for us, one for mpi4py (the same host memory), and a tensor for gloo."""
+        """Return an array for us, one for mpi4py (the same memory), and a tensor for gloo.
+
+        On GPU memory mpi4py gets host memory, unless its MPI library is CUDA-aware.
+        """
         if self.xp is not np:
-            return self.xp.zeros(count, self.dtype), np.zeros(count, self.bare_dtype), None
+            x = self.xp.zeros(count, self.dtype)
+            y = x.view(self.bare_dtype) if self.aware else np.zeros(count, self.bare_dtype)
+            return x, y, None
         x = np.zeros(count, self.dtype)
         tensor = None
         if self.dist is not None:
@@ -122,7 +128,8 @@ class Bench:
             lambda: x.fill(self.rank + 1),
             lambda: bool((x == self.total()).all()),
             lambda: self.dist.all_reduce(t),
-            lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
+            # Open MPI's nonblocking collectives take no GPU memory.
+            None if self.aware else lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
             nccl=None if self.nccl is None else self.nccl.allreduce(x),
         )
 
@@ -300,7 +307,7 @@ class _BareNccl:
     """NCCL's own calls, on a communicator beside the group's, and on the current stream."""
 
     def __init__(self, pg: ProcessGroup, xp: Any, dtype: str) -> None:
-        nccl = xp.cuda.nccl
+        nccl = load_nccl()
         name = pg.broadcast_object(nccl.get_unique_id() if pg.rank() == 0 else None, 0)
         self.comm = nccl.NcclCommunicator(pg.size(), name, pg.rank())
         self.kind, self.stream = TYPES[dtype], xp.cuda.get_current_stream().ptr

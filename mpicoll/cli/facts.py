@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, config
+from .. import __version__, config, cuda_trial
 from ..alive import NOBODY, identity
 from ..config import Launcher
 from ..errors import TransportError
@@ -163,7 +164,7 @@ def before_mpi(folders: tuple[str, ...]) -> Facts:
         survives=config.survives_deaths(),
         slurm={name: value for name, value in environ.items() if name.startswith("SLURM_")},
         trace_trouble=_unwritable(config.trace_folder()),
-        gpu=_gpu(environ),  # in a process of its own, which is best started before MPI is
+        gpu=_gpu(),  # in a process of its own, which is best started before MPI is
     )
 
 
@@ -348,39 +349,33 @@ def _unwritable(folder: str | None) -> str:
 
 # ---------------------------------------------------------------------------------------- the GPUs
 
-# The last step dies of a segmentation fault where the MPI library takes no GPU memory.
 _LOOK_AT_GPUS = """
 import json
-import cupy
 from cupy.cuda import nccl, runtime
 count = runtime.getDeviceCount()
 names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
-print(json.dumps({"names": names, "nccl": str(nccl.get_version())}), flush=True)
-from mpi4py import MPI
-a, b = cupy.arange(1000.0), cupy.zeros(1000)
-cupy.cuda.get_current_stream().synchronize()
-MPI.COMM_SELF.Sendrecv(a, 0, recvbuf=b, source=0)
-print(json.dumps(bool((a == b).all())), flush=True)
+print(json.dumps({"names": names, "nccl": str(nccl.get_version())}))
 """
-_LAUNCHERS_MARKS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_LOCAL", "SLURM_")
 
 
-def _gpu(environ: Mapping[str, str]) -> Gpu:
+def _gpu() -> Gpu:
+    """Look at the GPUs, in processes of their own: CUDA is not started in this one."""
     if not (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
         return Gpu()
-    alone = {k: v for k, v in environ.items() if not k.startswith(_LAUNCHERS_MARKS)}
     try:
         looked = subprocess.run(
             [sys.executable, "-c", _LOOK_AT_GPUS],
             capture_output=True,
             text=True,
             timeout=_PROBE_LIMIT,
-            env=alone,
+            env=config.environment_alone(),
         )
     except subprocess.TimeoutExpired:
         return Gpu(trouble=f"looking at them took more than {_PROBE_LIMIT:g} s")
-    lines = looked.stdout.splitlines()
-    if not lines:
+    if looked.returncode:
         return Gpu(trouble=(looked.stderr.strip().splitlines() or ["no answer"])[-1])
-    said = json.loads(lines[0])
-    return Gpu(tuple(said["names"]), "", said["nccl"], lines[1:] == ["true"])
+    said = json.loads(looked.stdout)
+    trial = cuda_trial.Trial(0)
+    while (outcome := trial.outcome()) is None:
+        time.sleep(0.02)
+    return Gpu(tuple(said["names"]), "", said["nccl"], not outcome)

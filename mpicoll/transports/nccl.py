@@ -14,14 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from ..buffers import Blocks, DeviceBuffer
+from ..buffers import DeviceBuffer
 from ..calls import Call
 from ..cuda_arrays import DeviceArray
 from ..dtypes import DType
 from ..library import IDLE, MOVED, Steps
 from ..ops import ReduceOp
 from .base import Transport
-from .staged import Copies, StagedTransport
+from .staged import Copies, StagedTransport, device_blocks
 
 BYTES = 1  # the NCCL type in which everything is moved: uint8
 
@@ -109,6 +109,7 @@ class Nccl(Protocol):
     def allGather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None: ...
     def send(self, src: int, n: int, kind: int, peer: int, stream: int) -> None: ...
     def recv(self, dst: int, n: int, kind: int, peer: int, stream: int) -> None: ...
+    def commSplit(self, color: int, key: int) -> Nccl | None: ...
     def check_async_error(self) -> None: ...
     def abort(self) -> None: ...
     def destroy(self) -> None: ...
@@ -181,7 +182,7 @@ class NcclTransport(StagedTransport):
 
     def _scale(self, call: Call) -> tuple[list[DeviceArray], list[object]]:
         """Return what NCCL is to read of each block: the user's memory, or products of it."""
-        sources = _blocks(call.send)
+        sources = device_blocks(call.send)
         factor = None if call.op is None else _rule(call).factor
         if factor is None:
             return sources, []
@@ -191,19 +192,19 @@ class NcclTransport(StagedTransport):
     # ---- one method per kind: calls that become one, on the group's stream ----
 
     def _allreduce(self, call: Call, sources: list[DeviceArray]) -> None:
-        r, into = _rule(call), _blocks(call.recv)[0]
+        r, into = _rule(call), device_blocks(call.recv)[0]
         if into.size:
             self._nccl.allReduce(
                 sources[0].address, into.address, into.size * r.each, r.kind, r.op, self._gpu.queue
             )
 
     def _reduce(self, call: Call, sources: list[DeviceArray]) -> None:
-        into = _blocks(call.recv)[0].address if self.rank == call.root else 0
+        into = device_blocks(call.recv)[0].address if self.rank == call.root else 0
         self._reduce_to(call.root, sources[0], into, _rule(call))
 
     def _reduce_scatter(self, call: Call, sources: list[DeviceArray]) -> None:
         assert call.send is not None
-        r, into, first = _rule(call), _blocks(call.recv)[0], sources[0]
+        r, into, first = _rule(call), device_blocks(call.recv)[0], sources[0]
         if _in_a_row(sources) and len(set(call.send.counts)) == 1:
             if into.size:
                 n = into.size * r.each
@@ -223,7 +224,7 @@ class NcclTransport(StagedTransport):
         self._give(sources[0], sources[0], call.root)
 
     def _allgather(self, call: Call, sources: list[DeviceArray]) -> None:
-        mine, blocks = sources[0], _blocks(call.recv)
+        mine, blocks = sources[0], device_blocks(call.recv)
         if _in_a_row(blocks) and len({block.size for block in blocks}) == 1:
             if mine.nbytes:
                 into = blocks[0].address
@@ -239,13 +240,13 @@ class NcclTransport(StagedTransport):
             )
 
     def _gather(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange({call.root: sources[0]}, dict(enumerate(_blocks(call.recv))))
+        self._exchange({call.root: sources[0]}, dict(enumerate(device_blocks(call.recv))))
 
     def _scatter(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange(dict(enumerate(sources)), {call.root: _blocks(call.recv)[0]})
+        self._exchange(dict(enumerate(sources)), {call.root: device_blocks(call.recv)[0]})
 
     def _alltoall(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange(dict(enumerate(sources)), dict(enumerate(_blocks(call.recv))))
+        self._exchange(dict(enumerate(sources)), dict(enumerate(device_blocks(call.recv))))
 
     def _exchange(self, outgoing: dict[int, DeviceArray], incoming: dict[int, DeviceArray]) -> None:
         """Send a block to each rank, and receive one, this rank's own among them."""
@@ -277,11 +278,6 @@ def _rule(call: Call) -> Rule:
     found = rule(call.dtype, call.op)
     assert found is not None
     return found
-
-
-def _blocks(blocks: Blocks | None) -> list[DeviceArray]:
-    count = 0 if blocks is None else len(blocks.counts)
-    return [cast(DeviceArray, cast(Blocks, blocks).block(i)) for i in range(count)]
 
 
 def _in_a_row(blocks: list[DeviceArray]) -> bool:

@@ -59,6 +59,7 @@ class Queue(LateCopies):
         self.given = self.passed = 0
         self.held = self.needed = 0
         self.open = True
+        self.active_now = False
         self.group: list[Callable[[], tuple[Requests, Callable[[], None]]]] | None = None
 
     def add(self, start: Callable[[], tuple[Requests, Callable[[], None]]]) -> None:
@@ -80,6 +81,12 @@ class Queue(LateCopies):
             return requests, lambda: [finish() for _, finish in posted] and None
 
         self.add(start)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        self.active_now = True
+        yield
+        self.active_now = False
 
     def mark(self, stream: int) -> Any:
         self.log.append(("mark", stream))
@@ -207,6 +214,14 @@ class Communicator:
             return [self.comm.Irecv(room, peer)], lambda: _put(dst, room)
 
         self.q.add(start)
+
+    def commSplit(self, color: int, key: int) -> Communicator | None:
+        assert self.q.passed == self.q.given and self.q.active_now
+        self.log.append(("commSplit", color, key))
+        if self.error is not None:
+            raise self.error
+        made = self.comm.Split(MPI.UNDEFINED if color < 0 else color, key)
+        return None if made == MPI.COMM_NULL else Communicator(Queue(made))
 
     def check_async_error(self) -> None:
         if self.error is not None:

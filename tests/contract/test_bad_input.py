@@ -483,7 +483,6 @@ def test_a_buffer_that_an_unfinished_work_writes(pg, kind):
         ({"device": "cuda:x"}, UnsupportedError, "device"),
         ({"device": "cpu", "backend": "staged"}, UnsupportedError, "device='cuda'"),
         ({"device": "cpu", "backend": "nccl"}, UnsupportedError, "device='cuda'"),
-        ({"device": "cuda", "backend": "mpi"}, UnsupportedError, "backend 'mpi'"),
         ({"timeout": -1}, InvalidCallError, "timeout"),
         ({"progress": "eternal"}, InvalidCallError, "progress"),
         ({"comm": 5}, InvalidCallError, "comm"),

@@ -108,14 +108,14 @@ class CudaTensors(OnGpu, Torch):
 KINDS = (CuPy(), CudaTensors())
 
 
-BACKENDS = ("staged", "nccl")
+BACKENDS = ("staged", "nccl", "mpi")
 
 
 def made(request: pytest.FixtureRequest, make: Callable[..., mc.ProcessGroup]) -> mc.ProcessGroup:
     """A group on this rank's GPU, which becomes the current one."""
     try:
         pg = make(backend=request.param, device="cuda")
-    except UnsupportedError as error:  # on all ranks: they share a GPU, perhaps
+    except UnsupportedError as error:  # on all ranks: they share a GPU, or MPI isn't CUDA-aware
         pytest.skip(str(error))
     cupy.cuda.Device(int(pg.device.partition(":")[2])).use()
     return pg
@@ -188,6 +188,23 @@ def test_no_race_with_the_streams_of_torch(pg):
             wrong += (x != n * (n - 1) + n * (i % 7)).sum()
     side.synchronize()
     assert int(wrong) == 0
+
+
+def test_parts_of_it_in_another_order(fresh):
+    """Made by NCCL's own split, where that moves the group."""
+    members = [*range(fresh.size())][::-1][: max(1, fresh.size() - 1)]
+    x = cupy.full(100_003, fresh.rank() + 1, np.float32)
+    fresh.allreduce(x).wait()
+    part = fresh.split_group(members)
+    if part is not None:
+        assert part.name() == fresh.name() and part.rank() == members.index(fresh.rank())
+        y = cupy.full(100_003, fresh.rank() + 1, np.float32)
+        part.allreduce(y).wait()
+        part.broadcast(x, 0).wait()
+        assert (y == sum(r + 1 for r in members)).all()
+        part.shutdown()
+    n = fresh.size()
+    assert (x == n * (n + 1) // 2).all()
 
 
 def test_a_rank_that_never_comes(fresh, world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-@pytest.mark.parametrize("backend", ["auto", "staged"])
+@pytest.mark.parametrize(
+    "backend", ["auto", "staged", "nccl", "mpi"], ids=["auto", "staged", "nccl", "over mpi"]
+)
 def test_where_no_rank_has_cupy(device, backend):
     for _ in range(3):  # each attempt gives back what it had made
         with pytest.raises(UnsupportedError, match=r"rank 0 can't use a GPU. .*mpicoll\[cuda12\]"):
@@ -35,6 +38,15 @@ def test_where_one_rank_has_none(world, monkeypatch):
         monkeypatch.setattr(cuda, "open_gpu", lambda wanted, place: None)
     with pytest.raises(UnsupportedError, match=rf"rank {last} can't use a GPU.*needs CuPy"):
         mc.new_group(timeout=20, device="cuda")
+
+
+def test_what_was_asked_for_and_cant_be_had(monkeypatch):
+    """A GPU that only says its number: the trial of MPI is a real one, and fails here."""
+    monkeypatch.setattr(cuda, "open_gpu", lambda wanted, place: SimpleNamespace(device=0))
+    with pytest.raises(UnsupportedError, match=r"rank 0 finds.*not CUDA-aware: .*cupy"):
+        mc.new_group("mpi", timeout=20, device="cuda")
+    with pytest.raises(UnsupportedError, match="'nccl' can't be had.*rank 0 says"):
+        mc.new_group("nccl", timeout=20, device="cuda")
 
 
 def test_each_rank_is_bound_by_its_place(monkeypatch):

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll import ReduceOp
+from mpicoll import ReduceOp, backends
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -253,6 +254,50 @@ def test_a_broken_group_lets_go_of_the_peers(fresh):
     fresh.allreduce(ELSEWHERE.full(5, 1)).synchronize()
     fresh.abort()
     assert queue_of(fresh).log[-1] == ("abort",)
+
+
+def split(
+    fresh: mc.ProcessGroup, members: list[int]
+) -> tuple[Communicator | None, mc.ProcessGroup]:
+    """Split a group and, in the same way, its communicator of NCCL."""
+    part = fresh.split_group(members)
+    ground = backends.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
+    made, steps = None, backends.split_nccl(ground, part and part.comm, time.monotonic() + 20)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            made = stop.value
+            break
+    return made, part
+
+
+def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
+    queue = queue_of(fresh)
+    fresh.allreduce(ELSEWHERE.full(5, 1)).wait()
+    members = [*range(fresh.size())][::-1][: max(1, fresh.size() - 1)]
+    made, part = split(fresh, members)
+    if fresh.rank() not in members:
+        assert made is None and queue.log[-1] == ("commSplit", -1, 0)
+        return
+    key = members.index(fresh.rank())
+    assert queue.log[-1] == ("commSplit", members[0], key) and queue.passed == 1
+    assert (made.comm.rank, made.comm.size) == (key, len(members)) == (part.rank(), part.size())
+    part._transport = NcclTransport(part._transport, made.q, made)
+    x = ELSEWHERE.full(5, fresh.rank())
+    part.allreduce(x).synchronize()
+    assert (x.values == sum(members)).all()
+
+
+def test_where_one_rank_cant_split_all_do_without(fresh, world):
+    nccl = fresh._transport._nccl
+    nccl.comm = (
+        MPI.COMM_SELF
+    )  # NCCL's own split waits for the rank that fails, or not; this doesn't
+    if world.rank == 0:
+        nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+    made, part = split(fresh, [*range(world.size)])
+    assert made is None and part.size() == world.size
 
 
 def test_a_good_end_destroys_the_communicator():

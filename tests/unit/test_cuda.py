@@ -33,11 +33,6 @@ class Record:
             Stream=lambda non_blocking: SimpleNamespace(ptr=next(self.numbers)),
             Event=lambda disable_timing: SimpleNamespace(ptr=next(self.numbers)),
             runtime=self,
-            nccl=SimpleNamespace(
-                groupStart=lambda: self.groupStart(),
-                groupEnd=lambda: self.groupEnd(),
-                NcclCommunicator=lambda *a: self.NcclCommunicator(*a),
-            ),
             get_current_stream=lambda: SimpleNamespace(ptr=5),
         )
         self.CUDARuntimeError = CudaError
@@ -65,8 +60,10 @@ class Record:
 
 
 @pytest.fixture
-def cuda():
-    return Record()
+def cuda(monkeypatch):
+    record = Record()
+    monkeypatch.setattr("mpicoll.cuda.load_nccl", lambda: record)
+    return record
 
 
 def test_a_copy_is_done_when_its_event_is(cuda):
@@ -138,11 +135,11 @@ def test_the_current_stream_of_torch_waits_too(cuda, monkeypatch):
 
 def test_calls_of_nccl_become_one_on_the_groups_gpu(cuda):
     gpu = Gpu(cuda, 1)
-    gpu.nccl(4, [7] * 128, 2)
+    gpu.nccl(4, b"7" * 128, 2)
     with pytest.raises(ValueError), gpu.nccl_group():
         raise ValueError
     assert cuda.calls == [
-        ("NcclCommunicator", 1, 4, (7,) * 128, 2),
+        ("NcclCommunicator", 1, 4, b"7" * 128, 2),
         ("groupStart", 1),
         ("groupEnd", 1),
     ]

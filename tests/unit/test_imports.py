@@ -41,8 +41,8 @@ ORDER = [
         "transports.riding",
         "transports.shm",
     ),
-    *("transports.hierarchical", "transports.staged", "transports.nccl"),
-    "cuda",
+    *("transports.hierarchical", "transports.staged", "transports.nccl", "transports.aware"),
+    *("cuda", "cuda_trial"),
     *("stores", "rendezvous", "reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}

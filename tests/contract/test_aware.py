@@ -1,0 +1,166 @@
+"""Moves by addresses, as a CUDA-aware MPI library takes them; here they are of host memory.
+
+The messages are MPI's own.  What reduces is staged, through late copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+import mpicoll as mc
+from mpicoll.errors import CollectiveMismatchError, CollectiveTimeoutError, GroupBrokenError
+from mpicoll.library import exchange_tag
+from mpicoll.transports import aware
+from mpicoll.transports.aware import AwareTransport
+from tests.contract.arrays import NUMPY, Kind, data, reduced
+from tests.contract.conftest import BACKENDS, _groups
+from tests.contract.staging import LOOKS, STREAM, ElsewhereKind, LateCopies
+from tests.contract.test_collectives import (  # noqa: F401  (the same tests, on other fixtures)
+    size,
+    test_a_one_element_list_is_accepted_where_an_array_is,
+    test_all_gather_single,
+    test_all_gather_single_coalesced,
+    test_all_to_all_single_even,
+    test_all_to_all_single_uneven_with_zero_rows,
+    test_allgather_coalesced,
+    test_allgather_of_differing_sizes,
+    test_allreduce,
+    test_alltoall_of_differing_sizes,
+    test_broadcast,
+    test_gather_of_differing_sizes,
+    test_reduce_scatter_of_differing_sizes,
+    test_scatter_of_differing_sizes,
+    test_shapes_of_any_number_of_dimensions,
+)
+from tests.contract.test_dtypes import test_every_dtype_moves  # noqa: F401
+from tests.contract.test_p2p import test_ring  # noqa: F401
+
+pytestmark = pytest.mark.mpi
+ELSEWHERE = ElsewhereKind()
+
+
+class Device(LateCopies):
+    """Keeps `mpicoll.transports.aware.Device`: a mark is passed at the fourth look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: dict[Any, int] = {}
+        self.depth = 0
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def is_done(self, mark: Any) -> bool:
+        assert self.depth == 1
+        self.looks[mark] = self.looks.get(mark, 0) + 1
+        return self.looks[mark] >= LOOKS
+
+
+def device_of(pg: mc.ProcessGroup) -> Device:
+    if not isinstance(pg._transport, AwareTransport):
+        pg._transport = AwareTransport(pg._transport, Device(), pg.comm)
+    return pg._transport._gpu
+
+
+@pytest.fixture(params=BACKENDS)
+def pg(request, monkeypatch) -> mc.ProcessGroup:
+    monkeypatch.setattr(aware, "MAX_BYTES", 1000)  # so that the arrays go in several messages
+    pg = _groups(backend=request.param, group_name="aware")
+    device_of(pg)
+    return pg
+
+
+@pytest.fixture
+def fresh() -> Iterator[mc.ProcessGroup]:
+    pg = mc.new_group(timeout=20)
+    device_of(pg)
+    yield pg
+    pg.abort()
+
+
+@pytest.fixture
+def kind() -> Kind:
+    return ELSEWHERE
+
+
+def test_what_only_moves_is_not_copied(fresh):
+    device, p = device_of(fresh), fresh.size()
+    fresh.broadcast(ELSEWHERE.full(5, 1), 0).wait()
+    fresh.all_gather_single(ELSEWHERE.full(5 * p, 0), ELSEWHERE.full(5, 1)).wait()
+    fresh.all_to_all_single(ELSEWHERE.full(p, 0), ELSEWHERE.full(p, 1), None, None).wait()
+    assert {entry[0] for entry in device.log} == {"mark"}
+    fresh.allreduce(ELSEWHERE.full(5, 1)).wait()
+    assert "to_host" in {entry[0] for entry in device.log}
+
+
+def test_mpi_sees_no_address_before_its_stream_is_done(fresh):
+    device = device_of(fresh)
+    fresh.broadcast(ELSEWHERE.full(5, 1), 0).wait()
+    assert device.log == [("mark", STREAM)]
+    assert list(device.looks.values()) == [LOOKS]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1001])
+def test_broadcast_from_each_root(pg, count):
+    for root in range(pg.size()):
+        x = ELSEWHERE.array(data(pg.rank() + 1, count))
+        pg.broadcast(x, root).wait()
+        assert ELSEWHERE.same(x, data(root + 1, count))
+
+
+def test_host_arrays_and_reductions_in_turn(pg):
+    parts = [data(r, 3000) for r in range(pg.size())]
+    for kind, root in itertools.product((ELSEWHERE, NUMPY), range(pg.size())):
+        x, y = kind.array(parts[pg.rank()]), kind.array(parts[pg.rank()])
+        pg.allreduce(x).wait()
+        pg.broadcast(y, root).wait()
+        assert kind.same(x, reduced("SUM", parts)) and kind.same(y, parts[root])
+
+
+def test_several_works_are_under_way(pg):
+    parts = [[data(r, 3000, seed=i) for r in range(pg.size())] for i in range(4)]
+    mine = [ELSEWHERE.array(rows[pg.rank()]) for rows in parts]
+    mc.wait_all([pg.broadcast(x, i % pg.size()) for i, x in enumerate(mine)])
+    roots = [rows[i % pg.size()] for i, rows in enumerate(parts)]
+    assert all(ELSEWHERE.same(x, root) for x, root in zip(mine, roots, strict=True))
+
+
+def test_a_mismatch_leaves_it_usable(pg):
+    if pg.size() == 1:
+        pytest.skip("needs two ranks")
+    x = ELSEWHERE.full(4 + (pg.rank() == 0), 1)
+    with pytest.raises(CollectiveMismatchError):
+        pg.broadcast(x, 0).wait()
+    pg.broadcast(ELSEWHERE.full(4, 1), 0).wait()
+
+
+def test_a_rank_that_stops_in_the_middle(fresh, world):
+    """It has arrived, but sends nothing; what the others posted is kept, and their GPU let go."""
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    if world.rank == 0:
+        fresh._transport._move = lambda call, parts: iter(())
+        fresh.broadcast(ELSEWHERE.full(50, 0), 0).wait()
+        world.Barrier()
+        for rank in range(1, world.size):  # or MPI could not be finalized
+            fresh.comm.Send([b"", MPI.BYTE], rank, exchange_tag())
+        return
+    try:
+        with pytest.raises(CollectiveTimeoutError):
+            fresh.broadcast(ELSEWHERE.full(50, 0), 0, timeout=0.3).wait()
+        with pytest.raises(GroupBrokenError):
+            fresh.barrier()
+        assert device_of(fresh).depth == 0
+    finally:
+        world.Barrier()

@@ -1,0 +1,55 @@
+"""What the trial of CUDA-aware MPI is started with, and how its end is read."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+from mpicoll import cuda_trial
+from mpicoll.config import environment_alone
+from mpicoll.cuda_trial import Trial, reading
+
+
+def test_an_end_without_error_is_a_yes():
+    assert reading(0, "") == ""
+
+
+def test_a_crash_is_a_no():
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    code = subprocess.run([sys.executable, "-c", crash]).returncode
+    assert "died of SIGSEGV" in reading(code, "== backtrace ==\n  0 memcpy\n")
+    assert "died of SIGABRT" in reading(128 + signal.SIGABRT, "")
+
+
+def test_the_last_line_says_why():
+    assert reading(1, "Traceback ...\nImportError: no CuPy\n") == "ImportError: no CuPy"
+    assert reading(3, "") == "the trial ended with exit code 3"
+
+
+def test_a_real_trial_where_nothing_can_be_tried(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    trial, end = Trial(0), time.monotonic() + 30
+    while (said := trial.outcome()) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert said and ("cupy" in said or "cuda" in said), said  # none is installed, or finds no GPU
+
+
+def test_a_trial_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(cuda_trial, "_PROGRAM", "import time; time.sleep(100)")
+    monkeypatch.setattr(cuda_trial, "LIMIT", 0.2)
+    trial, end = Trial(0), time.monotonic() + 10
+    while (said := trial.outcome()) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert said == "sending an array from GPU memory took more than 0.2 s"
+    assert trial._child.poll() is not None
+
+
+def test_its_process_is_no_rank(monkeypatch):
+    marks = ("PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    for name in (*marks, "OMPI_MCA_ess"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMPI_MCA_pml", "ob1")
+    kept = environment_alone()
+    assert not {*marks, "OMPI_MCA_ess"} & {*kept} and kept["OMPI_MCA_pml"] == "ob1"
