@@ -106,9 +106,7 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
 
     openmpi = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     pmi = numbers("PMI_RANK", "PMI_SIZE")  # of hydra, or of srun --mpi=pmi2
-    step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    if environ.get("SLURM_STEP_ID") == SLURM_INTERACTIVE:
-        step = None
+    step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if _in_step(environ) else None
     by_srun = step is not None and "MPI_LOCALNRANKS" not in environ
     found = []
     if openmpi is not None:
@@ -137,8 +135,8 @@ def local_rank(environ: Mapping[str, str]) -> int | None:
 
 
 def _in_step(environ: Mapping[str, str]) -> bool:
-    """Whether `srun` started this process; batch scripts have some variables of a task as well."""
-    return "SLURM_STEP_NUM_TASKS" in environ
+    """Whether `srun` started a program; batch scripts and shells have variables of a task, too."""
+    return "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_STEP_ID") != SLURM_INTERACTIVE
 
 
 def single() -> bool:

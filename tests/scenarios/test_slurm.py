@@ -158,10 +158,12 @@ def test_the_other_mpis_mpiexec(slurm, program):
 
 
 def test_one_task(slurm, program):
-    """A step of one task is meant to be one, whatever its --mpi, and so is a batch script."""
+    """It is meant to be one: under any --mpi, in a batch script, in the shell of `salloc`."""
     one = [("n1", [0])]
     assert seen(well(slurm.srun(program, nodes=1, each=1, mpi="none"))) == one
     assert seen(well(slurm.srun(program, nodes=1, each=1))) == one
+    shell = ["salloc", "-Q", "--nodes=2", "srun", "--interactive"]  # as many sites have it
+    assert seen(well(slurm.run([*shell, *program]))) == one
     script = batch(slurm, "one", f"#SBATCH --nodes=2 --ntasks-per-node=2\n{shlex.join(program)}")
     ended = slurm.ended(slurm.submit(script))
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output

@@ -114,7 +114,7 @@ def test_hydra_serves_mpichs_kin():
 
 @pytest.mark.parametrize(
     "environ, rank",
-    [({}, None), ({"MPI_LOCALRANKID": "3"}, 3), (STEP, 1), (BATCH, None), (STEP | HYDRA, 1)],
+    [({}, None), ({"MPI_LOCALRANKID": "3"}, 3), (STEP, 1), (BATCH, None), (SHELL, None)],
 )
 def test_the_number_on_the_node(environ, rank):
     assert local_rank(environ) == rank
