@@ -197,7 +197,9 @@ class Slurm:
             # The nodes have more processors by name than the machine has.
             outer["PRTE_MCA_hwloc_default_binding_policy"] = "none"
         path = f"{Path(sys.prefix) / 'bin'}:{outer['PATH']}"
-        return outer | {"PATH": path, "SLURM_CONF": f"{self.folder}/slurm.conf"} | dict(extra or {})
+        # Open MPI leaves folders behind where a job ends badly.
+        mine = {"SLURM_CONF": f"{self.folder}/slurm.conf", "TMPDIR": f"{self.folder}/tmp"}
+        return outer | {"PATH": path} | mine | dict(extra or {})
 
     # ---- programs ----
 
