@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .errors import InvalidCallError
 
 DEFAULT_TIMEOUT = 1800.0  # seconds, as in torch.distributed
+SLURM_INTERACTIVE = "4294967290"  # the step in which a shell of `salloc` may run
 
 SETTINGS = (
     "MPICOLL_GRACE",
@@ -93,8 +94,9 @@ class Launcher(NamedTuple):
 def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
     """Return what the launchers above a process say in its environment, the nearest first.
 
-    There are two where `mpiexec` starts its ranks by way of `srun`.  SLURM_NTASKS and SLURM_PROCID
-    tell nothing: in a batch job a plain `python` has them too.  Only `srun` sets the tasks of a
+    There are two where a task of `srun` runs `mpiexec`.  Only a step that `srun` made for a program
+    counts: SLURM_NTASKS and SLURM_PROCID are there in a batch job too, a shell in an interactive
+    step is one task of whatever was allocated, and `mpiexec` starts its proxies, one per node, as a
     step.
     """
 
@@ -104,7 +106,7 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
 
     openmpi = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     pmi = numbers("PMI_RANK", "PMI_SIZE")  # of hydra, or of srun --mpi=pmi2
-    step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if _in_step(environ) else None
     by_srun = step is not None and "MPI_LOCALNRANKS" not in environ
     found = []
     if openmpi is not None:
@@ -116,17 +118,25 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
             found.append(Launcher("srun --mpi=pmi2", "MPICH", *step))
         elif "PMIX_NAMESPACE" in environ and openmpi is None:
             found.append(Launcher("srun --mpi=pmix", "Open MPI", *step))
-        else:
+        elif not (found and environ.get("SLURM_STEP_NUM_NODES") == str(step[1])):
             found.append(Launcher("srun without PMI", "", *step))
     return tuple(found)
 
 
 def local_rank(environ: Mapping[str, str]) -> int | None:
     """Return this process's number on its node, if its launcher says so."""
-    for name in ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+    names = ["MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"]
+    if _in_step(environ):
+        names.append("SLURM_LOCALID")
+    for name in names:
         if environ.get(name, "").isdigit():
             return int(environ[name])
     return None
+
+
+def _in_step(environ: Mapping[str, str]) -> bool:
+    """Whether `srun` started a program; batch scripts and shells have variables of a task, too."""
+    return "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_STEP_ID") != SLURM_INTERACTIVE
 
 
 def single() -> bool:
@@ -150,11 +160,11 @@ def refusals(world: int) -> tuple[str, ...]:
 
 def ranks_on_node() -> int | None:
     """How many ranks the launcher says it started on this machine, if it says so."""
-    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-        text = os.environ.get(name, "").split("(")[0]
-        if text.isdigit():
-            return int(text)
-    return None
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    tasks = os.environ.get("SLURM_GTIDS", "") if _in_step(os.environ) else ""
+    return len(tasks.split(",")) if tasks else None
 
 
 def nccl_shares_gpus() -> bool:

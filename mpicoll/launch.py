@@ -1,8 +1,8 @@
 """Whether the world that MPI made is the one that the launcher started.
 
 Another MPI's launcher starts N ranks that know nothing of one another: N worlds of one, and no
-error.  The launcher's variables give it away.  MPICH under Open MPI's launcher ends the job when it
-is initialized, without a word of what to do: that is told before.
+error.  The launcher's variables give it away.  MPICH under a launcher that speaks PMIx ends the job
+when it is initialized, without a word of what to do: that is told before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from .config import Launcher
 
 _LIBRARY = re.compile(r"/lib(mpi|mpich)(_\w+)?\.so[.\d]*$")
+_PMIX = re.compile(r"/libpmix\.so[.\d]*$")
 KIN = ("MPICH", "Intel MPI", "MVAPICH", "MVAPICH2")  # they have MPICH's launcher, hydra
 
 
@@ -40,8 +41,11 @@ def stray(world: int, vendor: str, found: Sequence[Launcher]) -> str:
 
 
 def abortive(vendor: str, found: Sequence[Launcher]) -> str:
-    """Say why an MPI library would end the job if it were initialized; "" where it would not."""
-    if vendor != "MPICH" or not found or found[0].name != "mpiexec (Open MPI)":
+    """Say why an MPI library would end the job if it were initialized; "" where it would not.
+
+    It must be loaded: an MPICH that was built with PMIx brings the library of it along.
+    """
+    if vendor != "MPICH" or not found or found[0].serves != "Open MPI" or _maps(_PMIX):
         return ""
     return f"{vendor} can't be initialized under {found[0].name}"
 
@@ -50,15 +54,25 @@ def remedy(vendor: str, file: str) -> str:
     """Say how ranks of an MPI library are started."""
     beside = Path(file).parent.parent / "bin" / "mpiexec"
     own = f" ({beside})" if file and beside.exists() else ""
-    pmi = "pmi2" if vendor in KIN else "pmix"
-    return f"start the ranks with {vendor}'s own mpiexec{own} or, under SLURM, srun --mpi={pmi}"
+    srun = f"srun --mpi={pmi_of(vendor)}"
+    return f"start the ranks with {vendor}'s own mpiexec{own} or, under SLURM, {srun}"
+
+
+def pmi_of(vendor: str) -> str:
+    """Return what `srun --mpi` must say for an MPI library."""
+    return "pmi2" if vendor in KIN else "pmix"
 
 
 def library_file() -> str:
     """Return the file of the MPI library that this process has loaded; "" if none is seen."""
+    return _maps(_LIBRARY)
+
+
+def _maps(name: re.Pattern[str]) -> str:
+    """Return the first file of such a name that this process maps; "" if there is none."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return ""
     files = [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
-    return next((file for file in files if _LIBRARY.search(file)), "")
+    return next((file for file in files if name.search(file)), "")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..config import SETTINGS
-from ..launch import abortive, remedy, serves, stray
+from ..config import SETTINGS, SLURM_INTERACTIVE
+from ..launch import abortive, pmi_of, remedy, serves, stray
 from ..memory import bytes_per_rank
 from .facts import SHM, Facts, Sight
 from .recordings import in_ranges
@@ -139,13 +139,16 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield Finding(topic, WRONG, why, remedy(first.vendor, first.file))
         return
     if not found:
-        tasks = first.slurm.get("SLURM_NTASKS", "1")
-        if tasks not in ("", "1") and first.world == 1:
+        tasks, nodes = (first.slurm.get(f"SLURM_{name}") for name in ("NTASKS", "JOB_NUM_NODES"))
+        # SLURM_NTASKS isn't there if only nodes were asked for, and is 1 in an interactive step.
+        several, what = (tasks, "tasks") if tasks not in (None, "", "1") else (nodes, "nodes")
+        if several not in (None, "", "1") and first.world == 1:
+            pmi = f" --mpi={pmi_of(first.vendor)}" if first.vendor else ""
             yield Finding(
                 topic,
                 WARNING,
-                f"none: one process in an allocation of {tasks} tasks",
-                f"put srun -n {tasks} or mpiexec -n {tasks} before the command",
+                f"none: one process in an allocation of {several} {what}",
+                f"put srun -n {several}{pmi} or mpiexec -n {several} before the command",
             )
         else:
             yield Finding(topic, OK, "none: one process, started without mpiexec")
@@ -332,10 +335,15 @@ def slurm(job: Job) -> Iterator[Finding]:
     if "SLURM_JOB_ID" not in said:
         yield Finding("SLURM", OK, "no job of it")
         return
-    nodes = said.get("SLURM_JOB_NUM_NODES", "?")
+    nodes = int(said.get("SLURM_JOB_NUM_NODES", "1"))
+    where = f"job {said['SLURM_JOB_ID']} on {_some(nodes, 'node')}"
     step = said.get("SLURM_STEP_ID")
-    where = f", step {step}" if step is not None else ""
-    yield Finding("SLURM", OK, f"job {said['SLURM_JOB_ID']}{where}, {nodes} nodes")
+    if step == SLURM_INTERACTIVE:
+        where += ", in a shell of its own"
+    elif step is not None:
+        part = int(said.get("SLURM_STEP_NUM_NODES", nodes))
+        where += f", step {step}" + (f" on {part} of them" if part < nodes else "")
+    yield Finding("SLURM", OK, where)
 
 
 # ------------------------------------------------------------------------ versions and environment

@@ -12,7 +12,7 @@ from mpicoll.cli.findings import GROUPS, OK, OLDEST, WARNING, WRONG, Job, examin
 from mpicoll.config import launchers
 from mpicoll.memory import bytes_per_rank
 from tests.harness import ROOT
-from tests.unit.test_launch import BATCH, HYDRA, PMI2, PRTE
+from tests.unit.test_launch import BATCH, HYDRA, PMI2, PRTE, SHELL, STEP
 
 VERSIONS = {"Python": "3.12.1", "mpicoll": "0.1.0", "mpi4py": "4.1.2", "numpy": "2.4.6"}
 GOOD = Facts(
@@ -99,7 +99,11 @@ FULL = Token("/dev/shm/x", 0, "No space left on device")
         ),
         (
             alone(launchers=(), slurm=BATCH),
-            *(WARNING, "launcher", "allocation of 4 tasks", "srun -n 4"),
+            *(WARNING, "launcher", "allocation of 4 tasks", "srun -n 4 --mpi=pmi2"),
+        ),
+        (
+            alone(launchers=(), slurm={"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "2"}),
+            *(WARNING, "launcher", "allocation of 2 nodes", "mpiexec -n 2"),
         ),
         (
             alone(launchers=(), trouble="MPI_Init failed"),
@@ -228,3 +232,18 @@ def test_the_oldest_versions_are_those_that_the_package_requires():
         least = ".".join(map(str, version))
         line = f'requires-python = ">={least}"' if name == "Python" else f'"{name}>={least}"'
         assert line in text
+
+
+@pytest.mark.parametrize(
+    "environ, said",
+    [
+        ({}, "no job of it"),
+        (BATCH, "job 9 on 1 node"),
+        (STEP | {"SLURM_JOB_NUM_NODES": "2"}, "job 9 on 2 nodes, step 0"),
+        (STEP | {"SLURM_JOB_NUM_NODES": "3"}, "job 9 on 3 nodes, step 0 on 2 of them"),
+        (SHELL | {"SLURM_JOB_NUM_NODES": "2"}, "job 9 on 2 nodes, in a shell of its own"),
+    ],
+)
+def test_the_job_of_slurm(environ, said):
+    (finding,) = findings.slurm(job({"slurm": environ}, {}, {}, {}))
+    assert (finding.verdict, finding.said) == (OK, said)

@@ -22,14 +22,18 @@ PRTE = {
 STEP = {
     "SLURM_JOB_ID": "9",
     "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_NTASKS": "4",
     "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
 }
 PMI2 = STEP | {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9"}
 PMIX = STEP | {"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.9.0"}
-BATCH = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+BATCH = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 PROXIES = STEP | {"SLURM_STEP_NUM_TASKS": "2"}  # one task per node, each starts that node's ranks
+PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+SHELL = PROXY | {"SLURM_STEP_ID": "4294967290"}  # of salloc, in the interactive step
 
 
 @pytest.mark.parametrize(
@@ -44,8 +48,12 @@ PROXIES = STEP | {"SLURM_STEP_NUM_TASKS": "2"}  # one task per node, each starts
         (PMI2, ["srun --mpi=pmi2"], [4]),
         (PMIX, ["srun --mpi=pmix"], [4]),
         (BATCH | HYDRA, ["mpiexec (hydra)"], [4]),
-        (PROXIES | HYDRA, ["mpiexec (hydra)", "srun without PMI"], [4, 2]),
-        (PROXIES | PRTE, ["mpiexec (Open MPI)", "srun without PMI"], [4, 2]),
+        (PROXIES | HYDRA, ["mpiexec (hydra)"], [4]),
+        (PROXIES | PRTE, ["mpiexec (Open MPI)"], [4]),
+        (PROXY | HYDRA, ["mpiexec (hydra)"], [4]),
+        (STEP | HYDRA, ["mpiexec (hydra)", "srun without PMI"], [4, 4]),
+        (SHELL, [], []),
+        (SHELL | PRTE, ["mpiexec (Open MPI)"], [4]),
         ({"PMI_SIZE": "many", "PMI_RANK": "0"}, [], []),
     ],
 )
@@ -69,6 +77,11 @@ def test_who_started_this(environ, names, ranks):
         ({}, "MPICH", 1, False),
         # mpiexec -n 1 in an allocation of two nodes, by way of srun.
         (PROXIES | HYDRA | {"PMI_SIZE": "1"}, "MPICH", 1, False),
+        (PROXIES | HYDRA, "Open MPI", 1, True),
+        (PROXY | HYDRA, "Open MPI", 1, True),  # in an allocation of one node
+        (SHELL, "MPICH", 1, False),
+        # srun starts tasks of which each is a job of its own.
+        (STEP | HYDRA | {"PMI_SIZE": "1"}, "MPICH", 1, False),
     ],
 )
 def test_a_world_of_one_that_was_not_meant(environ, vendor, world, refused):
@@ -78,9 +91,10 @@ def test_a_world_of_one_that_was_not_meant(environ, vendor, world, refused):
         assert vendor in why and "4 ranks" in why
 
 
-def test_only_mpich_ends_the_job_under_openmpis_launcher():
-    assert "MPICH can't be initialized" in abortive("MPICH", launchers(PRTE))
-    assert not abortive("Open MPI", launchers(PRTE))
+@pytest.mark.parametrize("environ", [PRTE, PMIX])
+def test_only_mpich_ends_the_job_under_what_speaks_pmix(environ):
+    assert "MPICH can't be initialized" in abortive("MPICH", launchers(environ))
+    assert not abortive("Open MPI", launchers(environ))
     assert not abortive("MPICH", launchers(HYDRA)) and not abortive("MPICH", ())
 
 
@@ -98,9 +112,28 @@ def test_hydra_serves_mpichs_kin():
     assert serves(hydra, "Intel MPI") and serves(hydra, "MPICH") and not serves(hydra, "Open MPI")
 
 
-@pytest.mark.parametrize("environ, rank", [({}, None), ({"MPI_LOCALRANKID": "3"}, 3)])
+@pytest.mark.parametrize(
+    "environ, rank",
+    [({}, None), ({"MPI_LOCALRANKID": "3"}, 3), (STEP, 1), (BATCH, None), (SHELL, None)],
+)
 def test_the_number_on_the_node(environ, rank):
     assert local_rank(environ) == rank
+
+
+@pytest.mark.parametrize(
+    "environ, ranks",
+    [
+        ({"MPI_LOCALNRANKS": "4", "SLURM_GTIDS": "0", "SLURM_STEP_NUM_TASKS": "2"}, 4),
+        ({"SLURM_GTIDS": "4,5,6", "SLURM_STEP_NUM_TASKS": "7"}, 3),
+        ({"SLURM_GTIDS": "0"}, None),  # a batch script, and what it starts without srun
+    ],
+)
+def test_the_ranks_on_the_node(monkeypatch, environ, ranks):
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert config.ranks_on_node() == ranks
 
 
 @pytest.mark.parametrize("text, meant", [("1", True), ("0", False), ("", False)])
