@@ -361,7 +361,8 @@ class Engine:
     def guard(self, deadline: float, what: str) -> Iterator[None]:
         """Bound a call that blocks inside MPI: past its deadline, or if a peer dies, the job ends.
 
-        (With MPI's fault tolerance such a call returns by itself when a peer dies.)
+        (With MPI's fault tolerance such a call returns by itself when a peer dies.)  The end of a
+        process of another MPI world is no reason: it may have nothing to do with the call.
         """
         guarded = max(deadline, time.monotonic()) + BLOCKED, what
         key = id(guarded)
@@ -380,13 +381,12 @@ class Engine:
         while True:
             self._look.wait()
             self._look.clear()
-            dead = len(watch.dead)
+            lost = len(watch.lost)
             while self._guarded:
                 watch.look()  # for who is blocked, and holds the engine's lock
                 for until, what in list(self._guarded.values()):
-                    if len(watch.dead) > dead and not survives_deaths():
-                        how = list(watch.dead.values())[-1]
-                        end_job(1, f"{what} can't return, since a peer {how}")
+                    if len(watch.lost) > lost and not survives_deaths():
+                        end_job(1, f"{what} can't return, since a peer {watch.lost[-1]}")
                     if time.monotonic() >= until:
                         end_job(1, f"{what} never returned")
                 self._look.wait(LOOK_OUT)

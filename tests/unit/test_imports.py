@@ -43,7 +43,8 @@ ORDER = [
     ),
     *("transports.hierarchical", "transports.staged", "transports.nccl"),
     "cuda",
-    *("stores", "rendezvous", "reclaim", "backends", "group"),
+    *("stores", "rendezvous", "meeting", "connecting", "growing"),
+    *("reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
 FILES = {
