@@ -125,9 +125,7 @@ class Wanted:
     def alike(self) -> str:
         """Return what must be the same in groups that merge, in words."""
         backend = "auto" if self.backend == "gloo" else self.backend
-        return (
-            f"backend={backend!r}, device={self.device[:4]!r}, checks={self.checks!r}"
-        )
+        return f"backend={backend!r}, device={self.device[:4]!r}, checks={self.checks!r}"
 
     def __str__(self) -> str:
         """Say it as it was asked for."""

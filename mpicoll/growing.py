@@ -11,6 +11,8 @@ MPI's merge, which blocks, rank 0 of each says over MPI's intercommunicator:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import time
 from collections.abc import Generator, Sequence
@@ -96,7 +98,8 @@ def _why(comm: MPI.Intracomm, n: int, error: MPI.Exception) -> str:
 def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says:
     word = yield from _hear(inter, deadline)
     if word is None:
-        _say(inter, LEFT)
+        # Not a word to those who may never read it: MPICH could not be finalized there.
+        atexit.register(_turn_away, inter)
         return {"failed": "the started ranks have not all called parent_group in time"}
     if word == LEFT:
         return {"failed": "the started ranks gave up in parent_group"}
@@ -106,6 +109,13 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says
         _say(inter, LEFT)
         return {"failed": "the started ranks gave up in parent_group"}
     return {}
+
+
+def _turn_away(inter: MPI.Intercomm) -> None:
+    """Answer, at the end of this process, what came too late."""
+    with contextlib.suppress(MPI.Exception):
+        if _read(inter) == READY:
+            _say(inter, LEFT)
 
 
 def _meet_parents(inter: MPI.Intercomm, deadline: float) -> _Says:
@@ -132,13 +142,20 @@ def _say(inter: MPI.Intercomm, word: str, more: Hello | None = None) -> None:
 
 def _hear(inter: MPI.Intercomm, deadline: float) -> Generator[int, None, Any]:
     """Wait for a word of the other side's rank 0; None if none comes in time."""
-    status = MPI.Status()
-    while not inter.Iprobe(0, greeting_tag(), status):
+    while (word := _read(inter)) is None:
         if time.monotonic() > deadline:
             return None
         resume = time.monotonic() + _LOOK
         while time.monotonic() < resume:
             yield IDLE
+    return word
+
+
+def _read(inter: MPI.Intercomm) -> Any:
+    """Return a word of the other side's rank 0 that has come; None if there is none."""
+    status = MPI.Status()
+    if not inter.Iprobe(0, greeting_tag(), status):
+        return None
     room = bytearray(status.Get_count(MPI.BYTE))
     inter.Recv([room, MPI.BYTE], 0, greeting_tag())
     return json.loads(room)

@@ -182,10 +182,10 @@ class Peers:
             self._read_all()
 
     def _read_all(self) -> None:
-        while self.comm.Iprobe(MPI.ANY_SOURCE, self._tag):
-            status = MPI.Status()
-            self.comm.Recv([self._inbox, MPI.BYTE], MPI.ANY_SOURCE, self._tag, status)
-            source = status.Get_source()
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, self._tag, status):
+            source = status.Get_source()  # from any, MPICH never returns where worlds have merged
+            self.comm.Recv([self._inbox, MPI.BYTE], source, self._tag, status)
             what, seq, waiting = _HEAD.unpack_from(self._inbox)
             text = self._inbox[_HEAD.size : status.Get_count(MPI.BYTE)].decode(errors="replace")
             self._take(source, what, seq, bool(waiting), text)

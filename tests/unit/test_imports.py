@@ -27,7 +27,7 @@ ORDER = [
         "recorder",
         "memory",
     ),
-    *("nodes", "arrays"),
+    *("nodes", "arrays", "anysource"),
     *(
         "peers",
         "arrival",
