@@ -37,7 +37,7 @@ CONNECTING = 10  # seconds that a side which says it is about to connect, or acc
 
 _SAYS = 2048  # bytes of what a leader tells its members, as JSON
 _OP = "merge_remote_group"
-_LAST_WORD = 0.05  # seconds that a leader's word may take to its members
+_LAST_WORD = 0.5  # seconds that a leader's word may take to its members
 
 
 def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:

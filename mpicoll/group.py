@@ -65,6 +65,7 @@ from .work import Work
 SUM = ReduceOp.SUM
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
+_SLACK = 3.0  # the same, where it waited for others than the group's ranks
 
 
 class ProcessGroup:
@@ -665,7 +666,7 @@ class ProcessGroup:
             made = yield from connecting.merge(self.comm, call.payload, store, deadline)
             return made
 
-        made, call = self._comm("merge_remote_group", timeout, check, make)
+        made, call = self._comm("merge_remote_group", timeout, check, make, _SLACK)
         first = call.payload["groups"][0]["name"]
         assert made is not None
         return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
@@ -714,7 +715,7 @@ class ProcessGroup:
             return growing.spawn(self.comm, call.payload, call.count, hello, deadline)
 
         name = f"{self.group_name}:spawn"
-        made, _ = self._comm("spawn", timeout, check, make)
+        made, _ = self._comm("spawn", timeout, check, make, _SLACK)
         assert made is not None
         return self._made(made, name, None, timeout)
 
@@ -771,14 +772,15 @@ class ProcessGroup:
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
+        slack: float = _VERDICT,
     ) -> tuple[Ground | None, Call]:
         """Run a call that makes a communicator, wait for it, and return both."""
 
         def then(work: Work) -> Steps:
             deadline = work.deadline
             # All ranks of this group are here.  What makes the communicator keeps the deadline
-            # itself, and its verdict needs a moment to reach them all.
-            work.deadline += _VERDICT
+            # itself, and its verdict needs some time to reach them all.
+            work.deadline += slack
             yield from self._children.reclaim(self.comm, deadline)
             comm = yield from make(work.call, deadline)
             if comm is not None:
@@ -1194,7 +1196,9 @@ def parent_group(timeout: object = None) -> ProcessGroup:
         own._wanted = Wanted(**wanted | {"sizes": tuple(wanted["sizes"])})  # as the parents'
         return made
 
-    made, call = own._comm("parent_group", timeout, lambda rank, size: Call("parent_group"), make)
+    made, call = own._comm(
+        "parent_group", timeout, lambda rank, size: Call("parent_group"), make, _SLACK
+    )
     assert made is not None
     group = own._made(made, call.payload["name"], None, timeout)
     own.shutdown()

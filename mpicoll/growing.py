@@ -11,11 +11,10 @@ MPI's merge, which blocks, rank 0 of each says over MPI's intercommunicator:
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 from .connecting import greet, tell, too_late
@@ -26,6 +25,7 @@ from .rendezvous import MakesComm
 
 READY, HELLO, COMING, LEFT = "ready", "hello", "coming", "left"
 
+STARTED = 0.5  # seconds that ranks get when they have initialized MPI, even if the time is over
 _ANSWER = 0.05  # seconds past the deadline that an answer may take to come
 _LOOK = 0.002  # seconds between looks for it
 
@@ -50,6 +50,7 @@ def spawn(
             inter = comm.Spawn(argv[0], list(argv[1:]), n, MPI.INFO_NULL, 0)
         except MPI.Exception as error:
             raise UnsupportedError(f"spawn: {_why(comm, n, error)}") from error
+    deadline = max(deadline, time.monotonic() + STARTED)
     said: dict[str, Any] = {}
     if comm.Get_rank() == 0:
         said = yield from _meet_children(inter, hello, deadline)
@@ -98,8 +99,8 @@ def _why(comm: MPI.Intracomm, n: int, error: MPI.Exception) -> str:
 def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says:
     word = yield from _hear(inter, deadline)
     if word is None:
-        # Not a word to those who may never read it: MPICH could not be finalized there.
-        atexit.register(_turn_away, inter)
+        # Not a word to those who may never read it: MPI could not be finalized here or there.
+        engine.listen(partial(_turn_away, inter))
         return {"failed": "the started ranks have not all called parent_group in time"}
     if word == LEFT:
         return {"failed": "the started ranks gave up in parent_group"}
@@ -111,11 +112,12 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says
     return {}
 
 
-def _turn_away(inter: MPI.Intercomm) -> None:
-    """Answer, at the end of this process, what came too late."""
-    with contextlib.suppress(MPI.Exception):
-        if _read(inter) == READY:
-            _say(inter, LEFT)
+def _turn_away(inter: MPI.Intercomm) -> bool:
+    """Answer what came too late; return whether it has come."""
+    word = _read(inter)
+    if word == READY:
+        _say(inter, LEFT)
+    return word is not None
 
 
 def _meet_parents(inter: MPI.Intercomm, deadline: float) -> _Says:

@@ -214,6 +214,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self.broken: dict[Lane, None] = {}  # lanes whose members take leave of one another at exit
+        self._ears: list[Callable[[], bool]] = []
         self._poll = Every(0.005)
         self._polled = Pace()  # of those who poll instead of waiting
         self._wake = threading.Event()
@@ -323,6 +324,10 @@ class Engine:
             self._give_up(lane, error, said)
         finally:
             self._exit()
+
+    def listen(self, ear: Callable[[], bool]) -> None:
+        """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
+        self._ears.append(ear)
 
     def delist(self, lane: Lane) -> None:
         """Listen to a lane no more: its group is closed, or made."""
@@ -435,6 +440,9 @@ class Engine:
             watch.look()
             for lane in self._to_hear():
                 ended = self._listen(lane) or ended
+            for ear in list(self._ears):
+                if ear():
+                    self._ears.remove(ear)
         return ended
 
     def _to_hear(self) -> list[Lane]:
@@ -670,10 +678,11 @@ class Engine:
         # Where somebody has left already, an arrival would never be complete.  MPI may not see at
         # once that a notice has come.
         heard = time.monotonic() + HEARD
-        while lanes and time.monotonic() < heard:
+        while (lanes or self._ears) and time.monotonic() < heard:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
                     lane.peers.poll()
+            self._hear(time.monotonic())
         for lane in lanes:
             for rank, notice in lane.peers.left.items():
                 self.fail_all(lane, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
