@@ -37,6 +37,7 @@ CONNECTING = 10  # seconds that a side which says it is about to connect, or acc
 
 _SAYS = 2048  # bytes of what a leader tells its members, as JSON
 _OP = "merge_remote_group"
+_USABLE = ". The group is still usable"
 _LAST_WORD = 0.5  # seconds that a leader's word may take to its members
 
 
@@ -45,12 +46,9 @@ def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float)
     if "late" in plan:
         raise too_late(plan["late"])
     if plan["wrong"]:
-        raise InvalidCallError(f"merge_remote_group: {plan['wrong']}")
+        raise InvalidCallError(f"{_OP}: {plan['wrong']}")
     if plan.get("apart"):
-        raise UnsupportedError(
-            f"merge_remote_group: these jobs can't be connected: {plan['apart']}. "
-            "The group is still usable"
-        )
+        raise UnsupportedError(f"{_OP}: these jobs can't be connected: {plan['apart']}{_USABLE}")
     groups, place = plan["groups"], plan["place"]
     yield MOVED
     if len(groups) == 1:
@@ -143,6 +141,8 @@ class _Talk:
                 port = yield from self._hear(f"{i}/offer", self._groups[0])
                 self._say(f"{i}/coming")
                 yield from self._hear(f"{i}/accepting", self._groups[0])
+                yield from _pause()  # a process that dies of what it is about to do is seen to
+                self._look_after(self._groups[0])
                 return {"port": port}
             if self._groups[0]["job"] != self._groups[i]["job"]:
                 port = MPI.Open_port()
@@ -161,7 +161,7 @@ class _Talk:
     def give_up(self, why: str) -> None:
         """Let the other leaders know that there will be no merge."""
         with contextlib.suppress(Exception):  # they find out by themselves, at their deadlines
-            self._say("failed", why)
+            self._say("failed", why.removeprefix(f"{_OP}: ").removesuffix(_USABLE))
 
     def _say(self, key: str, text: str = "") -> None:
         self._store.set(f"{self._prefix}{key}", text)
@@ -174,16 +174,8 @@ class _Talk:
 
     def _hear(self, key: str, peer: Entry) -> Generator[int, None, str]:
         """Wait for a word of another leader."""
-        name, who = peer["name"], Identity(*peer["process"])
-        near = peer["host"] == host_mark() and who.namespace != NOBODY
-        if near:
-            watch.add(who, stranger=True)
         while True:
-            watch.look()
-            if near and who in watch.dead:
-                raise CollectiveTimeoutError(
-                    f"group {name!r} was there, but its rank 0 {watch.dead[who]}"
-                )
+            self._look_after(peer)
             said = self._said(key)
             if said is not None:
                 return said
@@ -192,12 +184,29 @@ class _Talk:
                 raise CollectiveTimeoutError(failed)
             if time.monotonic() > self._deadline:
                 raise CollectiveTimeoutError(
-                    f"group {name!r} was there, but has not gone on in time: "
+                    f"group {peer['name']!r} was there, but has not gone on in time: "
                     "its rank 0 is stopped or dead"
                 )
-            resume = time.monotonic() + BEAT
-            while time.monotonic() < resume:
-                yield IDLE
+            yield from _pause()
+
+    @staticmethod
+    def _look_after(peer: Entry) -> None:
+        """Raise if another leader is of this machine, and seen to be dead."""
+        who = Identity(*peer["process"])
+        if peer["host"] != host_mark() or who.namespace == NOBODY:
+            return
+        watch.add(who, stranger=True)
+        watch.look()
+        if who in watch.dead:
+            raise CollectiveTimeoutError(
+                f"group {peer['name']!r} was there, but its rank 0 {watch.dead[who]}"
+            )
+
+
+def _pause() -> Steps:
+    resume = time.monotonic() + BEAT
+    while time.monotonic() < resume:
+        yield IDLE
 
 
 # ---- what growing.py does alike ----
@@ -250,6 +259,4 @@ def _before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
 
 def too_late(why: str, op: str = _OP) -> CollectiveTimeoutError:
     """Return the error of a merge to which not all came, or not in time."""
-    return CollectiveTimeoutError(
-        f"{op}: {why}. The group is still usable", op=op, breaks_group=False
-    )
+    return CollectiveTimeoutError(f"{op}: {why}{_USABLE}", op=op, breaks_group=False)

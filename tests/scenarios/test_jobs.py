@@ -20,6 +20,7 @@ from tests.harness import (
     mpiexec,
     run_bounded,
 )
+from tests.soak import soak
 
 connects = pytest.mark.skipif(
     installed_mpi() == "openmpi", reason="Open MPI connects no separate runs: it is refused"
@@ -113,7 +114,9 @@ def test_two_jobs_share_a_folder(tmp_path, late):
 
 
 @connects
-@pytest.mark.parametrize("after", [(0, 0.3, 0.6), (0.6, 0, 0.3), (0.3, 0.6, 0)])
+@pytest.mark.parametrize(
+    "after", soak([(0, 0.3, 0.6), (0.6, 0, 0.3), (0.3, 0.6, 0)], [(0.4, 0.2, 0)])
+)
 def test_three_jobs_come_in_any_order(tmp_path, after):
     jobs = [("a", 2), ("b", 1), ("c", 1)]
     ended = run(
@@ -246,10 +249,10 @@ def test_separate_runs_under_open_mpi_are_refused_at_once(tmp_path):
 
 # Where a job is killed: when it says this, or before it makes this call of MPI's.
 STAGES = {
-    "a, when the groups have met": ("a", "__init__", ""),
     "b, when the groups have met": ("b", "__init__", ""),
     "a, with its port published": ("a", "_say", "1/offer"),
     "b, about to connect": ("b", "_say", "1/coming"),
+    "a, when the groups have met": ("a", "__init__", ""),
     "a, about to accept": ("a", "_say", "1/accepting"),
     "b, connecting": ("b", "Connect", ""),
 }
@@ -272,7 +275,7 @@ def killed_in(stage, key):
 
 
 @connects
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", soak([*STAGES], [*STAGES][3:]))
 def test_a_job_that_dies_is_a_timeout_that_names_it_and_leaves_nothing_in_the_way(tmp_path, stage):
     """The next run finds what the dead one left in the folder, and merges all the same."""
     who, what, key = STAGES[stage]
