@@ -622,9 +622,9 @@ class ProcessGroup:
 
         Every rank of every group calls; only rank 0 of each uses the store.  Any number of
         groups can merge, of one MPI world or of separately launched jobs, if they share no rank.
-        In each world a group over all of it must have been made before.  Each group keeps its
-        inner order.  Groups of one world follow one another by their lowest rank there; worlds by
-        the name of their first group, ties by arrival: give `new_group` a `group_name`.
+        Each group keeps its inner order.  Groups of one world follow one another by their lowest
+        rank there, if a group over all of the world was made before; worlds by the name of their
+        first group, ties by arrival: give `new_group` a `group_name`.
 
         Args:
             store: anything with c10d's set, get and add, the same for all groups.  What an

@@ -318,6 +318,9 @@ if JOB == "b":
         {program}
     time.sleep(60)
 fails(lambda: merged.barrier().wait())
+shrunk = merged.shrink_group([2, 3], timeout=5)
+report(shrunk=works(shrunk) and shrunk.ranks)
+shrunk.shutdown()
 for _ in range(3):
     own = works(pg)
     pg.split(0).shutdown()
@@ -327,7 +330,7 @@ report(own=own)
     first, _ = run(*(launched(name, 2, 4, tmp_path / "s", script) for name in "ab"), fail="11")
     assert set(first["error"]) <= {error, "RankFailedError"}, first.output
     assert any(words in text for text in first["text"]) and all(t < 2 for t in first["took"])
-    assert first["own"] == [True, True]
+    assert first["shrunk"] == [[0, 1]] * 2 and first["own"] == [True, True]
 
 
 # ---- growing ----
