@@ -440,10 +440,14 @@ class Engine:
             watch.look()
             for lane in self._to_hear():
                 ended = self._listen(lane) or ended
-            for ear in list(self._ears):
+            self._lend_ears()
+        return ended
+
+    def _lend_ears(self) -> None:
+        for ear in list(self._ears):
+            with contextlib.suppress(MPI.Exception):
                 if ear():
                     self._ears.remove(ear)
-        return ended
 
     def _to_hear(self) -> list[Lane]:
         """Return the lanes to listen to now: the active ones, and some others in turn."""
@@ -682,7 +686,7 @@ class Engine:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
                     lane.peers.poll()
-            self._hear(time.monotonic())
+            self._lend_ears()
         for lane in lanes:
             for rank, notice in lane.peers.left.items():
                 self.fail_all(lane, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))

@@ -434,7 +434,7 @@ while pg.broadcast_object(wanting(), 0):
     ended = job(2, f"ARGV, N = {worker(tmp_path, late)}, 2\n{SPAWN}{rest}")
     assert ended["error"] == ["CollectiveTimeoutError"] * 2 and ended["total"] == [2.0, 2.0]
     assert all("parent_group in time" in text for text in ended["text"])
-    assert all(2 <= took < 5 for took in ended["took"])
+    assert all(2 <= took < 8 for took in ended["took"]), ended["took"]
     if comes == "too late":
         assert all("gave up in spawn" in path.read_text() for path in said)
 
