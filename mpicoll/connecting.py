@@ -219,8 +219,8 @@ def tell(
     room = np.zeros(_SAYS, dtype=np.uint8)
     if comm.Get_rank() == 0:
         text = json.dumps(said)
-        if len(text) > _SAYS:  # only an error can be that long
-            text = json.dumps({"failed": said["failed"][: _SAYS // 4]})
+        if len(text) > _SAYS:  # an error's, or a group's name
+            text = json.dumps({"failed": str(said)[: _SAYS // 12]})  # 6 letters may stand for one
         room[: len(text)] = np.frombuffer(text.encode(), dtype=np.uint8)
     yield from _before(comm.Ibcast([room, MPI.BYTE], 0), deadline, IDLE, op)
     told: dict[str, Any] = json.loads(room.tobytes().rstrip(b"\0"))
