@@ -22,7 +22,13 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
-from .group import ProcessGroup, current_process_group, new_group, process_group
+from .group import (
+    ProcessGroup,
+    current_process_group,
+    new_group,
+    parent_group,
+    process_group,
+)
 from .ops import ReduceOp
 from .stores import FileStore, PrefixStore, TCPStore
 from .work import Future, Work, wait_all
@@ -51,6 +57,7 @@ __all__ = [
     "__version__",
     "current_process_group",
     "new_group",
+    "parent_group",
     "process_group",
     "register_backend",
     "wait_all",

@@ -51,29 +51,37 @@ class Watch:
 
     Attributes:
         dead: those that were seen to die, and how, as far as can be told.
+        lost: how each of them that is of this MPI world died.
     """
 
     def __init__(self) -> None:
         self.dead: dict[Identity, str] = {}
+        self.lost: list[str] = []
+        self._strangers: set[Identity] = set()
         self._poll = select.poll()
         self._looking = threading.Lock()
         self._watched: dict[Identity, int] = {}
         self._who: dict[int, Identity] = {}
 
-    def add(self, who: Identity) -> None:
-        """Watch a process of this pid namespace from now on."""
+    def add(self, who: Identity, *, stranger: bool = False) -> None:
+        """Watch a process of this pid namespace from now on.
+
+        A stranger belongs to another MPI world, which may end before this one.
+        """
         if who in self._watched or who in self.dead:
             return
+        if stranger:
+            self._strangers.add(who)
         try:
             file = os.pidfd_open(who.pid)
         except ProcessLookupError:
-            self.dead[who] = "died"
+            self._note_death(who, "died")
             return
         except OSError:
             return  # no more file descriptors: its death shows as a timeout
         if not _is(who):
             os.close(file)
-            self.dead[who] = "died"
+            self._note_death(who, "died")
             return
         with self._looking:
             self._watched[who] = file
@@ -88,12 +96,17 @@ class Watch:
             found = self._poll.poll(0)
             for file, _ in found:
                 who = self._who.pop(file)
-                self.dead[who] = _how(who)
+                self._note_death(who, _how(who))
                 self._poll.unregister(file)
                 os.close(self._watched.pop(who))
         finally:
             self._looking.release()
         return bool(found)
+
+    def _note_death(self, who: Identity, how: str) -> None:
+        self.dead[who] = how
+        if who not in self._strangers:
+            self.lost.append(how)
 
 
 def _status(pid: int) -> list[str]:

@@ -118,6 +118,11 @@ class Wanted:
         on_gpu = self.device != "cpu"
         return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes, -1, on_gpu)
 
+    def alike(self) -> str:
+        """Return what must be the same in groups that merge, in words."""
+        backend = "auto" if self.backend == "gloo" else self.backend
+        return f"backend={backend!r}, device={self.device[:4]!r}, checks={self.checks!r}"
+
     def __str__(self) -> str:
         """Say it as it was asked for."""
         nodes = f", MPICOLL_NODES={','.join(map(str, self.sizes))}" if self.sizes else ""
@@ -395,7 +400,7 @@ def _host_transport(ground: Ground) -> Transport:
 
 def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(ground.neighbours)
+    peers.observe(ground.neighbours, rendezvous.strangers(ground.comm))
     shared = ground.shared
     if shared is None:
         return Arrival(ground.comm, peers)

@@ -62,6 +62,8 @@ KINDS = (
     "recv",
     "empty",
     "shrink_group",
+    "spawn",
+    "parent_group",
 )
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 
@@ -165,6 +167,8 @@ class Call:
             said.append(f"root={self.root}")
         if self.kind == "merge_remote_group":
             said.append(f"size={self.count}")
+        if self.kind == "spawn":
+            said.append(f"n={self.count}")
         if self.kind == "new_group" and self.payload is not None:
             said.append(str(self.payload))
         if self.kind == "send":

@@ -123,6 +123,15 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
     return tuple(found)
 
 
+def daemon(environ: Mapping[str, str]) -> str:
+    """Return the name of the Open MPI daemon that started a process; "" if another did.
+
+    All jobs of one daemon can reach one another: PMIX_NAMESPACE is its name and their number.
+    """
+    name, at, number = environ.get("PMIX_NAMESPACE", "").rpartition("@")
+    return name if at and number.isdigit() and "OMPI_COMM_WORLD_RANK" in environ else ""
+
+
 def local_rank(environ: Mapping[str, str]) -> int | None:
     """Return this process's number on its node, if its launcher says so."""
     names = ["MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"]

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -31,7 +32,7 @@ from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from . import backends, calls, launch, rendezvous
+from . import anysource, backends, calls, connecting, growing, launch, meeting, rendezvous
 from .arrival import Arrival
 from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, Call
@@ -64,6 +65,7 @@ from .work import Work
 SUM = ReduceOp.SUM
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
+_SLACK = 3.0  # the same, where it waited for others than the group's ranks
 
 
 class ProcessGroup:
@@ -161,7 +163,10 @@ class ProcessGroup:
 
     @property
     def ranks(self) -> list[int]:
-        """The members, in order, as ranks of MPI.COMM_WORLD."""
+        """The members, in order, as ranks of MPI.COMM_WORLD.
+
+        -1 stands for a member of another world: of a separately launched job, or spawned.
+        """
         return list(self._world_ranks)
 
     def set_timeout(self, timeout: object) -> None:
@@ -616,9 +621,10 @@ class ProcessGroup:
         """Merge this group with others that meet it in a store.
 
         Every rank of every group calls; only rank 0 of each uses the store.  Any number of
-        groups of one MPI world can merge, if they share no rank and a group over the world
-        was made before.  The groups are ordered by their lowest world rank, and each keeps its
-        inner order.
+        groups can merge, of one MPI world or of separately launched jobs, if they share no rank.
+        Each group keeps its inner order.  Groups of one world follow one another by their lowest
+        rank there, if a group over all of the world was made before; worlds by the name of their
+        first group, ties by arrival: give `new_group` a `group_name`.
 
         Args:
             store: anything with c10d's set, get and add, the same for all groups.  What an
@@ -627,9 +633,12 @@ class ProcessGroup:
             timeout: how long the making may take, and the new group's default.
 
         Raises:
-            CollectiveTimeoutError: not all groups came; names those that did.  This group stays
-                usable.
-            InvalidCallError: sizes that don't add up, or groups that share a rank.
+            CollectiveTimeoutError: not all groups came, which names those that did; or one that
+                was there did not go on, which names it.
+            InvalidCallError: sizes that don't add up, groups that share a rank or were made
+                otherwise.
+            UnsupportedError: the jobs' MPI libraries can't connect them; says what can.
+            This group stays usable after all of these.
         """
 
         def check(rank: int, own: int) -> Call:
@@ -647,21 +656,70 @@ class ProcessGroup:
             return Call("merge_remote_group", root=0, count=total)
 
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            members = yield from meeting.members(self.comm)
             if self._rank == 0:
-                plan = yield from rendezvous.meet(
-                    store, self.group_name, self._world_ranks, call.count, deadline
-                )
+                mine = meeting.entry(self.group_name, self._wanted.alike(), members, call.count)
+                plan = yield from meeting.meet(store, mine, deadline)
                 call.payload = json.dumps(plan).encode()
             yield from self._transport.broadcast_object(call)
-            plan = json.loads(bytes(call.result))
-            call.payload = plan
-            made = yield from rendezvous.merge(self.comm, plan, deadline)
+            call.payload = json.loads(bytes(call.result))
+            made = yield from connecting.merge(self.comm, call.payload, store, deadline)
             return made
 
-        made, call = self._comm("merge_remote_group", timeout, check, make, parts=False)
-        first = call.payload["groups"][0][0]
+        made, call = self._comm(
+            "merge_remote_group", timeout, check, make, slack=_SLACK, parts=False
+        )
+        first = call.payload["groups"][0]["name"]
         assert made is not None
         return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
+
+    def spawn(self, argv: Sequence[str], n: int, timeout: object = None) -> ProcessGroup:
+        """Start more ranks, and make a group of this group's and those; every rank calls.
+
+        The started program calls `parent_group`, which returns the same group there: this group's
+        ranks come first, then the new ones.  They form an MPI world of their own, over which their
+        `new_group` works.  The program must run wherever the launcher puts its ranks.
+
+        Args:
+            argv: the program and its arguments, such as ``[sys.executable, "worker.py"]``; the
+                same on all ranks.
+            n: how many to start; the same on all ranks.
+            timeout: how long it may take until the new ranks are in `parent_group`, and the new
+                group's default.  A program that never initializes MPI, or ends before, can't be
+                told from a slow one: 2 s past the deadline the job is ended.
+
+        Raises:
+            UnsupportedError: the launcher can't start more ranks, or has no room for them.
+            InvalidCallError: there is no such program.
+            CollectiveTimeoutError: they were started, but did not all call `parent_group` in time.
+            This group stays usable after all of these.
+        """
+
+        def check(rank: int, size: int) -> Call:
+            count, words = calls.integer(n, "n"), list(argv)
+            if count < 1:
+                raise InvalidCallError(f"n must be at least 1, but got {count}")
+            if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
+                raise InvalidCallError(f"argv must be a list of str, but got {argv!r}")
+            spawned = MPI.Comm.Get_parent() != MPI.COMM_NULL
+            vendor, _ = MPI.get_vendor()
+            why = launch.spawnless(vendor, launchers(environment()), spawned=spawned)
+            if why:
+                raise UnsupportedError(f"spawn: {why}")
+            if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
+                raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
+            text = "\0".join(words).encode("utf-8", "surrogateescape")
+            return Call("spawn", count=count, digest=calls.digest(*text), payload=words)
+
+        def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+            wanted = dataclasses.asdict(self._wanted) | {"device": self._wanted.device[:4]}
+            hello = {"name": name, "wanted": wanted}
+            return growing.spawn(self.comm, call.payload, call.count, hello, deadline)
+
+        name = f"{self.group_name}:spawn"
+        made, _ = self._comm("spawn", timeout, check, make, slack=_SLACK, parts=False)
+        assert made is not None
+        return self._made(made, name, None, timeout)
 
     def shrink_group(
         self,
@@ -717,6 +775,7 @@ class ProcessGroup:
         check: Callable[..., Call],
         make: Callable[[Call, float], rendezvous.MakesComm],
         *,
+        slack: float = _VERDICT,
         parts: bool = True,
     ) -> tuple[Ground | None, Call]:
         """Run a call that makes a communicator, wait for it, and return both.
@@ -727,8 +786,8 @@ class ProcessGroup:
         def then(work: Work) -> Steps:
             deadline = work.deadline
             # All ranks of this group are here.  What makes the communicator keeps the deadline
-            # itself, and its verdict needs a moment to reach them all.
-            work.deadline += _VERDICT
+            # itself, and its verdict needs some time to reach them all.
+            work.deadline += slack
             yield from self._children.reclaim(self.comm, deadline)
             comm = yield from make(work.call, deadline)
             work.call.result = nccl = None
@@ -885,9 +944,14 @@ class ProcessGroup:
             self._transport.admit(call)
         if engine.busy:
             _refuse_busy(call)
-        move = self._transport.send if kind == "send" else self._transport.recv
         work = Work(self._lane, call, 0, limit, self._recorder)
-        engine.launch(work, move(call))
+        if kind == "send":
+            steps = self._transport.send(call)
+        elif call.peer == ANY_SOURCE:
+            steps = anysource.recv(self.comm, call, self._transport.recv)
+        else:
+            steps = self._transport.recv(call)
+        engine.launch(work, steps)
         return work
 
     def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:
@@ -1087,7 +1151,7 @@ def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
     if work.call.refused:
         return  # the peers have heard of it, and go no further
     yield from children.reclaim(made, work.deadline)
-    yield from rendezvous.name_job(made)
+    yield from meeting.name_job(made)
     work.call.result = yield from backends.prepare(made, work.call.payload, work.deadline)
 
 
@@ -1110,6 +1174,49 @@ def _from_factory(
     base.shutdown()
     timeout, where = backends.factory_arguments(limit, device)
     return factory(store, base.rank(), base.size(), timeout, where, **options)
+
+
+def parent_group(timeout: object = None) -> ProcessGroup:
+    """Return the group that this program was started for, by `ProcessGroup.spawn`.
+
+    Every rank that was started must call, once.  Those that called `spawn` come first in it.
+
+    Args:
+        timeout: seconds or `timedelta`: how long the making may take, and the group's default.
+            None: MPICOLL_TIMEOUT, else 1800 s.
+
+    Raises:
+        InvalidCallError: this program was not spawned, or it has called this before.
+        CollectiveTimeoutError: not all that were started have called, or those that called `spawn`
+            have given up.
+    """
+    check_process()
+    parents = MPI.Comm.Get_parent()
+    if parents == MPI.COMM_NULL:
+        raise InvalidCallError(
+            "parent_group: no rank of a group has started this program, or it was called before: "
+            "start it with pg.spawn([sys.executable, 'worker.py'], n)"
+        )
+    own = new_group(timeout=timeout, group_name="spawned")
+
+    def make(call: Call, deadline: float) -> rendezvous.MakesComm:
+        made, call.payload = yield from growing.join_parents(own.comm, parents, deadline)
+        wanted = call.payload["wanted"]
+        own._wanted = Wanted(**wanted | {"sizes": tuple(wanted["sizes"])})  # as the parents'
+        return made
+
+    made, call = own._comm(
+        "parent_group",
+        timeout,
+        lambda rank, size: Call("parent_group"),
+        make,
+        slack=_SLACK,
+        parts=False,
+    )
+    assert made is not None
+    group = own._made(made, call.payload["name"], None, timeout)
+    own.shutdown()
+    return group
 
 
 # ---- the current group ----

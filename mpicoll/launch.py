@@ -50,6 +50,49 @@ def abortive(vendor: str, found: Sequence[Launcher]) -> str:
     return f"{vendor} can't be initialized under {found[0].name}"
 
 
+def apart(libraries: Sequence[str], daemons: Sequence[str]) -> str:
+    """Say why separately launched jobs can't be connected; "" where it is known that they can.
+
+    Args:
+        libraries: of each job, its MPI library, vendor first, and version.
+        daemons: of each, the daemon of Open MPI's launcher that started it; "" for another.
+    """
+    if len(set(libraries)) > 1:
+        return f"their MPI libraries differ ({', '.join(sorted(set(libraries)))})"
+    if libraries[0].startswith("MPICH "):
+        return ""
+    if not libraries[0].startswith("Open MPI "):
+        return f"{libraries[0]} is not known to connect them: use MPICH"
+    if len(set(daemons)) == 1 and daemons[0]:
+        return ""
+    return (
+        "Open MPI connects only what one mpiexec has started, and these come from "
+        f"{len(set(daemons))} launchers: start them as one job "
+        "(mpiexec -n 2 python a.py : -n 1 python b.py) and merge groups of that, let one job spawn "
+        "the other (pg.spawn), or use MPICH, which connects separate runs"
+    )
+
+
+def spawnless(vendor: str, found: Sequence[Launcher], *, spawned: bool) -> str:
+    """Say why a process can't start more ranks; "" where it is known that it can.
+
+    Args:
+        vendor: who made the MPI library, in mpi4py's words.
+        found: the launchers above this process.
+        spawned: the process was itself started so.
+    """
+    if not found and not spawned:
+        return "no launcher started this program: start it with mpiexec, -n 1 for one rank"
+    if found and found[0].name.startswith("srun"):
+        return (
+            f"{found[0].name} starts no more ranks for a running job: start the program with "
+            "mpiexec inside the allocation"
+        )
+    if vendor not in ("MPICH", "Open MPI"):
+        return f"{vendor} is not known to start more ranks: use MPICH or Open MPI"
+    return ""
+
+
 def remedy(vendor: str, file: str) -> str:
     """Say how ranks of an MPI library are started."""
     beside = Path(file).parent.parent / "bin" / "mpiexec"

@@ -150,10 +150,15 @@ def shrink_tag() -> int:
     return highest_tag() + 3
 
 
+def greeting_tag() -> int:
+    """Tag under which ranks of different MPI worlds first speak (`connecting.py`, `growing.py`)."""
+    return highest_tag() + 4
+
+
 def merge_tag(step: int) -> int:
-    """Tag of the handshake between the leaders of two groups that merge (`rendezvous.py`).
+    """Tag of the handshake between the leaders of two groups that merge (`connecting.py`).
 
     Steps that follow one another take different tags: with one tag for all, MPICH 5.0 crashes
     in the second intercommunicator of a chain.
     """
-    return highest_tag() + 4 + step % (RESERVED_TAGS - 4)
+    return highest_tag() + 5 + step % (RESERVED_TAGS - 5)

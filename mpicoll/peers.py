@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from . import alive
@@ -92,11 +92,11 @@ class Peers:
 
     # ---- who is alive ----
 
-    def observe(self, others: dict[int, Identity]) -> None:
-        """Watch ranks of this machine and pid namespace from now on."""
+    def observe(self, others: dict[int, Identity], strangers: Collection[int]) -> None:
+        """Watch ranks of this machine and pid namespace from now on; some are of other worlds."""
         for rank, who in others.items():
             if rank != self.rank:
-                watch.add(who)
+                watch.add(who, stranger=rank in strangers)
                 self._watched[rank] = who
 
     def observe_locks(self, locks: dict[int, Callable[[], bool]]) -> None:
@@ -184,8 +184,8 @@ class Peers:
     def _read_all(self) -> None:
         status = MPI.Status()
         while self.comm.Iprobe(MPI.ANY_SOURCE, self._tag, status):
-            # From that source: between nodes, MPICH over UCX does not return from a receive from
-            # any, though the message is there.
+            # From that source: between nodes and where worlds have merged, MPICH over UCX does not
+            # return from a receive from any, though the message is there.
             source = status.Get_source()
             self.comm.Recv([self._inbox, MPI.BYTE], source, self._tag, status)
             what, seq, waiting = _HEAD.unpack_from(self._inbox)

@@ -214,6 +214,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self.broken: dict[Lane, None] = {}  # lanes whose members take leave of one another at exit
+        self._ears: list[Callable[[], bool]] = []
         self._poll = Every(0.005)
         self._polled = Pace()  # of those who poll instead of waiting
         self._wake = threading.Event()
@@ -324,6 +325,10 @@ class Engine:
         finally:
             self._exit()
 
+    def listen(self, ear: Callable[[], bool]) -> None:
+        """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
+        self._ears.append(ear)
+
     def delist(self, lane: Lane) -> None:
         """Listen to a lane no more: its group is closed, or made."""
         with self._lock:
@@ -361,7 +366,8 @@ class Engine:
     def guard(self, deadline: float, what: str) -> Iterator[None]:
         """Bound a call that blocks inside MPI: past its deadline, or if a peer dies, the job ends.
 
-        (With MPI's fault tolerance such a call returns by itself when a peer dies.)
+        (With MPI's fault tolerance such a call returns by itself when a peer dies.)  The end of a
+        process of another MPI world is no reason: it may have nothing to do with the call.
         """
         guarded = max(deadline, time.monotonic()) + BLOCKED, what
         key = id(guarded)
@@ -380,13 +386,12 @@ class Engine:
         while True:
             self._look.wait()
             self._look.clear()
-            dead = len(watch.dead)
+            lost = len(watch.lost)
             while self._guarded:
                 watch.look()  # for who is blocked, and holds the engine's lock
                 for until, what in list(self._guarded.values()):
-                    if len(watch.dead) > dead and not survives_deaths():
-                        how = list(watch.dead.values())[-1]
-                        end_job(1, f"{what} can't return, since a peer {how}")
+                    if len(watch.lost) > lost and not survives_deaths():
+                        end_job(1, f"{what} can't return, since a peer {watch.lost[-1]}")
                     if time.monotonic() >= until:
                         end_job(1, f"{what} never returned")
                 self._look.wait(LOOK_OUT)
@@ -435,7 +440,14 @@ class Engine:
             watch.look()
             for lane in self._to_hear():
                 ended = self._listen(lane) or ended
+            self._lend_ears()
         return ended
+
+    def _lend_ears(self) -> None:
+        for ear in list(self._ears):
+            with contextlib.suppress(MPI.Exception):
+                if ear():
+                    self._ears.remove(ear)
 
     def _to_hear(self) -> list[Lane]:
         """Return the lanes to listen to now: the active ones, and some others in turn."""
@@ -670,10 +682,11 @@ class Engine:
         # Where somebody has left already, an arrival would never be complete.  MPI may not see at
         # once that a notice has come.
         heard = time.monotonic() + HEARD
-        while lanes and time.monotonic() < heard:
+        while (lanes or self._ears) and time.monotonic() < heard:
             for lane in lanes:
                 with contextlib.suppress(MPI.Exception):
                     lane.peers.poll()
+            self._lend_ears()
         for lane in lanes:
             for rank, notice in lane.peers.left.items():
                 self.fail_all(lane, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))

@@ -1,4 +1,6 @@
-"""How communicators come to be: duplicated, split, merged.  It never sees a group.
+"""How communicators come to be: duplicated, split, shrunk.  It never sees a group.
+
+Those that merge have modules of their own: meeting.py, connecting.py and growing.py.
 
 Whatever blocks inside MPI comes after an arrival and under the engine's guard.
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 import time
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
@@ -22,16 +23,13 @@ from .config import survives_deaths
 from .errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
-    InvalidCallError,
-    MpicollError,
     UnsupportedError,
 )
-from .library import IDLE, MOVED, MPI, Steps, merge_tag, shrink_tag, until
+from .library import IDLE, MOVED, MPI, Steps, shrink_tag, until
 from .memory import whereabouts
 from .nodes import Nodes
 from .peers import Peers
 from .progress import engine
-from .stores import Store
 
 MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 """Steps that end in a communicator, or in None for a rank that is not in it."""
@@ -39,8 +37,8 @@ MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 Plan = dict[str, Any]
 """What one rank decides for all, as JSON can hold it."""
 
-_job = b""
-"""Names this MPI world: the same on all its ranks once a group over the world was made."""
+STRANGER = -1
+"""Stands for the rank in MPI.COMM_WORLD of a process that is not in it."""
 
 
 def duplicate(comm: MPI.Intracomm) -> MakesComm:
@@ -49,15 +47,6 @@ def duplicate(comm: MPI.Intracomm) -> MakesComm:
     yield from until(request, IDLE)
     assert isinstance(made, MPI.Intracomm)
     return made
-
-
-def name_job(comm: MPI.Intracomm) -> Steps:
-    """Agree on a name for this MPI world, by which groups that merge know one another."""
-    global _job
-    name = np.frombuffer(_job or os.urandom(16), dtype=np.uint8).copy()
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    if not _job or comm.Get_size() == MPI.COMM_WORLD.Get_size():
-        _job = name.tobytes()
 
 
 def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> MakesComm:
@@ -130,12 +119,20 @@ def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:
-    """Return the ranks of a communicator's members in MPI.COMM_WORLD."""
+    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `STRANGER` if they have none.
+
+    Members of another MPI world, separately launched or spawned, have none.
+    """
     group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
     ranks = group.Translate_ranks(None, world)
     group.Free()
     world.Free()
-    return list(ranks)
+    return [STRANGER if rank == MPI.UNDEFINED else rank for rank in ranks]
+
+
+def strangers(comm: MPI.Intracomm) -> list[int]:
+    """Return the ranks of a communicator that are of another MPI world than this process."""
+    return [rank for rank, known in enumerate(world_ranks(comm)) if known == STRANGER]
 
 
 # ---- shrinking ----
@@ -277,138 +274,3 @@ def _follow(plan: Plan, excluded: Sequence[int]) -> list[int]:
 def comm_is_revoked(comm: MPI.Comm) -> bool:
     """Return whether a member has revoked a communicator."""
     return survives_deaths() and comm.Is_revoked()
-
-
-# ---- merging ----
-#
-# Leaders meet in a store that may hold anything from earlier runs.  Each takes a number,
-# writes an entry under it, and keeps a beat going.  An entry counts only while its beat is
-# seen to move, so what a dead process left behind is never taken for a living group.  The
-# living leader with the lowest number decides once the groups add up to `size`.
-
-_BEAT = 0.02  # seconds between looks at the store
-_PREFIX = "mpicoll/merge/"
-
-
-class _Meeting:
-    """One leader's part in the meeting of leaders."""
-
-    def __init__(self, store: Store, name: str, ranks: list[int], size: int) -> None:
-        self.store = store
-        self.entry: dict[str, Any] = {
-            "nonce": os.urandom(16).hex(),
-            "name": name,
-            "ranks": ranks,
-            "size": size,
-            "job": _job.hex(),
-        }
-        self.number = store.add(_PREFIX + "entries", 1)
-        store.set(f"{_PREFIX}{self.number}", json.dumps(self.entry))
-        self._beats: dict[int, int] = {}
-        self._others: dict[int, dict[str, Any]] = {}
-
-    def look(self) -> Plan | None:
-        """Keep the beat, look at the others, and return the decision if there is one."""
-        self.store.add(f"{_PREFIX}beat/{self.number}", 1)
-        for number in range(1, self.store.add(_PREFIX + "entries", 0) + 1):
-            if number != self.number:
-                self._look_at(number)
-        for entry in self._others.values():
-            if self.store.add(f"{_PREFIX}decided/{entry['nonce']}", 0):
-                plan: Plan = json.loads(self.store.get(f"{_PREFIX}decision/{entry['nonce']}"))
-                if self.entry["nonce"] in plan["nonces"]:
-                    return plan
-        if self._others and min(self._others) < self.number:
-            return None
-        return self._decide()
-
-    def _look_at(self, number: int) -> None:
-        beat = self.store.add(f"{_PREFIX}beat/{number}", 0)
-        before = self._beats.setdefault(number, beat)
-        if beat != before and number not in self._others:
-            self._others[number] = json.loads(self.store.get(f"{_PREFIX}{number}"))
-
-    def _decide(self) -> Plan | None:
-        entries = [self.entry, *self._others.values()]
-        there = sum(len(entry["ranks"]) for entry in entries)
-        sizes = {entry["size"] for entry in entries}
-        if there < self.entry["size"] and len(sizes) == 1:
-            return None
-        plan: Plan = {"nonces": [entry["nonce"] for entry in entries], "wrong": "", "groups": []}
-        listed = [rank for entry in entries for rank in entry["ranks"]]
-        if len(sizes) > 1 or there > self.entry["size"]:
-            plan["wrong"] = f"size must be the ranks of all groups together, {self.came()}"
-        elif len({entry["job"] for entry in entries}) > 1:
-            plan["apart"] = (
-                "these groups come from separately launched jobs, or from communicators of one "
-                "world over which no group was made: call new_group() over MPI.COMM_WORLD on "
-                "all its ranks first. Separately launched jobs can't be merged yet"
-            )
-        elif len(set(listed)) < len(listed):
-            plan["wrong"] = f"the groups must not share a rank, {self.came()}"
-        else:
-            entries.sort(key=lambda entry: min(entry["ranks"]))
-            plan["groups"] = [(entry["name"], entry["ranks"][0]) for entry in entries]
-        nonce = self.entry["nonce"]
-        self.store.set(f"{_PREFIX}decision/{nonce}", json.dumps(plan))
-        self.store.add(f"{_PREFIX}decided/{nonce}", 1)
-        return plan
-
-    def came(self) -> str:
-        """Say which groups have come."""
-        entries = [self.entry, *self._others.values()]
-        groups = ", ".join(
-            f"{e['name']!r} of {len(e['ranks'])} (size={e['size']})" for e in entries
-        )
-        return f"and there came: {groups}"
-
-
-def meet(
-    store: Store, name: str, ranks: list[int], size: int, deadline: float
-) -> Generator[int, None, Plan]:
-    """Find the other groups through a store; the leader of a group does this.
-
-    Whatever goes wrong becomes part of the plan, so that all members hear of it.
-    """
-    try:
-        meeting = _Meeting(store, name, ranks, size)
-        while (plan := meeting.look()) is None:
-            if time.monotonic() > deadline:
-                return {"late": f"not all of {size} ranks were there in time, {meeting.came()}"}
-            resume = time.monotonic() + _BEAT
-            while time.monotonic() < resume:
-                yield IDLE
-    except MpicollError as error:
-        return {"wrong": f"the store failed: {error}"}
-    except Exception as error:
-        return {"wrong": f"the store failed: {error!r}"}
-    return plan
-
-
-def merge(comm: MPI.Intracomm, plan: Plan, deadline: float) -> MakesComm:
-    """Merge the groups of a plan, one after the other, by intercommunicators."""
-    if "late" in plan:
-        raise CollectiveTimeoutError(
-            f"merge_remote_group: {plan['late']}. The group is still usable",
-            op="merge_remote_group",
-            breaks_group=False,
-        )
-    if "apart" in plan:
-        raise UnsupportedError(f"merge_remote_group: {plan['apart']}")
-    if plan["wrong"]:
-        raise InvalidCallError(f"merge_remote_group: {plan['wrong']}")
-    leaders = [leader for _, leader in plan["groups"]]
-    place = leaders.index(world_ranks(comm)[0])
-    yield MOVED
-    with engine.guard(deadline, "the merge of intercommunicators"):
-        merged = comm if len(leaders) > 1 else comm.Dup()
-        for i in range(max(1, place), len(leaders)):
-            joins = i == place
-            remote = leaders[0] if joins else leaders[i]
-            inter = merged.Create_intercomm(0, MPI.COMM_WORLD, remote, merge_tag(i))
-            wider = inter.Merge(joins)
-            inter.Free()
-            if merged is not comm:
-                merged.Free()
-            merged = wider
-    return merged

@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,24 @@ def launch(
             for file in (Path(folder) / f"{rank}.json" for rank in range(max(n, 1)))
         ]
     return Launched(**vars(ended), ranks=ranks)
+
+
+@dataclass
+class Job:
+    """One of several jobs that run at the same time; `after` seconds later than the first may."""
+
+    n: int
+    script: str
+    after: float = 0.0
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def launch_together(jobs: Sequence[Job], timeout: float = 30.0) -> list[Launched]:
+    """Run several jobs at the same time, each under a launcher of its own."""
+
+    def run(job: Job) -> Launched:
+        time.sleep(job.after)
+        return launch(job.n, job.script, timeout, env=job.env)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(run, jobs))

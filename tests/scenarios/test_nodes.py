@@ -1,6 +1,6 @@
 """Pretended nodes, where a group breaks."""
 
-from tests.harness import launch
+from tests.harness import installed_mpi, launch
 
 SCRIPT = """
 pg = mc.new_group(timeout=20, checks="node")
@@ -21,3 +21,26 @@ def test_a_mismatch_inside_a_node_is_heard_on_the_other_with_checks_on_the_node(
     assert not job.timed_out and not job.leftovers, job.output
     assert job["kind"] == ["RemoteRankError"] * 2 + ["CollectiveMismatchError"] * 2
     assert all("rank 2" in text or "rank 3" in text for text in job["text"]), job["text"]
+
+
+def test_messages_that_came_before_a_receive_from_any_source_are_there():
+    """MPICH itself loses them where some ranks share memory and others don't."""
+    script = """
+pg = mc.new_group(timeout=10)
+got = []
+for step in range(5):
+    sends = [pg.send(np.full(3, RANK + 10 * step), dst) for dst in range(4) if dst != RANK]
+    time.sleep(0.05)
+    x = np.empty(3, dtype=int)
+    for _ in range(3):
+        work = pg.recv(x)
+        work.wait()
+        got.append(int(x[0]) == work.source_rank() + 10 * step)
+    mc.wait_all(sends)
+    pg.barrier().wait()
+report(got=got)
+"""
+    hosts = ["-launcher", "fork", "-hosts", "a:2,b:2"] if installed_mpi() == "mpich" else []
+    job = launch(4, script, options=hosts)
+    assert job.code == 0 and not job.timed_out and not job.leftovers, job.output
+    assert job["got"] == [[True] * 15] * 4

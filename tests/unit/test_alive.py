@@ -55,6 +55,15 @@ def test_a_death_is_seen_and_how(child, number):
     assert not watch.look(), "it is news only once"
 
 
+@pytest.mark.parametrize("stranger", [False, True])
+def test_only_the_deaths_of_this_world_are_losses(child, stranger):
+    watch, who = Watch(), identity_of(child.pid)
+    watch.add(who, stranger=stranger)
+    child.kill()
+    assert soon(watch)
+    assert watch.lost == ([] if stranger else ["was killed by SIGKILL"]) and who in watch.dead
+
+
 def test_an_exit_is_a_death_too():
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(3)"],
                              stdin=subprocess.PIPE)  # fmt: skip

@@ -27,7 +27,7 @@ ORDER = [
         "recorder",
         "memory",
     ),
-    *("nodes", "arrays"),
+    *("nodes", "arrays", "anysource"),
     *(
         "peers",
         "arrival",
@@ -43,7 +43,8 @@ ORDER = [
     ),
     *("transports.hierarchical", "transports.staged", "transports.nccl", "transports.aware"),
     *("cuda", "cuda_trial"),
-    *("stores", "rendezvous", "reclaim", "backends", "group"),
+    *("stores", "rendezvous", "meeting", "connecting", "growing"),
+    *("reclaim", "backends", "group"),
 ]
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"transports": ORDER.index("work")}
 FILES = {

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from mpicoll import config
-from mpicoll.config import Launcher, launchers, local_rank
+from mpicoll.config import Launcher, daemon, launchers, local_rank
 from mpicoll.errors import InvalidCallError
-from mpicoll.launch import abortive, remedy, serves, stray
+from mpicoll.launch import abortive, apart, remedy, serves, spawnless, stray
 from tests.harness import ROOT
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9", "MPI_LOCALNRANKS": "4"}
@@ -110,6 +110,56 @@ def test_the_remedy_names_the_mpiexec_beside_the_library(tmp_path):
 def test_hydra_serves_mpichs_kin():
     hydra = Launcher("mpiexec (hydra)", "MPICH", 0, 2)
     assert serves(hydra, "Intel MPI") and serves(hydra, "MPICH") and not serves(hydra, "Open MPI")
+
+
+@pytest.mark.parametrize(
+    "environ, name",
+    [
+        (PRTE, "prterun-h-1"),
+        (PRTE | {"PMIX_NAMESPACE": "prterun-h-1@2"}, "prterun-h-1"),
+        (PRTE | {"PMIX_NAMESPACE": "prterun-h-1"}, ""),
+        (PMIX, ""),
+        (HYDRA, ""),
+    ],
+)
+def test_the_daemon_of_open_mpis_launcher(environ, name):
+    assert daemon(environ) == name
+
+
+@pytest.mark.parametrize(
+    "libraries, daemons, words",
+    [
+        (["MPICH 5.0.2", "MPICH 5.0.2"], ["", ""], ""),
+        (["MPICH 5.0.2", "MPICH 4.3.0"], ["", ""], "differ (MPICH 4.3.0, MPICH 5.0.2)"),
+        (["MPICH 5.0.2", "Open MPI 5.0.11"], ["", "prterun-h-1"], "differ"),
+        (["Open MPI 5.0.11"] * 2, ["prterun-h-1", "prterun-h-1"], ""),
+        (["Open MPI 5.0.11"] * 2, ["prterun-h-1", "prterun-h-2"], "from 2 launchers"),
+        (["Open MPI 5.0.11"] * 2, ["", ""], "pg.spawn"),  # two steps of srun
+        (["Intel MPI 2021.18.0"] * 2, ["", ""], "Intel MPI 2021.18.0 is not known"),
+    ],
+)
+def test_which_jobs_can_be_connected(libraries, daemons, words):
+    why = apart(libraries, daemons)
+    assert words in why and bool(why) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "environ, vendor, words",
+    [
+        (HYDRA, "MPICH", ""),
+        (PROXIES | HYDRA, "MPICH", ""),
+        (PRTE, "Open MPI", ""),
+        (PROXIES | PRTE, "Open MPI", ""),
+        (PMI2, "MPICH", "srun --mpi=pmi2 starts no more ranks"),
+        (PMIX, "Open MPI", "srun --mpi=pmix starts no more ranks"),
+        (BATCH, "MPICH", "no launcher"),
+        ({}, "Open MPI", "no launcher"),
+        (HYDRA, "Intel MPI", "not known"),
+    ],
+)
+def test_where_more_ranks_can_be_started(environ, vendor, words):
+    why = spawnless(vendor, launchers(environ), spawned=False)
+    assert words in why and bool(why) == bool(words)
 
 
 @pytest.mark.parametrize(
