@@ -39,6 +39,13 @@ except mc.TransportError as error:
 x = np.full(70_001, pg.rank() + 1.0)
 pg.allreduce(x).wait()
 assert (x == pg.size() * (pg.size() + 1) / 2).all()
+rank = np.array([pg.rank()])
+if pg.rank():
+    pg.send(rank, 0).wait()
+else:
+    sources = [pg.recv_anysource(np.empty_like(rank), timeout=10) for _ in range(1, pg.size())]
+    mc.wait_all(sources)
+    assert sorted(work.source_rank() for work in sources) == [*range(1, pg.size())]
 with pg.local_group() as local:
     seen = pg.gather_object((socket.gethostname(), local.ranks), 0)
 if pg.rank() == 0:
@@ -174,6 +181,86 @@ def batch(slurm, name, text):
     path = slurm.folder / f"{name}.sbatch"
     path.write_text(f"#!/bin/bash\n{text}\n")
     return path
+
+
+# --------------------------------------------------------------------- several jobs, and more ranks
+
+JOINS = """
+import sys
+import numpy as np
+import mpicoll as mc
+
+name, folder = sys.argv[1:]
+with mc.new_group(timeout=20, group_name=name) as pg:
+    try:
+        merged = pg.merge_remote_group(mc.FileStore(folder), 3, timeout=15)
+    except mc.UnsupportedError as error:
+        sys.exit(f"refused: {error}")
+    x = np.full(70_001, merged.rank() + 1.0)
+    merged.allreduce(x).wait()
+    assert (x == 6).all()
+    with merged.local_group() as local:
+        seen = merged.gather_object((name, [*range(local.size())]), 0)
+    if merged.rank() == 0:
+        print("seen:", seen, flush=True)
+    merged.shutdown()
+"""
+
+
+def test_two_steps_of_one_allocation(slurm, tmp_path):
+    """They merge by way of a folder; Open MPI's are refused, with what works."""
+    path = tmp_path / "joins.py"
+    path.write_text(JOINS)
+    steps = [
+        f"srun -Q --mpi={PMI[installed_mpi()]} --nodes=1 --ntasks={tasks} --nodelist={node} "
+        f"--exact {sys.executable} {path} {name} {tmp_path}/store & {name}=$!"
+        for name, node, tasks in [("b", "n1", 2), ("a", "n2", 1)]
+    ]
+    both = "\n".join([*steps, "wait $a && wait $b"])
+    size = ["--nodes=2", "--ntasks-per-node=2"]
+    ended = slurm.run(["salloc", "-Q", *size, "bash", "-c", both], 40)
+    if installed_mpi() == "openmpi":
+        said = badly(ended)
+        assert said.count("refused: merge_remote_group: these jobs can't be connected") == 3
+        assert "pg.spawn" in said and "use MPICH" in said
+    else:
+        assert seen(well(ended)) == [("a", [0]), ("b", [0, 1]), ("b", [0, 1])]
+
+
+SPAWNS = """
+import sys
+import numpy as np
+import mpicoll as mc
+
+with mc.new_group(timeout=20) as pg:
+    try:
+        grown = pg.spawn([sys.executable, sys.argv[1]], 1, timeout=20)
+    except mc.UnsupportedError as error:
+        sys.exit(f"refused: {error}")
+    assert grown.broadcast_object("welcome", 0)
+    grown.shutdown()
+"""
+SPAWNED = """
+import mpicoll as mc
+with mc.parent_group(timeout=20) as grown:
+    print(grown.broadcast_object(None, 0), "on rank", grown.rank(), flush=True)
+"""
+
+
+def test_more_ranks(slurm, tmp_path):
+    """They are started under mpiexec in an allocation; srun starts none, which is said at once."""
+    spawns, spawned = tmp_path / "spawns.py", tmp_path / "spawned.py"
+    spawns.write_text(SPAWNS)
+    spawned.write_text(SPAWNED)
+    program = [sys.executable, str(spawns), str(spawned)]
+    said = badly(slurm.srun(program, each=1))
+    assert (
+        said.count(f"refused: spawn: srun --mpi={PMI[installed_mpi()]} starts no more ranks") == 2
+    )
+    # One rank less than the allocation has room for.
+    start = [str(Path(sys.prefix) / "bin" / "mpiexec"), "-n", "3"]
+    size = ["--nodes=2", "--ntasks-per-node=2"]
+    assert "welcome on rank 3" in well(slurm.run(["salloc", "-Q", *size, *start, *program]))
 
 
 # --------------------------------------------------------------------------------------- the doctor
