@@ -237,11 +237,23 @@ class Slurm:
         launcher: Path | None = None,
         nodes: int = 2,
         each: int = 2,
+        ranks: int = 0,
     ) -> Ended:
-        """Run a program under mpiexec, inside an allocation; `launcher`: another MPI's."""
-        start = [str(launcher or Path(sys.prefix) / "bin" / "mpiexec"), "-n", str(nodes * each)]
-        size = [f"--nodes={nodes}", f"--ntasks-per-node={each}"]
-        return self.run(["salloc", "-Q", *size, *start, *program], timeout)
+        """Run a program under mpiexec, inside an allocation.
+
+        Args:
+            launcher: another MPI's.
+            ranks: if fewer than there is room for.
+        """
+        path = launcher or Path(sys.prefix) / "bin" / "mpiexec"
+        start = [str(path), "-n", str(ranks or nodes * each)]
+        command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *start]
+        ended = self.run([*command, *program], timeout)
+        # Once in some fifty starts Open MPI's launcher loses its own daemon, before it starts ranks.
+        if "PRTE has lost communication" in ended.output:
+            print(ended.output)
+            ended = self.run([*command, *program], timeout)
+        return ended
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str) -> int:
         """Submit a batch script; return the job's number."""

@@ -7,6 +7,7 @@ import pytest
 
 from mpicoll.cli.trials import TRIALS
 from mpicoll.transports import riding, shm
+from tests.soak import soak
 
 
 @pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
@@ -48,7 +49,7 @@ def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypat
 
     memory.announce, memory.reached = late_announce, late_reached
     memory.post, memory.payloads = late_post, late_payloads
-    for _ in range(3):
+    for _ in range(soak(30, 1)):
         for name, make in TRIALS.items():
             trial = make(fresh, count)
             trial.call()

@@ -258,9 +258,7 @@ def test_more_ranks(slurm, tmp_path):
         said.count(f"refused: spawn: srun --mpi={PMI[installed_mpi()]} starts no more ranks") == 2
     )
     # One rank less than the allocation has room for.
-    start = [str(Path(sys.prefix) / "bin" / "mpiexec"), "-n", "3"]
-    size = ["--nodes=2", "--ntasks-per-node=2"]
-    assert "welcome on rank 3" in well(slurm.run(["salloc", "-Q", *size, *start, *program]))
+    assert "welcome on rank 3" in well(slurm.mpiexec(program, ranks=3))
 
 
 # --------------------------------------------------------------------------------------- the doctor
