@@ -249,7 +249,7 @@ class Slurm:
         start = [str(path), "-n", str(ranks or nodes * each)]
         command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *start]
         ended = self.run([*command, *program], timeout)
-        # Once in some fifty starts Open MPI's launcher loses its own daemon, before it starts ranks.
+        # Once in some fifty starts Open MPI's launcher loses its daemons, before it starts ranks.
         if "PRTE has lost communication" in ended.output:
             print(ended.output)
             ended = self.run([*command, *program], timeout)
