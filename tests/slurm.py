@@ -36,6 +36,9 @@ PMIX_PLUGIN = "/usr/lib/*/slurm*/mpi_pmix.so"
 PMIX = "/usr/lib/*/pmix2/lib/libpmix.so"  # what Debian's plugin opens, and no package has
 _START, _END = 20.0, 10.0  # seconds
 _TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scancel", "scontrol")
+# Seen once in some hundreds of starts: Open MPI's launcher loses its own daemons, and under MPICH a
+# rank dies inside UCX of another's address.
+_BROKEN_STARTS = ("PRTE has lost communication", "UCP_OBJECT_VERSION")
 _CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -226,8 +229,12 @@ class Slurm:
         *,
         env: Mapping[str, str] | None = None,
     ) -> Ended:
-        """Run a command as the user of this SLURM."""
-        return run_bounded(command, timeout, self.environment(env))
+        """Run a command as the user of this SLURM; once more if it broke before it began."""
+        ended = run_bounded(command, timeout, self.environment(env))
+        if any(words in ended.output for words in _BROKEN_STARTS):
+            print(ended.output)
+            ended = run_bounded(command, timeout, self.environment(env))
+        return ended
 
     def mpiexec(
         self,
@@ -247,13 +254,8 @@ class Slurm:
         """
         path = launcher or Path(sys.prefix) / "bin" / "mpiexec"
         start = [str(path), "-n", str(ranks or nodes * each)]
-        command = ["salloc", "-Q", f"--nodes={nodes}", f"--ntasks-per-node={each}", *start]
-        ended = self.run([*command, *program], timeout)
-        # Once in some fifty starts Open MPI's launcher loses its daemons, before it starts ranks.
-        if "PRTE has lost communication" in ended.output:
-            print(ended.output)
-            ended = self.run([*command, *program], timeout)
-        return ended
+        size = [f"--nodes={nodes}", f"--ntasks-per-node={each}"]
+        return self.run(["salloc", "-Q", *size, *start, *program], timeout)
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **env: str) -> int:
         """Submit a batch script; return the job's number."""
