@@ -183,11 +183,12 @@ class Peers:
 
     def _read_all(self) -> None:
         status = MPI.Status()
-        while self.comm.Iprobe(MPI.ANY_SOURCE, self._tag, status):
-            # From that source: between nodes and where worlds have merged, MPICH over UCX does not
-            # return from a receive from any, though the message is there.
+        # What was found is received, not looked for again.  A receive from any does not return
+        # under MPICH between nodes and where worlds have merged; and one from the source that was
+        # found fails under Open MPI's fault tolerance if that has died.
+        while message := self.comm.Improbe(MPI.ANY_SOURCE, self._tag, status):
             source = status.Get_source()
-            self.comm.Recv([self._inbox, MPI.BYTE], source, self._tag, status)
+            message.Recv([self._inbox, MPI.BYTE], status)
             what, seq, waiting = _HEAD.unpack_from(self._inbox)
             text = self._inbox[_HEAD.size : status.Get_count(MPI.BYTE)].decode(errors="replace")
             self._take(source, what, seq, bool(waiting), text)
