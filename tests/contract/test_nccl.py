@@ -265,7 +265,8 @@ def split(
     made, steps = None, backends.split_nccl(ground, part and part.comm, time.monotonic() + 20)
     while True:
         try:
-            next(steps)
+            with engine._lock:  # or the group's thread would look at the queue in between
+                next(steps)
         except StopIteration as stop:
             made = stop.value
             break
