@@ -112,16 +112,19 @@ class Wanted:
                 f"node), but got {self.checks!r}"
             )
 
+    @property
+    def choice(self) -> str:
+        """The backend, without its second name: "gloo" means "auto"."""
+        return "auto" if self.backend == "gloo" else self.backend
+
     def digest(self) -> int:
         """Return a number that differs where ranks want different things."""
-        backend = "auto" if self.backend == "gloo" else self.backend
         on_gpu = self.device != "cpu"
-        return digest(*backend.encode(), -1, *self.checks.encode(), -1, *self.sizes, -1, on_gpu)
+        return digest(*self.choice.encode(), -1, *self.checks.encode(), -1, *self.sizes, -1, on_gpu)
 
     def alike(self) -> str:
         """Return what must be the same in groups that merge, in words."""
-        backend = "auto" if self.backend == "gloo" else self.backend
-        return f"backend={backend!r}, device={self.device[:4]!r}, checks={self.checks!r}"
+        return f"backend={self.choice!r}, device={self.device[:4]!r}, checks={self.checks!r}"
 
     def __str__(self) -> str:
         """Say it as it was asked for."""
@@ -192,12 +195,12 @@ def prepare(
         )
     assert gpu is not None
     ground, why = replace(ground, gpu=gpu), ""
-    if wanted.backend in ("auto", "gloo", "nccl"):
+    if wanted.choice in ("auto", "nccl"):
         if nccl is None:
             nccl, why = yield from _nccl(comm, gpu, deadline)
         if nccl is not None:
             return replace(ground, nccl=nccl)
-    if wanted.backend in ("auto", "gloo", "mpi"):
+    if wanted.choice in ("auto", "mpi"):
         said = yield from cuda_trial.takes_gpu_memory(gpu.device)
         rank, heard = yield from _first_reason(comm, said)
         if not heard:

@@ -27,10 +27,21 @@ import numpy as np
 
 from .alive import NOBODY, Identity, watch
 from .errors import CollectiveTimeoutError, InvalidCallError, UnsupportedError
-from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps, greeting_tag, merge_tag, pending
-from .meeting import BEAT, PREFIX, Entry, Plan, host_mark
+from .library import (
+    IDLE,
+    KEEN,
+    MOVED,
+    MPI,
+    Abandoned,
+    Steps,
+    greeting_tag,
+    merge_tag,
+    pause,
+    pending,
+)
+from .meeting import BEAT, PREFIX, Entry
 from .progress import engine
-from .rendezvous import MakesComm, free, strangers
+from .rendezvous import MakesComm, Plan, free, host_mark, strangers
 from .stores import Store
 
 CONNECTING = 10  # seconds that a side which says it is about to connect, or accept, may still take
@@ -141,7 +152,7 @@ class _Talk:
                 port = yield from self._hear(f"{i}/offer", self._groups[0])
                 self._say(f"{i}/coming")
                 yield from self._hear(f"{i}/accepting", self._groups[0])
-                yield from _pause()  # a process that dies of what it is about to do is seen to
+                yield from pause(BEAT)  # a process that dies of what it is about to do is seen to
                 self._look_after(self._groups[0])
                 return {"port": port}
             if self._groups[0]["job"] != self._groups[i]["job"]:
@@ -187,7 +198,7 @@ class _Talk:
                     f"group {peer['name']!r} was there, but has not gone on in time: "
                     "its rank 0 is stopped or dead"
                 )
-            yield from _pause()
+            yield from pause(BEAT)
 
     @staticmethod
     def _look_after(peer: Entry) -> None:
@@ -201,12 +212,6 @@ class _Talk:
             raise CollectiveTimeoutError(
                 f"group {peer['name']!r} was there, but its rank 0 {watch.dead[who]}"
             )
-
-
-def _pause() -> Steps:
-    resume = time.monotonic() + BEAT
-    while time.monotonic() < resume:
-        yield IDLE
 
 
 # ---- what growing.py does alike ----

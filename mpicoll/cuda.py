@@ -13,7 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,6 @@ class Gpu:
             self._inward = self._cuda.Stream(non_blocking=True)
             self._work = self._cuda.Stream(non_blocking=True)
         self.queue = int(self._work.ptr)
-        self._nccl = load_nccl()
 
     def pinned(self, nbytes: int) -> Array:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
@@ -164,6 +163,10 @@ class Gpu:
         return device
 
     # ---- for NCCL ----
+
+    @cached_property
+    def _nccl(self) -> Any:
+        return load_nccl()
 
     def identity(self) -> str:
         """Return what differs between any two GPUs, wherever they are, parts of one included."""

@@ -32,7 +32,7 @@ from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from . import anysource, backends, calls, connecting, growing, launch, meeting, rendezvous
+from . import backends, calls, connecting, growing, launch, meeting, rendezvous
 from .arrival import Arrival
 from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, Call
@@ -944,14 +944,9 @@ class ProcessGroup:
             self._transport.admit(call)
         if engine.busy:
             _refuse_busy(call)
+        move = self._transport.send if kind == "send" else self._transport.recv
         work = Work(self._lane, call, 0, limit, self._recorder)
-        if kind == "send":
-            steps = self._transport.send(call)
-        elif call.peer == ANY_SOURCE:
-            steps = anysource.recv(self.comm, call, self._transport.recv)
-        else:
-            steps = self._transport.recv(call)
-        engine.launch(work, steps)
+        engine.launch(work, move(call))
         return work
 
     def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from .connecting import greet, tell, too_late
 from .errors import UnsupportedError
-from .library import IDLE, MOVED, MPI, greeting_tag, pending
+from .library import MOVED, MPI, greeting_tag, pause, pending
 from .progress import engine
 from .rendezvous import MakesComm
 
@@ -147,9 +147,7 @@ def _hear(inter: MPI.Intercomm, deadline: float) -> Generator[int, None, Any]:
     while (word := _read(inter)) is None:
         if time.monotonic() > deadline:
             return None
-        resume = time.monotonic() + _LOOK
-        while time.monotonic() < resume:
-            yield IDLE
+        yield from pause(_LOOK)
     return word
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI as MPI
 else:
     MPI = _LazyMPI("MPI")
+
+
+def pause(seconds: float) -> Steps:
+    """Let others go on for a while."""
+    resume = time.monotonic() + seconds
+    while time.monotonic() < resume:
+        yield IDLE
 
 
 class Abandoned(BaseException):

@@ -21,16 +21,11 @@ import numpy as np
 
 from . import launch
 from .alive import identity
-from .calls import digest
 from .config import daemon, environment
 from .errors import MpicollError
-from .library import IDLE, MPI, Steps, until
-from .memory import whereabouts
-from .rendezvous import STRANGER, world_ranks
+from .library import MPI, Steps, pause, until
+from .rendezvous import STRANGER, Plan, host_mark, world_ranks
 from .stores import Store
-
-Plan = dict[str, Any]
-"""What one leader decides for all, as JSON can hold it."""
 
 Entry = dict[str, Any]
 """What a leader says of its group, as JSON can hold it."""
@@ -67,11 +62,6 @@ def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
         for job, rank in _MEMBER.iter_unpack(everyone.tobytes()):
             found.setdefault(job.hex(), []).append(rank)
     return found
-
-
-def host_mark() -> int:
-    """Return a number that differs between machines, and between containers of one."""
-    return digest(*MPI.Get_processor_name().encode(), whereabouts())
 
 
 def entry(name: str, wanted: str, members: dict[str, list[int]], size: int) -> Entry:
@@ -199,9 +189,7 @@ def meet(store: Store, mine: Entry, deadline: float) -> Generator[int, None, Pla
             if time.monotonic() > deadline:
                 size = mine["size"]
                 return {"late": f"not all of {size} ranks were there in time, {meeting.came()}"}
-            resume = time.monotonic() + BEAT
-            while time.monotonic() < resume:
-                yield IDLE
+            yield from pause(BEAT)
     except MpicollError as error:
         return {"wrong": f"the store failed: {error}"}
     except Exception as error:

@@ -89,6 +89,11 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     return made
 
 
+def host_mark(*more: int) -> int:
+    """Return a number that differs between machines, between containers of one, and as `more`."""
+    return digest(*MPI.Get_processor_name().encode(), whereabouts(), *more)
+
+
 def nodes_of(
     comm: MPI.Intracomm, sizes: Sequence[int]
 ) -> Generator[int, None, tuple[Nodes, dict[int, Identity]]]:
@@ -100,10 +105,11 @@ def nodes_of(
     Args:
         sizes: ranks of each node to pretend, by world rank; () if none.
     """
-    mark = [*MPI.Get_processor_name().encode(), whereabouts()]
+    pretended = []
     if sizes:
-        mark.append(bisect.bisect(list(itertools.accumulate(sizes)), MPI.COMM_WORLD.Get_rank()))
-    mine = np.array([digest(*mark), *identity()], dtype=np.int64)
+        ends = list(itertools.accumulate(sizes))
+        pretended.append(bisect.bisect(ends, MPI.COMM_WORLD.Get_rank()))
+    mine = np.array([host_mark(*pretended), *identity()], dtype=np.int64)
     table = np.empty((comm.Get_size(), mine.size), dtype=np.int64)
     yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
     near = np.flatnonzero(table[:, 0] == mine[0]).tolist()

@@ -48,6 +48,17 @@ def trial(name: str) -> Callable[[Maker], Maker]:
     return enter
 
 
+def disagreeing(pg: ProcessGroup, count: int) -> list[str]:
+    """Make every trial; return the names of those that don't agree on this rank."""
+    wrong = []
+    for name, make in TRIALS.items():
+        trial = make(pg, count)
+        trial.call()
+        if not trial.agrees():
+            wrong.append(name)
+    return wrong
+
+
 def same(got: object, want: object) -> bool:
     """Compare two results; arrays must have equal shapes, types and elements."""
     if not isinstance(want, np.ndarray):

@@ -20,26 +20,8 @@ from mpicoll.transports import aware
 from mpicoll.transports.aware import AwareTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
+from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.staging import LOOKS, STREAM, ElsewhereKind, LateCopies
-from tests.contract.test_collectives import (  # noqa: F401  (the same tests, on other fixtures)
-    size,
-    test_a_one_element_list_is_accepted_where_an_array_is,
-    test_all_gather_single,
-    test_all_gather_single_coalesced,
-    test_all_to_all_single_even,
-    test_all_to_all_single_uneven_with_zero_rows,
-    test_allgather_coalesced,
-    test_allgather_of_differing_sizes,
-    test_allreduce,
-    test_alltoall_of_differing_sizes,
-    test_broadcast,
-    test_gather_of_differing_sizes,
-    test_reduce_scatter_of_differing_sizes,
-    test_scatter_of_differing_sizes,
-    test_shapes_of_any_number_of_dimensions,
-)
-from tests.contract.test_dtypes import test_every_dtype_moves  # noqa: F401
-from tests.contract.test_p2p import test_ring  # noqa: F401
 
 pytestmark = pytest.mark.mpi
 ELSEWHERE = ElsewhereKind()

@@ -18,32 +18,9 @@ from mpicoll.transports import staged
 from mpicoll.transports.staged import StagedTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
+from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.staging import STREAM, ElsewhereKind, LateCopies
-from tests.contract.test_collectives import (  # noqa: F401  (the same tests, on other fixtures)
-    size,
-    test_a_one_element_list_is_accepted_where_an_array_is,
-    test_all_gather_single,
-    test_all_gather_single_coalesced,
-    test_all_to_all_single_even,
-    test_all_to_all_single_uneven_with_zero_rows,
-    test_allgather_coalesced,
-    test_allgather_of_differing_sizes,
-    test_allreduce,
-    test_allreduce_coalesced,
-    test_alltoall_of_differing_sizes,
-    test_broadcast,
-    test_gather_of_differing_sizes,
-    test_premul_sum_takes_each_ranks_own_factor,
-    test_reduce_leaves_the_inputs_of_others_alone,
-    test_reduce_scatter_of_differing_sizes,
-    test_reduce_scatter_single,
-    test_reduce_scatter_single_coalesced,
-    test_scan_and_exscan,
-    test_scatter_of_differing_sizes,
-    test_shapes_of_any_number_of_dimensions,
-)
 from tests.contract.test_dtypes import (  # noqa: F401
-    test_every_dtype_moves,
     test_every_pair_is_right_or_refused,
     test_half_precision_is_rounded_once,
     test_nan_wins_with_the_same_bits_everywhere,
@@ -51,7 +28,6 @@ from tests.contract.test_dtypes import (  # noqa: F401
 )
 from tests.contract.test_p2p import (  # noqa: F401
     test_any_source,
-    test_ring,
     test_tags_are_told_apart_whatever_the_order,
 )
 

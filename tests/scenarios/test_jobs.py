@@ -28,7 +28,7 @@ connects = pytest.mark.skipif(
 
 # What every job begins with: JOB, SIZE, FOLDER; `merge` merges, and `works` tries the outcome.
 HEAD = """
-from mpicoll.cli.trials import TRIALS
+from mpicoll.cli.trials import disagreeing
 pg = mc.new_group(timeout=20, group_name=JOB)
 def store():
     return mc.FileStore(FOLDER)
@@ -75,12 +75,7 @@ def everyone(together: list[Launched], key: str) -> list[object]:
 
 ALL = """
 merged = merge()
-bad = []
-for name, make in TRIALS.items():
-    trial = make(merged, 1000)
-    trial.call()
-    if not trial.agrees():
-        bad.append(name)
+bad = disagreeing(merged, 1000)
 order = merged.allgather_object((JOB, pg.rank()))
 report(bad=bad, order=order, rank=merged.rank(), ranks=merged.ranks, transport=merged.name())
 halves = merged.split(merged.rank() % 2)
@@ -338,14 +333,9 @@ report(own=own)
 WORKER = """
 import sys, time
 import mpicoll as mc
-from mpicoll.cli.trials import TRIALS
+from mpicoll.cli.trials import disagreeing
 pg = mc.parent_group(timeout=15)
-bad = []
-for name, make in TRIALS.items():
-    trial = make(pg, 1000)
-    trial.call()
-    if not trial.agrees():
-        bad.append(name)
+bad = disagreeing(pg, 1000)
 own = mc.new_group(timeout=15)
 total = own.allgather_object(own.rank())
 try:
@@ -367,15 +357,10 @@ def worker(folder: Path, script: str) -> str:
 
 def test_a_group_grows(job, tmp_path):
     script = f"""
-from mpicoll.cli.trials import TRIALS
+from mpicoll.cli.trials import disagreeing
 pg = mc.new_group(timeout=20)
 merged = pg.spawn({worker(tmp_path, WORKER)}, 2)
-bad = []
-for name, make in TRIALS.items():
-    trial = make(merged, 1000)
-    trial.call()
-    if not trial.agrees():
-        bad.append(name)
+bad = disagreeing(merged, 1000)
 told = merged.gather_object({{"bad": bad}}, 0)
 merged.shutdown()
 x = np.ones(3)

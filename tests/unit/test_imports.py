@@ -27,7 +27,7 @@ ORDER = [
         "recorder",
         "memory",
     ),
-    *("nodes", "arrays", "anysource"),
+    *("nodes", "arrays"),
     *(
         "peers",
         "arrival",
