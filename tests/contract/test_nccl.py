@@ -85,6 +85,7 @@ def names(queue: Queue) -> list[object]:
 
 def test_streams_before_and_after_a_call(fresh):
     queue = queue_of(fresh)
+    queue.open = False  # or the call might be over before `wait`, which has nothing to hold then
     x = ELSEWHERE.full(5, 1)
     work = fresh.allreduce(x)
     assert queue.log[0] == ("mark", STREAM), "noted at the call"
