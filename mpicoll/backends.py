@@ -13,21 +13,26 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import cuda, cuda_trial, memory, rendezvous
+from . import cuda, cuda_nccl, cuda_trial, memory, rendezvous
 from .alive import NOBODY, Identity
 from .arrival import Arrival, BoardArrival, NodesArrival
 from .calls import digest
-from .config import environment, local_rank, nccl_shares_gpus, survives_deaths
+from .config import (
+    environment,
+    local_rank,
+    nccl_shares_gpus,
+    order_nccl_launches,
+    survives_deaths,
+)
 from .errors import InvalidCallError, UnsupportedError
 from .library import IDLE, MPI, until
 from .nodes import Nodes
 from .peers import Peers
-from .progress import engine
 from .transports.aware import AwareTransport
 from .transports.base import Transport
 from .transports.hierarchical import HierarchicalTransport
 from .transports.mpi import MpiTransport
-from .transports.nccl import Nccl, NcclTransport
+from .transports.nccl import Nccl, NcclTransport, Turns
 from .transports.shm import ShmTransport
 from .transports.staged import StagedTransport
 
@@ -197,7 +202,7 @@ def prepare(
     ground, why = replace(ground, gpu=gpu), ""
     if wanted.choice in ("auto", "nccl"):
         if nccl is None:
-            nccl, why = yield from _nccl(comm, gpu, deadline)
+            nccl, why = yield from _nccl(comm, gpu)
         if nccl is not None:
             return replace(ground, nccl=nccl)
     if wanted.choice in ("auto", "mpi"):
@@ -218,13 +223,16 @@ def prepare(
 _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
 
 
-def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
+def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
     """Make a communicator of NCCL, on all ranks or on none; then say why not."""
     size, own = comm.Get_size(), comm.Get_rank()
     version, identity, why = 0, "", ""
+    order_nccl_launches()
     try:
-        version, identity = gpu.nccl_version(), gpu.identity()
-    except Exception as error:  # of CuPy and of NCCL, in classes of their own
+        version, identity = cuda_nccl.version(), gpu.identity()
+    except UnsupportedError as error:
+        why = str(error)
+    except Exception as error:  # of CuPy, in a class of its own
         why = f"{type(error).__name__}: {error}"
     mine = np.array([digest(*identity.encode()), version], dtype=np.int64)
     table = np.empty((size, 2), dtype=np.int64)
@@ -234,19 +242,14 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
     name = np.zeros(NCCL_NAME, dtype=np.uint8)
     if own == 0 and not why:
         try:
-            name[:] = np.frombuffer(gpu.nccl_id(), np.uint8)
+            name[:] = np.frombuffer(cuda_nccl.unique_id(), np.uint8)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
     rank, heard = yield from _first_reason(comm, why)
     if heard:
         return None, f"rank {rank} says: {heard}"
     yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    made: Nccl | None = None
-    with engine.guard(deadline, "ncclCommInitRank"):
-        try:
-            made = gpu.nccl(size, name.tobytes(), own)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+    made, why = yield from _made(lambda: cuda_nccl.join(gpu, size, name.tobytes(), own))
     rank, heard = yield from _first_reason(comm, why)
     if not heard:
         return made, ""
@@ -255,9 +258,25 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu, deadline: float) -> _FindsNccl:
     return None, f"on rank {rank} it could not be initialized: {heard}"
 
 
-def split_nccl(
-    parent: Ground, comm: MPI.Intracomm | None, deadline: float
-) -> Generator[int, None, Nccl | None]:
+def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
+    """Begin to make a communicator of NCCL, and wait until it is made; else say why not."""
+    made: Nccl | None = None
+    try:
+        made = begin()
+        while not made.settled():
+            yield IDLE
+    except Exception as error:  # of NCCL, in classes of its own
+        if made is not None:
+            made.abort()
+        return None, f"{type(error).__name__}: {error}"
+    except BaseException:  # nobody waits for it any more
+        if made is not None:
+            made.abort()
+        raise
+    return made, ""
+
+
+def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, None, Nccl | None]:
     """Split a group's communicator of NCCL as `comm` was split off.  All its ranks do so.
 
     Args:
@@ -278,16 +297,11 @@ def split_nccl(
     mark = gpu.mark(gpu.queue)
     while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
         yield IDLE
-    part, why = None, ""
-    with engine.guard(deadline, "ncclCommSplit"), gpu.active():
-        try:
-            part = nccl.commSplit(color, key)
-        except Exception as error:  # of NCCL, in a class of its own
-            why = f"{type(error).__name__}: {error}"
+    part, why = yield from _made(lambda: nccl.split(color, key))
     _, heard = yield from _first_reason(parent.comm, why)
     if heard and part is not None:
         part.abort()
-    return None if heard else part
+    return None if heard or comm is None else part
 
 
 def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
@@ -301,7 +315,7 @@ def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) ->
     """
     gpu, version = table[own]
     if not version:
-        return "this CuPy comes without NCCL: pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]'"
+        return "it has no NCCL"
     if not threads:
         return "it needs MPI_THREAD_MULTIPLE, but MPI was initialized with less"
     sharing = [rank for rank, (other, _) in enumerate(table) if other == gpu]
@@ -378,13 +392,16 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
     return (yield from prepare(comm, wanted, deadline))
 
 
+_turns = Turns()
+
+
 def transport(ground: Ground) -> Transport:
     """Return the transport of a group."""
     host = _host_transport(ground)
     if ground.gpu is None:
         return host
     if ground.nccl is not None:
-        return NcclTransport(host, ground.gpu, ground.nccl)
+        return NcclTransport(host, ground.gpu, ground.nccl, _turns)
     if ground.aware:
         return AwareTransport(host, ground.gpu, ground.comm)
     return StagedTransport(host, ground.gpu)

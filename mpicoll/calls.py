@@ -88,6 +88,7 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        turn: its place among the calls that go to a GPU's queue, until it is there or has ended.
         enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
     """
 
@@ -107,6 +108,7 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    turn: Any = None
     enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())
 

@@ -24,9 +24,11 @@ SETTINGS = (
 )
 """All variables that this module reads for mpicoll itself."""
 
-# What launchers tell a rank; of Open MPI's settings, how messages go is for everyone.
+# What launchers tell a rank.  Of Open MPI's settings, those of its run-time environment are one
+# rank's own; how messages go, and over which memory, is for everyone.
 _OF_A_RANK = re.compile(
-    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL|OMPI_(?!MCA_(pml|btl|mtl|osc|coll|opal)_?)"
+    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL"
+    r"|OMPI_(?!MCA_)|OMPI_MCA_(ess|orte|pmix|prte|plm|ras|rmaps|initial_wdir|mpi_ft)"
 )
 
 
@@ -179,6 +181,15 @@ def ranks_on_node() -> int | None:
 def nccl_shares_gpus() -> bool:
     """Whether NCCL (2.30 and newer) was told that several ranks may share a GPU."""
     return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1"
+
+
+def order_nccl_launches() -> None:
+    """Have NCCL (2.26 and newer) launch the calls of several communicators in their order.
+
+    It asks that they be launched in one order on all ranks, and looks at this variable once, when
+    it is first used.  Whoever has set it has decided otherwise.
+    """
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 def node_sizes(world: int) -> tuple[int, ...]:

@@ -5,15 +5,13 @@ The only module that imports CuPy, when the first group on GPU memory is made.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import mmap
 import platform
-import sys
-import warnings
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from .errors import UnsupportedError
 Array = np.ndarray[Any, Any]
 
 _NOT_READY = 600  # cudaErrorNotReady
-_TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
+_TO_DEVICE, _TO_HOST, _WITHIN = 1, 2, 3  # cudaMemcpyHostToDevice, DeviceToHost, DeviceToDevice
 
 
 def open_gpu(wanted: str, place: int) -> Gpu:
@@ -64,13 +62,6 @@ def load_cupy() -> Any:
         ) from error
 
 
-def load_nccl() -> Any:
-    """Return CuPy's module for NCCL; its `available` tells whether there is one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is none may well be meant
-        return importlib.import_module("cupy.cuda.nccl")
-
-
 def device_for(wanted: str, place: int, visible: int) -> int:
     """Choose among the visible GPUs: the one that is named, or by a rank's place on its node.
 
@@ -90,6 +81,41 @@ def device_for(wanted: str, place: int, visible: int) -> int:
     return int(number)
 
 
+class Mark:
+    """What a stream was given by some moment: an event of CUDA, which serves again when dropped."""
+
+    __slots__ = ("_spare", "event", "ptr")
+
+    def __init__(self, event: Any, spare: list[Any]) -> None:
+        self.event, self.ptr = event, int(event.ptr)
+        self._spare = spare
+
+    def __del__(self) -> None:
+        self._spare.append(self.event)
+
+
+class Active:
+    """Makes a context of CUDA the calling thread's current one in a with-block.
+
+    By contexts, not by numbers of GPUs: to set the number of the GPU that was current before, as
+    CuPy's `Device` does, makes a context on that one, which this rank may never use.
+    """
+
+    __slots__ = ("_before", "_context", "_driver")
+
+    def __init__(self, driver: Any, context: int) -> None:
+        self._driver, self._context = driver, context
+
+    def __enter__(self) -> None:
+        self._before = self._driver.ctxGetCurrent()
+        if self._before != self._context:
+            self._driver.ctxSetCurrent(self._context)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._context:
+            self._driver.ctxSetCurrent(self._before)
+
+
 class Gpu:
     """One GPU, as the protocols of `transports` want it: `Copies`, `Device`, `Queue`.
 
@@ -100,8 +126,10 @@ class Gpu:
 
     def __init__(self, cupy: Any, device: int) -> None:
         self.device = device
-        self._cupy, self._cuda, self._runtime = cupy, cupy.cuda, cupy.cuda.runtime
-        with self._cuda.Device(device):
+        self._cuda, self._runtime, self._driver = cupy.cuda, cupy.cuda.runtime, cupy.cuda.driver
+        self._spare: list[Any] = []  # events that no mark has at the moment
+        self._context = self._context_there()
+        with self.active():
             # They don't wait for the default stream, nor that for them; one for each direction,
             # as a GPU copies both ways at a time.
             self._outward = self._cuda.Stream(non_blocking=True)
@@ -109,26 +137,67 @@ class Gpu:
             self._work = self._cuda.Stream(non_blocking=True)
         self.queue = int(self._work.ptr)
 
+    def _context_there(self) -> int:
+        """Return the driver's handle of the GPU's context, which all of the process shares.
+
+        A thread that ends at once asks for it, so that the current GPU of no other one changes.
+        """
+        found: list[int] = []
+        failed: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                self._runtime.setDevice(self.device)
+                self._runtime.memGetInfo()  # with a CUDA before 12 this makes the context
+                found.append(int(self._driver.ctxGetCurrent()))
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=ask, name="mpicoll GPU")
+        thread.start()
+        thread.join()
+        if failed:
+            raise failed[0]
+        return found[0]
+
+    def active(self) -> Active:
+        """Make it the current GPU in a with-block."""
+        return Active(self._driver, self._context)
+
     def pinned(self, nbytes: int) -> Array:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
         # not what the driver allocates.  Whole pages, as no page can be pinned twice.
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         array: Array = np.frombuffer(pages, np.uint8)
         address = array.ctypes.data
-        with self._cuda.Device(self.device):
+        with self.active():
             self._runtime.hostRegister(address, nbytes, 0)
-        unpin = weakref.finalize(pages, self._runtime.hostUnregister, address)
+        # Of the array, which all views keep, and which is gone before the pages are unmapped; a
+        # finalizer of the pages themselves would come after that.
+        unpin = weakref.finalize(array, self._unpin, address)
         unpin.atexit = False  # the driver may be gone before Python
         return array
 
-    def device_of(self, address: int) -> int:
-        return int(self._runtime.pointerGetAttributes(address).device)
+    def _unpin(self, address: int) -> None:
+        with self.active():
+            self._runtime.hostUnregister(address)
 
-    def mark(self, stream: int) -> object:
-        return self._record(stream)
+    def device_of(self, address: int) -> int:
+        with self.active():
+            return int(self._runtime.pointerGetAttributes(address).device)
+
+    def mark(self, stream: int) -> Mark:
+        with self.active():
+            try:
+                event = self._spare.pop()
+            except IndexError:
+                event = self._cuda.Event(disable_timing=True)
+            mark = Mark(event, self._spare)
+            self._runtime.eventRecord(mark.ptr, stream)
+        return mark
 
     def after(self, mark: Any) -> None:
-        with self._cuda.Device(self.device):
+        with self.active():
             for stream in (self._outward, self._inward):
                 self._runtime.streamWaitEvent(stream.ptr, mark.ptr)
 
@@ -138,35 +207,22 @@ class Gpu:
     def to_device(self, source: Array, into: DeviceArray) -> Callable[[], bool]:
         return self._copy(into.address, source.ctypes.data, into.nbytes, _TO_DEVICE, self._inward)
 
+    def within(self, source: DeviceArray, into: DeviceArray) -> Callable[[], bool]:
+        return self._copy(into.address, source.address, into.nbytes, _WITHIN, self._inward)
+
     def _copy(
         self, into: int, source: int, nbytes: int, way: int, stream: Any
     ) -> Callable[[], bool]:
-        with self._cuda.Device(self.device):
+        with self.active():
             self._runtime.memcpyAsync(into, source, nbytes, way, stream.ptr)
-        return partial(self.is_done, self._record(stream.ptr))
-
-    def _record(self, stream: int) -> Any:
-        """Return an event that is done when all that a stream was given by now is done."""
-        with self._cuda.Device(self.device):
-            event = self._cuda.Event(disable_timing=True)
-            self._runtime.eventRecord(event.ptr, stream)
-        return event
+            return partial(self.is_done, self.mark(int(stream.ptr)))
 
     def is_done(self, mark: Any) -> bool:
-        status = self._runtime.eventQuery(mark.ptr)
+        with self.active():  # in a thread without a context CUDA would make one, on GPU 0
+            status = self._runtime.eventQuery(mark.ptr)
         if status not in (0, _NOT_READY):  # CuPy's own Event.done would say False for ever
             raise self._runtime.CUDARuntimeError(status)
         return bool(status == 0)
-
-    def active(self) -> contextlib.AbstractContextManager[object]:
-        device: contextlib.AbstractContextManager[object] = self._cuda.Device(self.device)
-        return device
-
-    # ---- for NCCL ----
-
-    @cached_property
-    def _nccl(self) -> Any:
-        return load_nccl()
 
     def identity(self) -> str:
         """Return what differs between any two GPUs, wherever they are, parts of one included."""
@@ -175,45 +231,13 @@ class Gpu:
             return bytes(told).hex()
         return f"{platform.node()} {self._runtime.deviceGetPCIBusId(self.device)}"
 
-    def nccl_version(self) -> int:
-        """Return NCCL's version as NCCL writes it, such as 23007; 0 if there is none."""
-        return int(self._nccl.get_version()) if self._nccl.available else 0
-
-    def nccl_id(self) -> bytes:
-        """Return a new name for a communicator, which one rank gives to all."""
-        return bytes(self._nccl.get_unique_id())
-
-    def nccl(self, size: int, name: bytes, rank: int) -> Any:
-        """Make a communicator; returns when all ranks have called."""
-        with self._cuda.Device(self.device):  # NCCL takes the device that is current
-            return self._nccl.NcclCommunicator(size, name, rank)
-
-    @contextlib.contextmanager
-    def nccl_group(self) -> Iterator[None]:
-        with self._cuda.Device(self.device):
-            self._nccl.groupStart()
-            try:
-                yield
-            finally:
-                self._nccl.groupEnd()
+    # ---- for NCCL, which works on a stream of its own ----
 
     def queue_after(self, mark: Any) -> None:
-        with self._cuda.Device(self.device):
+        with self.active():
             self._runtime.streamWaitEvent(self.queue, mark.ptr)
 
     def hold(self, mark: Any, streams: Iterable[int]) -> None:
-        with self._cuda.Device(self.device):
-            current = {int(self._cuda.get_current_stream().ptr)}
-            torch = sys.modules.get("torch")
-            if torch is not None and torch.cuda.is_initialized():
-                current.add(int(torch.cuda.current_stream(self.device).cuda_stream))
-            for stream in sorted(current | set(streams)):
+        with self.active():
+            for stream in streams:
                 self._runtime.streamWaitEvent(stream, mark.ptr)
-
-    def scaled(self, array: DeviceArray, factor: float) -> tuple[DeviceArray, object]:
-        cupy = self._cupy
-        with self._cuda.Device(self.device), self._work:
-            memory = self._cuda.UnownedMemory(array.address, array.nbytes, None, self.device)
-            view = cupy.ndarray(array.size, array.dtype, self._cuda.MemoryPointer(memory, 0))
-            product = cupy.multiply(view, array.dtype.type(factor))
-        return DeviceArray(int(product.data.ptr), array.size, array.dtype), product

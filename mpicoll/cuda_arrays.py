@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +80,13 @@ def describe(obj: Any, name: str) -> Described | None:
         UnsupportedError: its dtype can't be handled, or it doesn't describe itself.
     """
     try:
-        if hasattr(obj, "__cuda_array_interface__"):
-            return _from_interface(obj, obj.__cuda_array_interface__, name)
-        if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
+        face = getattr(obj, "__cuda_array_interface__", None)
+        by_dlpack = hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__")
+        # An interface that knows of no streams, such as JAX's, doesn't say what its content waits
+        # for; DLPack then makes a stream wait for it.
+        if face is not None and not (by_dlpack and "stream" not in face):
+            return _from_interface(obj, face, name)
+        if by_dlpack:
             kind, device = (int(n) for n in obj.__dlpack_device__())
             if kind in _DLPACK_CUDA:
                 return _from_dlpack(obj, device, name)
@@ -102,6 +107,19 @@ def describe_tensor(tensor: Any, torch: Any, name: str) -> Described:
     stream = torch.cuda.current_stream(device).cuda_stream or LEGACY_STREAM
     array = DeviceArray(tensor.data_ptr(), tensor.numel(), dtype.storage)
     return Described(array, dtype, tuple(tensor.shape), device, stream, True)
+
+
+def stream_of(obj: Any) -> int:
+    """Return the stream that orders an array's content by now: for most its library's current one.
+
+    Its handle is good as long as nobody drops the stream; so it is asked for anew each time.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(obj, torch.Tensor):
+        stream = torch.cuda.current_stream(obj.device.index).cuda_stream
+    else:
+        stream = (getattr(obj, "__cuda_array_interface__", None) or {}).get("stream")
+    return int(stream or LEGACY_STREAM)
 
 
 def _from_interface(obj: Any, face: dict[str, Any], name: str) -> Described:

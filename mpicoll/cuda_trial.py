@@ -16,9 +16,11 @@ from .config import environment_alone
 from .library import IDLE
 
 LIMIT = 60.0  # seconds that a trial may take
+_ALONE = "cudaErrorDevicesUnavailable"  # in exclusive mode, where this process has the GPU
 
 _PROGRAM = """
-import sys
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may well die, and its core would be huge
 import cupy
 from mpi4py import MPI
 with cupy.cuda.Device(int(sys.argv[1])) as device:
@@ -70,6 +72,11 @@ def reading(code: int, output: str) -> str:
     """Return why MPI takes no GPU memory, from a trial's exit code and output; "" if it does."""
     if code == 0:
         return ""
+    if _ALONE in output:
+        return (
+            "the GPU lets one process in at a time, so that none could try (nvidia-smi -c DEFAULT, "
+            "or NVIDIA's MPS, lets several in)"
+        )
     said = output.strip().splitlines()
     number = -code if code < 0 else code - 128  # a shell's way to say it
     if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):

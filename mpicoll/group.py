@@ -792,7 +792,7 @@ class ProcessGroup:
             comm = yield from make(work.call, deadline)
             work.call.result = nccl = None
             if parts:
-                nccl = yield from backends.split_nccl(self._ground, comm, deadline)
+                nccl = yield from backends.split_nccl(self._ground, comm)
             if comm is not None:
                 made = yield from backends.prepare(comm, self._wanted, deadline, nccl)
                 work.call.result = made
@@ -833,12 +833,12 @@ class ProcessGroup:
         if lane.closed:
             return
         if lane.broken is None:
-            for work in list(lane.beside):
+            for work in [*lane.enqueued, *lane.beside]:
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
                 engine.delist(lane)  # nobody may listen on it any more
-                self._transport.close()
+                yield from self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
 
             try:
@@ -900,10 +900,10 @@ class ProcessGroup:
             if lane.unfetched is not None:
                 self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
-            if call.device is not None:
-                self._transport.admit(call)
             if engine.busy:
                 _refuse_busy(call)
+            if call.device is not None:
+                self._transport.admit(call)  # the last to refuse it: it has its turn then
         except Exception as error:
             self._arrive_refused(kind, seq, error)
             raise
@@ -940,10 +940,10 @@ class ProcessGroup:
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
-        if call.device is not None:
-            self._transport.admit(call)
         if engine.busy:
             _refuse_busy(call)
+        if call.device is not None:
+            self._transport.admit(call)
         move = self._transport.send if kind == "send" else self._transport.recv
         work = Work(self._lane, call, 0, limit, self._recorder)
         engine.launch(work, move(call))

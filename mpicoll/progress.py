@@ -10,7 +10,8 @@ Its rules:
 - A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
   a rank that computed for long before it waits does not fail untried.
 - A collective that is enqueued on a GPU's stream leaves the queue, and goes on beside it: the
-  stream keeps the order.  Waiting for it may end then, and leave the rest to the GPU.
+  stream keeps the order, so only the oldest one is looked at.  Waiting for it may end then, and
+  leave the rest to the GPU.
 - Whoever leaves a call early tells its peers, and they raise at once; so does who sees a peer
   die.  What an abandoned call was using is kept for ever: MPI may still write there.
 - One lock.  A signal handler that interrupts its holder finds the engine at work: what it
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import sys
 import threading
@@ -128,7 +130,9 @@ class Lane:
     def __init__(self, name: str, comm: MPI.Comm) -> None:
         self.name = name
         self.queue: deque[Task] = deque()
-        self.beside: list[Task] = []
+        self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
+        self.due = math.inf  # when the first deadline of these is to be looked at
+        self.beside: list[Task] = []  # sends and receives
         self.broken: BaseException | None = None
         self.closed = ""
         self.told = False  # the program has been given the error that broke it
@@ -140,6 +144,22 @@ class Lane:
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._where)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any of its tasks is not done."""
+        return bool(self.queue or self.enqueued or self.beside)
+
+    def tasks(self) -> list[Task]:
+        """Return its tasks that are not done."""
+        return [*self.queue, *self.enqueued, *self.beside]
+
+    def drop(self, task: Task) -> None:
+        """Take a task out, wherever it is."""
+        for where in (self.queue, self.enqueued, self.beside):
+            with contextlib.suppress(ValueError):
+                where.remove(task)
+                return
 
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
@@ -346,8 +366,7 @@ class Engine:
     def unfinished(self) -> Iterator[Task]:
         """Yield every task that is not done."""
         for lane in list(self._active):
-            yield from list(lane.queue)
-            yield from list(lane.beside)
+            yield from lane.tasks()
 
     def background(self, *, stay: bool = False) -> None:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
@@ -466,10 +485,16 @@ class Engine:
             if head.call.enqueued is None:
                 break
             head.queued = False
-            lane.beside.append(lane.queue.popleft())
+            lane.enqueued.append(lane.queue.popleft())
+            lane.due = min(lane.due, _looked_at(head))
+        while lane.enqueued:
+            oldest = lane.enqueued[0]
+            found = max(found, self._step(oldest))
+            if not oldest.done:
+                break
         for task in list(lane.beside):
             found = max(found, self._step(task))
-        if not lane.queue and not lane.beside:
+        if not lane.busy:
             self._active.pop(lane, None)
         return found
 
@@ -502,8 +527,7 @@ class Engine:
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
-        with contextlib.suppress(ValueError):
-            (lane.queue if task.queued else lane.beside).remove(task)
+        lane.drop(task)
         self._settle(task, error)
         if error is not None and error.breaks_group:
             self._abandon(task)
@@ -562,7 +586,7 @@ class Engine:
                         lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
             if lane.abort is not None:
                 lane.abort()
-        for task in [*lane.queue, *lane.beside]:
+        for task in lane.tasks():
             self._abandon(task)
             task.done = True
             task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
@@ -571,6 +595,7 @@ class Engine:
             task.ended()
             self._calls.extend(task.callbacks)
         lane.queue.clear()
+        lane.enqueued.clear()
         lane.beside.clear()
         self._active.pop(lane, None)
         if lane.broken is error:
@@ -580,9 +605,9 @@ class Engine:
         """Read a lane's notices; fail its head if a peer has left that call."""
         with contextlib.suppress(MPI.Exception):
             lane.peers.poll()
-        if not (lane.peers.left or lane.peers.dead) or not (lane.queue or lane.beside):
+        if not (lane.peers.left or lane.peers.dead) or not lane.busy:
             return False
-        head = lane.queue[0] if lane.queue else lane.beside[0]
+        head = lane.tasks()[0]
         if head.recovers:
             return False
         for rank, notice in lane.peers.left.items():
@@ -600,8 +625,12 @@ class Engine:
     def _look_at_clock(self, now: float, pace: Pace) -> None:
         quiet = pace.quiet(now)
         for lane in list(self._active):
-            for task in [*lane.queue, *lane.beside]:
-                if task.done or now < task.deadline - _look_ahead(task):
+            tasks = [*lane.queue, *lane.beside]
+            if now >= lane.due:
+                tasks += lane.enqueued
+                lane.due = min(map(_looked_at, lane.enqueued), default=math.inf)
+            for task in tasks:
+                if task.done or now < _looked_at(task):
                     continue
                 if not task.asked and task.call.kind != "recv":
                     task.asked = True
@@ -631,6 +660,7 @@ class Engine:
         if deadline < task.deadline:
             task.deadline = deadline
             task.timeout = timeout
+            task.lane.due = min(task.lane.due, _looked_at(task))
 
     # ---- callbacks and the thread ----
 
@@ -728,6 +758,11 @@ def _died(rank: int, how: str) -> RankFailedError:
 
 def _look_ahead(task: Task) -> float:
     return min(LOOK_AHEAD, task.timeout / 10)
+
+
+def _looked_at(task: Task) -> float:
+    """Return when a task's deadline is looked at for the first time."""
+    return task.deadline - _look_ahead(task)
 
 
 def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:

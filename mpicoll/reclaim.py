@@ -51,7 +51,7 @@ class Child:
     def done(self) -> bool:
         """Whether this rank has no more use for the group, nor for any that was made out of it."""
         lane = self._lane
-        if lane.broken is not None or lane.queue or lane.beside:
+        if lane.broken is not None or lane.busy:
             return False
         return bool(lane.closed) or (self.dropped and self._children.done)
 
@@ -63,7 +63,7 @@ class Child:
             self._lane.close("reclaimed")
             self._recorder.close()
             if self._nccl is not None:
-                self._nccl.destroy()
+                yield from self._nccl.close()
             yield from rendezvous.free(self._comms, deadline)
 
 

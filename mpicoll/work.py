@@ -39,8 +39,10 @@ class Work(Task):
             self.lane.unfetched = self.error
 
     def ended(self) -> None:
-        """Enter the end in the flight recorder."""
+        """Enter the end in the flight recorder, and let those behind it have their turn."""
         end(self._entry, self.error)
+        if self.call.turn is not None:
+            self.call.turn.over = True
 
     def wait(self, timeout: object = None) -> bool:
         """Wait until the call is done, and return True.

@@ -13,10 +13,11 @@ slowest rank.  Sizes are bytes of the larger array of a rank: of the output in a
 and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and NCCL tests,
 algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it by 2 (n - 1)
 / n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast, reduce and
-scan.  On GPU memory a call ends when the current stream has passed it; mpi4py is measured on host
-arrays of the same size, as not every MPI library may be given the GPU's; and where the group uses
-NCCL, bare NCCL through CuPy runs beside it.  Every result is checked, and the exit status is not
-zero if one was wrong.
+scan.  On GPU memory a call ends when the current stream has passed it.  mpi4py is measured on host
+arrays of the same size, unless --bare-on-gpu says that its collectives take the GPU's: an MPI
+library that takes them in messages may die of them in collectives, which nobody has tried.  Where
+the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result is checked,
+and the exit status is not zero if one was wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import load_cupy, load_nccl
+from .. import cuda_nccl
+from ..cuda import load_cupy
 from ..errors import InvalidCallError
 from ..group import ProcessGroup, new_group
 from ..library import MPI
@@ -80,7 +82,7 @@ class Row:
     ratio: float  # mpi4py's median over ours: above 1, mpicoll is faster
     nonblocking_median_us: float | None  # mpi4py's Iallreduce and Wait
     gloo_median_us: float | None
-    nccl_median_us: float | None = None  # NCCL's own call, through CuPy
+    nccl_median_us: float | None = None  # NCCL's own call, through nccl4py
 
 
 class Bench:
@@ -89,10 +91,12 @@ class Bench:
     No MPI reduces bfloat16: mpi4py is measured on float16 there.
     """
 
-    def __init__(self, pg: ProcessGroup, dtype: str, gloo: Any, xp: Any = np) -> None:
+    def __init__(
+        self, pg: ProcessGroup, dtype: str, gloo: Any, xp: Any = np, *, bare_on_gpu: bool = False
+    ) -> None:
         self.xp = xp  # the module that makes our arrays
         self.nccl = _BareNccl(pg, xp, dtype) if pg.name() == "nccl" else None
-        self.aware = pg.name() == "cuda-aware"
+        self.bare_on_gpu = bare_on_gpu
         self.pg, self.n, self.rank = pg, pg.size(), pg.rank()
         self.dtype = np.dtype(_bfloat16() if dtype == "bfloat16" else dtype)
         self.bare_dtype = np.dtype(np.float16) if dtype == "bfloat16" else self.dtype
@@ -101,11 +105,11 @@ class Bench:
     def array(self, count: int) -> tuple[Array, Array, Any]:
         """Return an array for us, one for mpi4py (the same memory), and a tensor for gloo.
 
-        On GPU memory mpi4py gets host memory, unless its MPI library is CUDA-aware.
+        On GPU memory mpi4py gets host memory, unless its collectives are said to take the GPU's.
         """
         if self.xp is not np:
             x = self.xp.zeros(count, self.dtype)
-            y = x.view(self.bare_dtype) if self.aware else np.zeros(count, self.bare_dtype)
+            y = x.view(self.bare_dtype) if self.bare_on_gpu else np.zeros(count, self.bare_dtype)
             return x, y, None
         x = np.zeros(count, self.dtype)
         tensor = None
@@ -129,7 +133,7 @@ class Bench:
             lambda: bool((x == self.total()).all()),
             lambda: self.dist.all_reduce(t),
             # Open MPI's nonblocking collectives take no GPU memory.
-            None if self.aware else lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
+            None if self.bare_on_gpu else lambda: pg.comm.Iallreduce(MPI.IN_PLACE, y).Wait(),
             nccl=None if self.nccl is None else self.nccl.allreduce(x),
         )
 
@@ -250,7 +254,7 @@ class Bench:
         """Measure one collective at one size; every rank of the group must call this."""
         case: Case = getattr(self, kind)(max(1, nbytes // self.dtype.itemsize))
         correct = np.ones(1, dtype=np.uint8)
-        for way in (case.ours, case.bare):  # warms up, too
+        for way in filter(None, (case.ours, case.bare, case.nccl)):  # warms up, too
             case.fill()
             self.pg.barrier().wait()
             way()
@@ -307,26 +311,27 @@ class _BareNccl:
     """NCCL's own calls, on a communicator beside the group's, and on the current stream."""
 
     def __init__(self, pg: ProcessGroup, xp: Any, dtype: str) -> None:
-        nccl = load_nccl()
-        name = pg.broadcast_object(nccl.get_unique_id() if pg.rank() == 0 else None, 0)
-        self.comm = nccl.NcclCommunicator(pg.size(), name, pg.rank())
-        self.kind, self.stream = TYPES[dtype], xp.cuda.get_current_stream().ptr
+        self.nccl = cuda_nccl.load()
+        name = pg.broadcast_object(cuda_nccl.unique_id() if pg.rank() == 0 else None, 0)
+        name = self.nccl.UniqueId.from_buffer(name)
+        self.comm = self.nccl.comm_init_rank(pg.size(), name, pg.rank())
+        self.kind, self.stream = TYPES[dtype], int(xp.cuda.get_current_stream().ptr)
 
     def allreduce(self, x: Any) -> Calls:
-        p = x.data.ptr
-        return lambda: self.comm.allReduce(p, p, x.size, self.kind, SUM, self.stream)
+        p, call = x.data.ptr, self.nccl.all_reduce
+        return lambda: call(p, p, x.size, self.kind, SUM, self.comm, self.stream)
 
     def broadcast(self, x: Any) -> Calls:
-        p = x.data.ptr
-        return lambda: self.comm.broadcast(p, p, x.size, self.kind, 0, self.stream)
+        p, call = x.data.ptr, self.nccl.broadcast
+        return lambda: call(p, p, x.size, self.kind, 0, self.comm, self.stream)
 
     def all_gather(self, out: Any, x: Any) -> Calls:
-        p, q = x.data.ptr, out.data.ptr
-        return lambda: self.comm.allGather(p, q, x.size, self.kind, self.stream)
+        p, q, call = x.data.ptr, out.data.ptr, self.nccl.all_gather
+        return lambda: call(p, q, x.size, self.kind, self.comm, self.stream)
 
     def reduce_scatter(self, out: Any, x: Any) -> Calls:
-        p, q = x.data.ptr, out.data.ptr
-        return lambda: self.comm.reduceScatter(p, q, out.size, self.kind, SUM, self.stream)
+        p, q, call = x.data.ptr, out.data.ptr, self.nccl.reduce_scatter
+        return lambda: call(p, q, out.size, self.kind, SUM, self.comm, self.stream)
 
 
 BUS: dict[str, Callable[[int], float]] = {
@@ -350,6 +355,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", help="as new_group takes it")
     parser.add_argument("--device", default="cpu", help="as new_group takes it")
+    parser.add_argument(
+        "--bare-on-gpu", action="store_true", help="give mpi4py's collectives the GPU's arrays"
+    )
     parser.add_argument("--gloo", action="store_true", help="beside torch.distributed on gloo")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a measurement takes")
     parser.add_argument("--json", action="store_true", help="print rows for machines")
@@ -365,7 +373,8 @@ def run(args: argparse.Namespace) -> int:
     wrong = np.zeros(1, dtype=np.int64)
     with new_group(args.backend, device=args.device) as pg:
         speaks = pg.rank() == 0
-        bench = Bench(pg, args.dtype, _gloo(pg) if args.gloo else None, _array_module(pg))
+        gloo = _gloo(pg) if args.gloo else None
+        bench = Bench(pg, args.dtype, gloo, _array_module(pg), bare_on_gpu=args.bare_on_gpu)
         points = [(kind, size) for kind in kinds for size in (sizes if kind != "barrier" else [4])]
         if speaks and not args.json:
             print(f"{pg!r} beside mpi4py on {MPI.Get_library_version().splitlines()[0].strip()}")
@@ -398,6 +407,8 @@ def _check(kinds: list[str], args: argparse.Namespace) -> None:
         raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
     if args.gloo and importlib.util.find_spec("torch") is None:
         raise InvalidCallError("--gloo needs PyTorch: pip install torch")
+    if args.bare_on_gpu and args.device == "cpu":
+        raise InvalidCallError("--bare-on-gpu goes with --device cuda")
     if args.gloo and args.device != "cpu":
         raise InvalidCallError("--gloo goes with --device cpu: gloo moves host memory")
 

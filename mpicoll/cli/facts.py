@@ -50,11 +50,14 @@ class Gpu:
 
     Attributes:
         names: one per GPU.
+        ids: what tells each from all others, on any machine.
         trouble: why nothing could be found out, "" if something could.
+        nccl: its version, as NCCL writes it; "" if there is none that mpicoll can use.
         aware: whether MPI moved GPU memory in a trial; None where it was not tried.
     """
 
     names: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
     trouble: str = ""
     nccl: str = ""
     aware: bool | None = None
@@ -351,10 +354,15 @@ def _unwritable(folder: str | None) -> str:
 
 _LOOK_AT_GPUS = """
 import json
-from cupy.cuda import nccl, runtime
-count = runtime.getDeviceCount()
-names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
-print(json.dumps({"names": names, "nccl": str(nccl.get_version())}))
+from cupy.cuda import runtime
+found = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
+try:
+    from nccl.bindings import nccl
+    version = str(nccl.get_version())
+except Exception:
+    version = ""
+names, ids = [p["name"].decode() for p in found], [bytes(p["uuid"]).hex() for p in found]
+print(json.dumps({"names": names, "ids": ids, "nccl": version}))
 """
 
 
@@ -378,4 +386,4 @@ def _gpu() -> Gpu:
     trial = cuda_trial.Trial(0)
     while (outcome := trial.outcome()) is None:
         time.sleep(0.02)
-    return Gpu(tuple(said["names"]), "", said["nccl"], not outcome)
+    return Gpu(tuple(said["names"]), tuple(said["ids"]), "", said["nccl"], not outcome)

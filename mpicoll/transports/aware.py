@@ -1,10 +1,10 @@
 """Moves of GPU memory by a CUDA-aware MPI library; what reduces goes through the host.
 
-Everything is made of nonblocking messages, from each rank to each.  Of what takes addresses of GPU
-memory, Open MPI has only messages and *blocking* collectives, and these keep no deadline.  MPI
-knows nothing of streams: the host waits for what was queued on those that own the arrays, and what
-MPI has completed may be used on any.  To reduce, MPI would copy to the host; so does staging, where
-the copies overlap.
+Everything is made of nonblocking messages, from each rank to each other; what a rank gives to
+itself is copied on its GPU.  Of what takes addresses of GPU memory, Open MPI has only messages and
+*blocking* collectives, and these keep no deadline.  MPI knows nothing of streams: the host waits
+for what was queued on those that own the arrays, and what MPI has completed may be used on any.  To
+reduce, MPI would copy to the host; so does staging, where the copies overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..calls import Call
 from ..cuda_arrays import DeviceArray
 from ..library import KEEN, MPI, Steps, exchange_tag, until_all
 from .base import Transport
-from .staged import Copies, StagedTransport, device_blocks
+from .staged import Copies, Done, StagedTransport, copied, device_blocks
 
 MAX_BYTES = 2**30  # that one message holds; MPI's counts are C ints
 
@@ -38,6 +38,9 @@ class Device(Copies, Protocol):
 
     def active(self) -> AbstractContextManager[object]:
         """Make it the current GPU in a with-block."""
+
+    def within(self, source: DeviceArray, into: DeviceArray) -> Done:
+        """Start a copy inside the GPU's memory; return what tells whether it is done."""
 
     def is_done(self, mark: object) -> bool:
         """Return whether the GPU has passed a mark."""
@@ -123,8 +126,11 @@ class AwareTransport(StagedTransport):
             yield from self._exchange(dict(enumerate(outgoing)), dict(enumerate(incoming)))
 
     def _exchange(self, outgoing: Messages, incoming: Messages) -> Steps:
-        """Send and receive, this rank's own block among them."""
-        tag, requests = exchange_tag(), []
+        """Send and receive; copy this rank's own block, if it has one."""
+        tag, requests, copies = exchange_tag(), [], []
+        own, place = outgoing.get(self.rank), incoming.get(self.rank)
+        if own is not None and place is not None and own.nbytes:
+            copies.append(self._gpu.within(own, place))
         for rank in self._from_here(incoming):
             for piece in _pieces(incoming[rank]):
                 requests.append(self._comm.Irecv(piece, rank, tag))
@@ -132,10 +138,12 @@ class AwareTransport(StagedTransport):
             for piece in _pieces(outgoing[rank]):
                 requests.append(self._comm.Isend(piece, rank, tag))
         yield from until_all(requests)
+        yield from copied(copies)
 
     def _from_here(self, messages: Messages) -> list[int]:
-        """Return the ranks in an order that begins with one's own: not all with the same."""
-        return sorted(messages, key=lambda rank: (rank - self.rank) % self.size)
+        """Return the other ranks in an order that begins with the next: not all with the same."""
+        others = (rank for rank in messages if rank != self.rank)
+        return sorted(others, key=lambda rank: (rank - self.rank) % self.size)
 
 
 def _pieces(array: DeviceArray) -> list[list[object]]:

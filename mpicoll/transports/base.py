@@ -26,8 +26,9 @@ class Transport(ABC):
     size: int
     watched = False  # a thread must keep the deadlines, as the user may wait elsewhere
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to do)
+    def close(self) -> Steps:
         """Give back what the ranks hold together; all of them do so now."""
+        yield from ()
 
     def abort(self) -> None:  # noqa: B027
         """Let go of the peers: the group is broken, and no call of it is taken any further."""

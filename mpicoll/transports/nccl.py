@@ -8,17 +8,19 @@ group need not wait for that.
 
 from __future__ import annotations
 
-import itertools
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 from ..buffers import DeviceBuffer
 from ..calls import Call
-from ..cuda_arrays import DeviceArray
+from ..cuda_arrays import DeviceArray, stream_of
 from ..dtypes import DType
-from ..library import IDLE, MOVED, Steps
+from ..library import IDLE, KEEN, MOVED, Steps
 from ..ops import ReduceOp
 from .base import Transport
 from .staged import Copies, StagedTransport, device_blocks
@@ -79,8 +81,8 @@ class Queue(Copies, Protocol):
 
     queue: int
 
-    def nccl_group(self) -> AbstractContextManager[object]:
-        """Make all calls of NCCL in a with-block one."""
+    def active(self) -> AbstractContextManager[object]:
+        """Make it the current GPU in a with-block."""
 
     def queue_after(self, mark: object) -> None:
         """Let what is queued from now on come after what a mark has noted."""
@@ -89,43 +91,104 @@ class Queue(Copies, Protocol):
         """Return whether the GPU has passed a mark."""
 
     def hold(self, mark: object, streams: Iterable[int]) -> None:
-        """Let these streams, and the current ones, wait for a mark; the host goes on."""
-
-    def scaled(self, array: DeviceArray, factor: float) -> tuple[DeviceArray, object]:
-        """Queue a product; return where it will be, and what keeps that memory."""
+        """Let these streams wait for a mark; the host goes on."""
 
 
 class Nccl(Protocol):
-    """A communicator of `cupy.cuda.nccl`."""
+    """A communicator of NCCL that never blocks; counts, types and operators are NCCL's."""
 
-    def allReduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None: ...
+    def settled(self) -> bool:
+        """Return whether what was asked of it is done; until then it may be asked nothing else."""
+
+    def group(self) -> AbstractContextManager[object]:
+        """Make all calls in a with-block one."""
+
+    def all_reduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None: ...
     def reduce(
         self, src: int, dst: int, n: int, kind: int, op: int, root: int, stream: int
     ) -> None: ...
     def broadcast(self, src: int, dst: int, n: int, kind: int, root: int, stream: int) -> None: ...
-    def reduceScatter(
+    def reduce_scatter(
         self, src: int, dst: int, n: int, kind: int, op: int, stream: int
     ) -> None: ...
-    def allGather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None: ...
+    def all_gather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None: ...
     def send(self, src: int, n: int, kind: int, peer: int, stream: int) -> None: ...
     def recv(self, dst: int, n: int, kind: int, peer: int, stream: int) -> None: ...
-    def commSplit(self, color: int, key: int) -> Nccl | None: ...
-    def check_async_error(self) -> None: ...
-    def abort(self) -> None: ...
-    def destroy(self) -> None: ...
+
+    def premul_sum(self, kind: int, factor: float) -> int:
+        """Make an operator: the sum of each rank's elements times its factor."""
+
+    def drop(self, op: int) -> None:
+        """Give an operator back."""
+
+    def split(self, color: int, key: int) -> Nccl:
+        """Begin to make a part of it; it is made when it is `settled`."""
+
+    def close(self) -> Steps:
+        """Give it back; all its ranks do so now."""
+
+    def abort(self) -> None:
+        """Give it up: its kernels, which would wait for the peers for ever, end."""
+
+
+class Turn:
+    """A call's place in the order in which calls reach NCCL."""
+
+    __slots__ = ("__weakref__", "over")
+
+    def __init__(self) -> None:
+        self.over = False  # the call was enqueued, or has ended otherwise
+
+
+class Turns:
+    """The order in which a process's calls reach NCCL: that of the program, whatever the groups.
+
+    NCCL wants the calls of several communicators in one order on all ranks, or their kernels wait
+    for one another for ever.  Arrival alone would enqueue first what arrives first.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[weakref.ref[Turn]] = deque()  # a turn lives as long as its call
+
+    def take(self) -> Turn:
+        """Take the last place."""
+        turn = Turn()
+        self._waiting.append(weakref.ref(turn))
+        return turn
+
+    def come(self, turn: Turn) -> Steps:
+        """Wait until all calls before it were enqueued, or have ended."""
+        while True:
+            while (first := self._waiting[0]()) is None or first.over:
+                self._waiting.popleft()
+            if first is turn:
+                return
+            yield IDLE
 
 
 class Enqueued:
     """A call that is on the group's stream."""
 
-    def __init__(self, gpu: Queue, mark: object, streams: set[int]) -> None:
-        self._gpu, self._mark, self._streams = gpu, mark, streams
+    def __init__(self, gpu: Queue, mark: object, owners: list[object]) -> None:
+        self._gpu, self._mark, self._owners = gpu, mark, owners
         self.waited = False
 
     def hold(self) -> None:
-        """Let the user's streams wait for the call."""
-        self._gpu.hold(self._mark, self._streams)
+        """Let the streams that order the user's arrays by now wait for the call."""
+        streams, libraries = set(), set()
+        for owner in self._owners:
+            library = type(owner).__module__.partition(".")[0]
+            if library in _ONE_STREAM and library in libraries:
+                continue
+            libraries.add(library)
+            streams.add(stream_of(owner))
+        self._gpu.hold(self._mark, sorted(streams))
         self.waited = True
+
+
+_ONE_STREAM = ("cupy", "torch")  # the arrays of these are ordered by the one that is current
+
+Operation = Callable[[], None]
 
 
 class NcclTransport(StagedTransport):
@@ -135,135 +198,162 @@ class NcclTransport(StagedTransport):
         host: moves host memory.
         gpu: this rank's.
         nccl: the communicator of the group's ranks.
+        turns: of all groups of this process.
     """
 
     name = "nccl"
     watched = True
 
-    def __init__(self, host: Transport, gpu: Queue, nccl: Nccl) -> None:
+    def __init__(self, host: Transport, gpu: Queue, nccl: Nccl, turns: Turns) -> None:
         super().__init__(host, gpu)
-        self._gpu, self._nccl = gpu, nccl
+        self._gpu, self._nccl, self._turns = gpu, nccl, turns
+
+    def admit(self, call: Call) -> None:
+        super().admit(call)
+        if all(map(_does, call.parts or (call,))):
+            call.turn = self._turns.take()
 
     def steps(self, call: Call) -> Steps:
-        parts = call.parts or (call,)
-        if call.device is None or not all(map(_does, parts)):
-            return super().steps(call)
-        return self._enqueue(call, parts)
+        return super().steps(call) if call.turn is None else self._enqueue(call)
 
-    def close(self) -> None:
-        self._nccl.destroy()
+    def close(self) -> Steps:
+        return self._nccl.close()
 
     def abort(self) -> None:
-        self._nccl.abort()  # its kernels would wait for the peers for ever, and so would its end
+        self._nccl.abort()
 
-    def _enqueue(self, call: Call, parts: tuple[Call, ...]) -> Steps:
-        gpu, streams = self._gpu, set()
-        for buffer in call.buffers():
-            assert isinstance(buffer, DeviceBuffer)
-            if buffer.ready is not None:
-                streams.add(buffer.stream)
-                gpu.queue_after(buffer.ready)
+    def _enqueue(self, call: Call) -> Steps:
+        gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
+        yield from self._turns.come(call.turn)
         try:
-            scaled = [self._scale(part) for part in parts]  # kept until the GPU has passed the call
-            with gpu.nccl_group():
-                for part, (sources, _) in zip(parts, scaled, strict=True):
-                    enqueue: Callable[[Call, list[DeviceArray]], None]
-                    enqueue = getattr(self, f"_{_SAME_AS.get(part.kind, part.kind)}")
-                    enqueue(part, sources)
+            with gpu.active():
+                for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
+                    gpu.queue_after(mark)
+                self._start([op for part in call.parts or (call,) for op in self._operations(part)])
+            while not self._nccl.settled():  # the first calls between two ranks connect them
+                yield KEEN
             mark = gpu.mark(gpu.queue)
-            call.enqueued = Enqueued(gpu, mark, streams)
+            call.turn.over = True
+            call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             yield MOVED  # the engine sees that it is enqueued
             while not gpu.is_done(mark):
-                self._nccl.check_async_error()
+                self._nccl.settled()  # or raise
                 yield IDLE
         except BaseException:  # given up, or an error
             self.abort()
             raise
 
-    def _scale(self, call: Call) -> tuple[list[DeviceArray], list[object]]:
-        """Return what NCCL is to read of each block: the user's memory, or products of it."""
-        sources = device_blocks(call.send)
-        factor = None if call.op is None else _rule(call).factor
-        if factor is None:
-            return sources, []
-        scaled = [self._gpu.scaled(x, factor) if x.size else (x, None) for x in sources]
-        return [x for x, _ in scaled], [keeper for _, keeper in scaled]
+    def _start(self, operations: list[Operation]) -> None:
+        if len(operations) == 1:  # a group of one costs some microseconds more
+            operations[0]()
+        elif operations:
+            with self._nccl.group():
+                for operation in operations:
+                    operation()
 
-    # ---- one method per kind: calls that become one, on the group's stream ----
+    # ---- which calls of NCCL make up a collective: one method per kind ----
 
-    def _allreduce(self, call: Call, sources: list[DeviceArray]) -> None:
+    def _operations(self, call: Call) -> list[Operation]:
+        """Return the calls.  The kind decides which: all ranks must make the same ones."""
+        made: Callable[[Call, list[DeviceArray]], list[Operation]]
+        made = getattr(self, f"_{_SAME_AS.get(call.kind, call.kind)}")
+        return made(call, device_blocks(call.send))
+
+    def _allreduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         r, into = _rule(call), device_blocks(call.recv)[0]
-        if into.size:
-            self._nccl.allReduce(
-                sources[0].address, into.address, into.size * r.each, r.kind, r.op, self._gpu.queue
-            )
+        if not into.size:
+            return []
+        n = into.size * r.each
+        return [self._reducing(self._nccl.all_reduce, r, sources[0].address, into.address, n)]
 
-    def _reduce(self, call: Call, sources: list[DeviceArray]) -> None:
+    def _reduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         into = device_blocks(call.recv)[0].address if self.rank == call.root else 0
-        self._reduce_to(call.root, sources[0], into, _rule(call))
+        return self._reduce_to(call.root, sources[0], into, _rule(call))
 
-    def _reduce_scatter(self, call: Call, sources: list[DeviceArray]) -> None:
-        assert call.send is not None
-        r, into, first = _rule(call), device_blocks(call.recv)[0], sources[0]
-        if _in_a_row(sources) and len(set(call.send.counts)) == 1:
-            if into.size:
-                n = into.size * r.each
-                self._nccl.reduceScatter(
-                    first.address, into.address, n, r.kind, r.op, self._gpu.queue
-                )
-            return
+    def _reduce_scatter_single(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        r, into = _rule(call), device_blocks(call.recv)[0]
+        if not into.size:
+            return []
+        n = into.size * r.each
+        return [self._reducing(self._nccl.reduce_scatter, r, sources[0].address, into.address, n)]
+
+    def _reduce_scatter(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        r, into = _rule(call), device_blocks(call.recv)[0].address
+        operations = []
         for root, source in enumerate(sources):
-            self._reduce_to(root, source, into.address if root == self.rank else 0, r)
+            operations += self._reduce_to(root, source, into if root == self.rank else 0, r)
+        return operations
 
-    def _reduce_to(self, root: int, source: DeviceArray, into: int, r: Rule) -> None:
-        if source.size:
-            n = source.size * r.each
-            self._nccl.reduce(source.address, into, n, r.kind, r.op, root, self._gpu.queue)
+    def _reduce_to(self, root: int, source: DeviceArray, into: int, r: Rule) -> list[Operation]:
+        if not source.size:
+            return []
+        n = source.size * r.each
+        return [self._reducing(self._nccl.reduce, r, source.address, into, n, root)]
 
-    def _broadcast(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._give(sources[0], sources[0], call.root)
+    def _reducing(
+        self, call: Callable[..., None], r: Rule, src: int, dst: int, n: int, *root: int
+    ) -> Operation:
+        """Return a call of NCCL that reduces."""
 
-    def _allgather(self, call: Call, sources: list[DeviceArray]) -> None:
-        mine, blocks = sources[0], device_blocks(call.recv)
-        if _in_a_row(blocks) and len({block.size for block in blocks}) == 1:
-            if mine.nbytes:
-                into = blocks[0].address
-                self._nccl.allGather(mine.address, into, mine.nbytes, BYTES, self._gpu.queue)
-            return
-        for root, block in enumerate(blocks):
-            self._give(mine if root == self.rank else block, block, root)
+        def operation() -> None:
+            op = r.op if r.factor is None else self._nccl.premul_sum(r.kind, r.factor)
+            call(src, dst, n, r.kind, op, *root, self._gpu.queue)
+            if r.factor is not None:
+                self._nccl.drop(op)
 
-    def _give(self, source: DeviceArray, into: DeviceArray, root: int) -> None:
-        if into.nbytes:
-            self._nccl.broadcast(
+        return operation
+
+    def _broadcast(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        return self._give(sources[0], sources[0], call.root)
+
+    def _all_gather_single(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        mine, into = sources[0], device_blocks(call.recv)[0]
+        if not mine.nbytes:
+            return []
+        return [
+            lambda: self._nccl.all_gather(
+                mine.address, into.address, mine.nbytes, BYTES, self._gpu.queue
+            )
+        ]
+
+    def _allgather(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        operations = []
+        for root, block in enumerate(device_blocks(call.recv)):
+            operations += self._give(sources[0] if root == self.rank else block, block, root)
+        return operations
+
+    def _give(self, source: DeviceArray, into: DeviceArray, root: int) -> list[Operation]:
+        if not into.nbytes:
+            return []
+        return [
+            lambda: self._nccl.broadcast(
                 source.address, into.address, into.nbytes, BYTES, root, self._gpu.queue
             )
+        ]
 
-    def _gather(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange({call.root: sources[0]}, dict(enumerate(device_blocks(call.recv))))
+    def _gather(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        return self._exchange({call.root: sources[0]}, dict(enumerate(device_blocks(call.recv))))
 
-    def _scatter(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange(dict(enumerate(sources)), {call.root: device_blocks(call.recv)[0]})
+    def _scatter(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        return self._exchange(dict(enumerate(sources)), {call.root: device_blocks(call.recv)[0]})
 
-    def _alltoall(self, call: Call, sources: list[DeviceArray]) -> None:
-        self._exchange(dict(enumerate(sources)), dict(enumerate(device_blocks(call.recv))))
+    def _alltoall(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
+        return self._exchange(dict(enumerate(sources)), dict(enumerate(device_blocks(call.recv))))
 
-    def _exchange(self, outgoing: dict[int, DeviceArray], incoming: dict[int, DeviceArray]) -> None:
+    def _exchange(
+        self, outgoing: dict[int, DeviceArray], incoming: dict[int, DeviceArray]
+    ) -> list[Operation]:
         """Send a block to each rank, and receive one, this rank's own among them."""
-        for peer, block in outgoing.items():
-            if block.nbytes:
-                self._nccl.send(block.address, block.nbytes, BYTES, peer, self._gpu.queue)
-        for peer, block in incoming.items():
-            if block.nbytes:
-                self._nccl.recv(block.address, block.nbytes, BYTES, peer, self._gpu.queue)
+        return [
+            partial(move, block.address, block.nbytes, BYTES, peer, self._gpu.queue)
+            for move, blocks in ((self._nccl.send, outgoing), (self._nccl.recv, incoming))
+            for peer, block in blocks.items()
+            if block.nbytes
+        ]
 
 
-_SAME_AS = {
-    "all_gather_single": "allgather",
-    "reduce_scatter_single": "reduce_scatter",
-    "all_to_all_single": "alltoall",
-}
-_STAGED = frozenset({"scan", "exscan"})  # NCCL has none
+_SAME_AS = {"all_to_all_single": "alltoall"}
+_STAGED = frozenset({"scan", "exscan", "send", "recv"})  # NCCL has no scans, nor tags
 
 
 def _does(call: Call) -> bool:
@@ -278,7 +368,3 @@ def _rule(call: Call) -> Rule:
     found = rule(call.dtype, call.op)
     assert found is not None
     return found
-
-
-def _in_a_row(blocks: list[DeviceArray]) -> bool:
-    return all(a.address + a.nbytes == b.address for a, b in itertools.pairwise(blocks))

@@ -215,9 +215,9 @@ class StagedTransport(Transport):
         leaving: list[list[Done]] = [[] for _ in range(ROOMS)]
         coming = self._load(reads, 0, room) if rounds else []
         for k in range(rounds):
-            yield from _until(coming)
+            yield from copied(coming)
             # The next piece comes into the rooms of the piece that left ROOMS rounds before.
-            yield from _until(leaving[(k + 1) % ROOMS])
+            yield from copied(leaving[(k + 1) % ROOMS])
             coming = self._load(reads, k + 1, room) if k + 1 < rounds else []
             made = inner(k)
             made.op, made.reduction, made.root = call.op, call.reduction, call.root
@@ -225,7 +225,7 @@ class StagedTransport(Transport):
             yield from move(made)
             leaving[k % ROOMS] = self._store(made, call.recv, k, room)
         for copies in leaving:
-            yield from _until(copies)
+            yield from copied(copies)
 
     def _order(self, call: Call) -> None:
         """Let the copies come after the work that was queued at the call on the arrays' streams."""
@@ -279,7 +279,7 @@ class StagedTransport(Transport):
             inner = dataclasses.replace(call, send=Blocks.single(buffer))
             if buffer.nbytes:
                 source = _block(call.send, 0)
-                yield from _until([self._copies.to_host(source, room[: buffer.nbytes])])
+                yield from copied([self._copies.to_host(source, room[: buffer.nbytes])])
         while self._posted != turn:  # messages go in the order of the calls
             yield KEEN
         self._posted += 1
@@ -299,11 +299,11 @@ class StagedTransport(Transport):
         call.result = inner.result
         if buffer.nbytes:
             self._order(call)
-            copied = self._copies.to_device(room[: buffer.nbytes], _block(call.recv, 0))
+            landed = self._copies.to_device(room[: buffer.nbytes], _block(call.recv, 0))
             try:
-                yield from _until([copied])
+                yield from copied([landed])
             except Expired:  # the message has been taken, and no peer is waited for any more
-                while not copied():
+                while not landed():
                     pass
         self._spare.append(room)
 
@@ -373,7 +373,8 @@ def _common_counts(call: Call) -> tuple[int, ...] | None:
     return None if call.count == UNEVEN else (call.count,)
 
 
-def _until(copies: list[Done]) -> Steps:
+def copied(copies: list[Done]) -> Steps:
+    """Wait for copies."""
     for done in copies:
         while not done():
             yield KEEN

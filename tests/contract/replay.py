@@ -1,14 +1,15 @@
 """The calls that mpicoll makes of NCCL, noted and carried out later by mpi4py, on host memory.
 
 What is queued runs in order, while somebody asks whether a mark has been passed, and not at all
-while the gate is shut.
+while the gate is shut.  As with a communicator that never blocks, a call is in the queue only after
+some looks whether it is settled, and until then the communicator may be asked for nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -16,9 +17,8 @@ import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll.cuda_arrays import DeviceArray
 from tests.contract.arrays import HALF, Array
-from tests.contract.staging import LOOKS, LateCopies, _at
+from tests.contract.staging import LOOKS, LateCopies, at
 
 QUEUE = 99
 NUMPY_TYPES = [*map(np.dtype, "bBiIqQefd"), np.dtype(ml_dtypes.bfloat16)]  # by NCCL's numbers
@@ -59,34 +59,20 @@ class Queue(LateCopies):
         self.given = self.passed = 0
         self.held = self.needed = 0
         self.open = True
+        self.asked: set[Any] = set()  # marks that were asked for
         self.active_now = False
-        self.group: list[Callable[[], tuple[Requests, Callable[[], None]]]] | None = None
 
     def add(self, start: Callable[[], tuple[Requests, Callable[[], None]]]) -> None:
-        if self.group is not None:
-            self.group.append(start)
-            return
         self.pending.append(Step(start))
         self.given += 1
 
     @contextlib.contextmanager
-    def nccl_group(self) -> Iterator[None]:
-        calls = self.group = []
-        yield
-        self.group = None
-
-        def start() -> tuple[Requests, Callable[[], None]]:
-            posted = [call() for call in calls]
-            requests = [request for some, _ in posted for request in some]
-            return requests, lambda: [finish() for _, finish in posted] and None
-
-        self.add(start)
-
-    @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        self.active_now = True
-        yield
-        self.active_now = False
+        before, self.active_now = self.active_now, True
+        try:
+            yield
+        finally:
+            self.active_now = before
 
     def mark(self, stream: int) -> Any:
         self.log.append(("mark", stream))
@@ -100,6 +86,7 @@ class Queue(LateCopies):
         self.log.append(("queue_after", mark))
 
     def is_done(self, mark: Any) -> bool:
+        self.asked.add(mark)
         while self.open and self.pending and self.pending[0].done():
             self.pending.pop(0)
             self.passed += 1
@@ -113,16 +100,6 @@ class Queue(LateCopies):
         needed, done = self.needed, super()._start(way, into, source)
         return lambda: self.passed >= needed and done()
 
-    def scaled(self, array: DeviceArray, factor: float) -> tuple[DeviceArray, object]:
-        out = np.full(array.size, 7, array.dtype)
-
-        def start() -> tuple[Requests, Callable[[], None]]:
-            np.multiply(_at(array.address, array.nbytes).view(out.dtype), factor, out=out)
-            return [], lambda: None
-
-        self.add(start)
-        return DeviceArray(out.ctypes.data, out.size, out.dtype), out
-
     def settle(self) -> None:
         """Wait for what the user's stream has been told to wait for."""
         limit = time.monotonic() + 20
@@ -131,22 +108,76 @@ class Queue(LateCopies):
             time.sleep(1e-4)
 
 
+Call = Callable[[], tuple[Requests, Callable[[], None]]]
+_OPS = 1000  # the number of the first operator that is made
+
+
 class Communicator:
-    """Keeps `mpicoll.transports.nccl.Nccl`."""
+    """Keeps `mpicoll.transports.nccl.Nccl`.
+
+    Attributes:
+        opened: while False, what was asked of it does not settle, as where a peer never connects.
+    """
 
     def __init__(self, queue: Queue) -> None:
         self.q, self.comm, self.log = queue, queue.comm, queue.log
         self.error: Exception | None = None
+        self.opened = True
+        self.calls: list[Call] = []  # that have not settled
+        self.looks = 0
+        self.grouped = False
+        self.factors: dict[int, float] = {}
+        self.made = _OPS
 
-    def _note(self, name: str, stream: int, *what: object) -> None:
-        assert stream == QUEUE and self.q.group is not None
-        self.log.append((name, *what))
-
-    def _reduced(self, src: int, n: int, kind: int, op: int, give: Callable[[Array], None]) -> None:
-        dtype = NUMPY_TYPES[kind]
+    def settled(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        if not self.calls:
+            return True
+        self.looks += 1
+        if self.looks < LOOKS or not self.opened:
+            return False
+        calls, self.calls, self.looks = self.calls, [], 0
 
         def start() -> tuple[Requests, Callable[[], None]]:
-            mine = _at(src, n * dtype.itemsize).copy()
+            posted = [call() for call in calls]
+            requests = [request for some, _ in posted for request in some]
+            return requests, lambda: [finish() for _, finish in posted] and None
+
+        self.q.add(start)
+        return True
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[None]:
+        self.grouped = True
+        yield
+        self.grouped = False
+        self.log.append(("group", len(self.calls)))
+
+    def _add(self, call: Call) -> None:
+        assert self.grouped or not self.calls, "asked before it had settled"
+        self.calls.append(call)
+
+    def _note(self, name: str, stream: int, *what: object) -> None:
+        assert stream == QUEUE and self.q.active_now
+        self.log.append((name, *what))
+
+    def premul_sum(self, kind: int, factor: float) -> int:
+        self.made += 1
+        self.factors[self.made] = factor
+        return self.made
+
+    def drop(self, op: int) -> None:
+        del self.factors[op]
+
+    def _reduced(self, src: int, n: int, kind: int, op: int, give: Callable[[Array], None]) -> None:
+        dtype, factor = NUMPY_TYPES[kind], self.factors.get(op)
+        op = 0 if factor is not None else op
+
+        def start() -> tuple[Requests, Callable[[], None]]:
+            mine = at(src, n * dtype.itemsize).copy()
+            if factor is not None:
+                mine.view(dtype)[:] *= factor
             every = np.empty((self.comm.size, mine.size), np.uint8)
 
             def finish() -> None:
@@ -159,10 +190,10 @@ class Communicator:
 
             return [self.comm.Iallgather(mine, every)], finish
 
-        self.q.add(start)
+        self._add(start)
 
-    def allReduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
-        self._note("allReduce", stream, n, kind, op)
+    def all_reduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
+        self._note("all_reduce", stream, n, kind, op)
         self._reduced(src, n, kind, op, lambda total: _put(dst, total))
 
     def reduce(self, src: int, dst: int, n: int, kind: int, op: int, root: int, stream: int):
@@ -170,8 +201,8 @@ class Communicator:
         own = self.comm.rank == root
         self._reduced(src, n, kind, op, lambda total: _put(dst, total) if own else None)
 
-    def reduceScatter(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
-        self._note("reduceScatter", stream, n, kind, op)
+    def reduce_scatter(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
+        self._note("reduce_scatter", stream, n, kind, op)
         part = slice(self.comm.rank * n, (self.comm.rank + 1) * n)
         self._reduced(src, n * self.comm.size, kind, op, lambda total: _put(dst, total[part]))
 
@@ -181,30 +212,30 @@ class Communicator:
         def start() -> tuple[Requests, Callable[[], None]]:
             room = np.empty(n * NUMPY_TYPES[kind].itemsize, np.uint8)
             if self.comm.rank == root:
-                room[...] = _at(src, room.size)
+                room[...] = at(src, room.size)
             return [self.comm.Ibcast(room, root)], lambda: _put(dst, room)
 
-        self.q.add(start)
+        self._add(start)
 
-    def allGather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None:
-        self._note("allGather", stream, n, kind)
+    def all_gather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None:
+        self._note("all_gather", stream, n, kind)
 
         def start() -> tuple[Requests, Callable[[], None]]:
-            mine = _at(src, n * NUMPY_TYPES[kind].itemsize).copy()
+            mine = at(src, n * NUMPY_TYPES[kind].itemsize).copy()
             every = np.empty(mine.size * self.comm.size, np.uint8)
             return [self.comm.Iallgather(mine, every)], lambda: _put(dst, every)
 
-        self.q.add(start)
+        self._add(start)
 
     def send(self, src: int, n: int, kind: int, peer: int, stream: int) -> None:
         self._note("send", stream, n, kind, peer)
 
         def start() -> tuple[Requests, Callable[[], None]]:
-            mine = _at(src, n * NUMPY_TYPES[kind].itemsize).copy()
+            mine = at(src, n * NUMPY_TYPES[kind].itemsize).copy()
             request = self.comm.Isend(mine, peer)
             return [request], lambda: mine.fill(0)  # it lived so long
 
-        self.q.add(start)
+        self._add(start)
 
     def recv(self, dst: int, n: int, kind: int, peer: int, stream: int) -> None:
         self._note("recv", stream, n, kind, peer)
@@ -213,26 +244,23 @@ class Communicator:
             room = np.empty(n * NUMPY_TYPES[kind].itemsize, np.uint8)
             return [self.comm.Irecv(room, peer)], lambda: _put(dst, room)
 
-        self.q.add(start)
+        self._add(start)
 
-    def commSplit(self, color: int, key: int) -> Communicator | None:
-        assert self.q.passed == self.q.given and self.q.active_now
-        self.log.append(("commSplit", color, key))
+    def split(self, color: int, key: int) -> Communicator:
+        assert self.q.passed == self.q.given
+        self.log.append(("split", color, key))
         if self.error is not None:
             raise self.error
         made = self.comm.Split(MPI.UNDEFINED if color < 0 else color, key)
-        return None if made == MPI.COMM_NULL else Communicator(Queue(made))
+        return Communicator(Queue(made))
 
-    def check_async_error(self) -> None:
-        if self.error is not None:
-            raise self.error
+    def close(self) -> Generator[int, None, None]:
+        self.log.append(("close",))
+        yield 0
 
     def abort(self) -> None:
         self.log.append(("abort",))
 
-    def destroy(self) -> None:
-        self.log.append(("destroy",))
-
 
 def _put(address: int, values: Array) -> None:
-    _at(address, values.nbytes)[...] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    at(address, values.nbytes)[...] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)

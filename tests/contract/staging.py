@@ -25,6 +25,7 @@ class Elsewhere:
     def __init__(self, values: Array) -> None:
         self.values = values
         self.dtype = values.dtype
+        self.stream = STREAM
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class Elsewhere:
             "typestr": self.values.dtype.str,
             "data": (self.values.ctypes.data, False),
             "version": 3,
-            "stream": STREAM,
+            "stream": self.stream,
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -64,7 +65,9 @@ class LateCopies:
 
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
-        self.queues: dict[str, list[Callable[[], None]]] = {"to_host": [], "to_device": []}
+        self.queues: dict[str, list[Callable[[], None]]] = {
+            way: [] for way in ("to_host", "to_device", "within")
+        }
 
     def pinned(self, nbytes: int) -> Array:
         self.log.append(("pinned", nbytes))
@@ -82,11 +85,11 @@ class LateCopies:
 
     def to_host(self, source: DeviceArray, into: Array) -> Callable[[], bool]:
         assert source.nbytes == into.nbytes > 0
-        return self._start("to_host", into, _at(source.address, source.nbytes))
+        return self._start("to_host", into, at(source.address, source.nbytes))
 
     def to_device(self, source: Array, into: DeviceArray) -> Callable[[], bool]:
         assert source.nbytes == into.nbytes > 0
-        return self._start("to_device", _at(into.address, into.nbytes), source)
+        return self._start("to_device", at(into.address, into.nbytes), source)
 
     def _start(self, way: str, into: Array, source: Array) -> Callable[[], bool]:
         self.log.append((way, into.nbytes))
@@ -110,5 +113,5 @@ class LateCopies:
         return done
 
 
-def _at(address: int, nbytes: int) -> Array:
+def at(address: int, nbytes: int) -> Array:
     return np.frombuffer((ctypes.c_char * nbytes).from_address(address), np.uint8)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.cuda_arrays import DeviceArray
 from mpicoll.errors import CollectiveMismatchError, CollectiveTimeoutError, GroupBrokenError
 from mpicoll.library import exchange_tag
 from mpicoll.transports import aware
@@ -21,7 +22,7 @@ from mpicoll.transports.aware import AwareTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
 from tests.contract.on_gpus import *  # noqa: F403
-from tests.contract.staging import LOOKS, STREAM, ElsewhereKind, LateCopies
+from tests.contract.staging import LOOKS, STREAM, ElsewhereKind, LateCopies, at
 
 pytestmark = pytest.mark.mpi
 ELSEWHERE = ElsewhereKind()
@@ -42,6 +43,10 @@ class Device(LateCopies):
             yield
         finally:
             self.depth -= 1
+
+    def within(self, source: DeviceArray, into: DeviceArray) -> Callable[[], bool]:
+        assert source.nbytes == into.nbytes and self.depth == 1
+        return self._start("within", at(into.address, into.nbytes), at(source.address, into.nbytes))
 
     def is_done(self, mark: Any) -> bool:
         assert self.depth == 1
@@ -81,7 +86,8 @@ def test_what_only_moves_is_not_copied(fresh):
     fresh.broadcast(ELSEWHERE.full(5, 1), 0).wait()
     fresh.all_gather_single(ELSEWHERE.full(5 * p, 0), ELSEWHERE.full(5, 1)).wait()
     fresh.all_to_all_single(ELSEWHERE.full(p, 0), ELSEWHERE.full(p, 1), None, None).wait()
-    assert {entry[0] for entry in device.log} == {"mark"}
+    assert {entry[0] for entry in device.log} == {"mark", "within"}
+    assert [entry[0] for entry in device.log].count("within") == 2, "a rank's own blocks"
     fresh.allreduce(ELSEWHERE.full(5, 1)).wait()
     assert "to_host" in {entry[0] for entry in device.log}
 

@@ -23,13 +23,14 @@ from mpicoll.errors import (
     MpicollError,
     TransportError,
 )
+from mpicoll.library import pause
 from mpicoll.progress import engine
-from mpicoll.transports.nccl import NcclTransport
+from mpicoll.transports.nccl import NcclTransport, Turns
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.replay import QUEUE, Communicator, Queue
-from tests.contract.staging import STREAM, ElsewhereKind
+from tests.contract.staging import STREAM, Elsewhere, ElsewhereKind
 from tests.contract.test_dtypes import (  # noqa: F401
     test_every_pair_is_right_or_refused,
     test_nan_wins_with_the_same_bits_everywhere,
@@ -39,10 +40,13 @@ from tests.contract.test_dtypes import (  # noqa: F401
 pytestmark = pytest.mark.mpi
 
 
+TURNS = Turns()
+
+
 def queue_of(pg: mc.ProcessGroup) -> Queue:
     if not isinstance(pg._transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
-        pg._transport = NcclTransport(pg._transport, queue, Communicator(queue))
+        pg._transport = NcclTransport(pg._transport, queue, Communicator(queue), TURNS)
         pg._lane.abort = pg._transport.abort
     return pg._transport._gpu
 
@@ -92,10 +96,21 @@ def test_streams_before_and_after_a_call(fresh):
     work.wait()
     assert queue.log[1:] == [
         ("queue_after", ("user", 0)),
-        ("allReduce", 5, 7, 0),
+        ("all_reduce", 5, 7, 0),
         ("mark", QUEUE),
         ("hold", 1, (STREAM,)),
     ]
+
+
+def test_what_waits_for_a_call_is_the_stream_that_orders_the_array_by_then(fresh):
+    """The one of the call may be gone; to make other streams wait would hold up what they do."""
+    queue = queue_of(fresh)
+    queue.open = False
+    x = ELSEWHERE.full(5, 1)
+    work = fresh.allreduce(x)
+    x.stream = 8
+    work.wait()
+    assert ("queue_after", ("user", 0)) in queue.log and queue.log[-1] == ("hold", 1, (8,))
 
 
 def test_wait_leaves_the_rest_to_the_gpu(fresh):
@@ -196,7 +211,7 @@ def test_what_nccl_does_not_do_is_staged(fresh):
         x = settle.array(parts[fresh.rank()])
         fresh.allreduce(x, getattr(ReduceOp, op)).wait()
         assert settle.same(x, reduced(op, parts))
-    assert not {"allReduce", "hold"} & set(names(queue)) and "to_host" in names(queue)
+    assert not {"all_reduce", "hold"} & set(names(queue)) and "to_host" in names(queue)
 
 
 def test_staged_calls_come_after_nccls_on_the_same_array(fresh):
@@ -211,7 +226,144 @@ def test_staged_calls_come_after_nccls_on_the_same_array(fresh):
 def test_a_coalesced_call_is_one_group_of_nccls(fresh):
     queue = queue_of(fresh)
     fresh.allreduce_coalesced([ELSEWHERE.full(n, 1) for n in (3, 4, 5)]).synchronize()
-    assert names(queue).count("allReduce") == 3 and queue.given == 1
+    assert names(queue).count("all_reduce") == 3 and queue.given == 1
+    assert ("group", 3) in queue.log
+
+
+def test_a_call_that_is_one_of_nccls_is_no_group_of_them(fresh):
+    queue, n = queue_of(fresh), fresh.size()
+    x, y = ELSEWHERE.full(6 * n, 1), ELSEWHERE.full(6, 1)
+    fresh.allreduce(x).synchronize()
+    fresh.broadcast(x, 0).synchronize()
+    fresh.reduce(x, 0).synchronize()
+    fresh.reduce_scatter_single(y, x).synchronize()
+    fresh.all_gather_single(x, y).synchronize()
+    assert "group" not in names(queue) and queue.given == 5
+
+
+def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
+    """One rank's blocks lie in a row, another's apart."""
+    queue, n, me = queue_of(fresh), fresh.size(), fresh.rank()
+    rows = np.zeros((n, 50), np.float32)
+    apart = [np.zeros(50, np.float32) for _ in range(n)]
+    blocks = [Elsewhere(block) for block in (rows if me == 0 else apart)]
+    fresh.allgather(blocks, ELSEWHERE.full(50, me)).synchronize()
+    assert all((block.values == i).all() for i, block in enumerate(blocks))
+    into = ELSEWHERE.full(50, 0)
+    fresh.reduce_scatter(into, blocks).synchronize()
+    assert (into.values == n * me).all()
+    said = world.allgather([entry for entry in queue.log if entry[0] in dir(Communicator)])
+    assert said[0] and all(other == said[0] for other in said)
+
+
+def test_the_factor_of_a_sum_is_given_back(fresh):
+    x, nccl = ELSEWHERE.full(5, 1), fresh._transport._nccl
+    fresh.allreduce(x, ReduceOp.PREMUL_SUM(0.5)).synchronize()
+    assert (x.values == fresh.size() / 2).all()
+    assert nccl.made > 1000 and not nccl.factors
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[mc.ProcessGroup, mc.ProcessGroup]]:
+    made = [mc.new_group(timeout=20, progress="thread") for _ in range(2)]
+    for pg in made:
+        queue_of(pg)
+    yield tuple(made)
+    for pg in made:
+        queue_of(pg).open = True
+        pg.abort()
+
+
+def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
+    """Let the next arrivals in a group take longer."""
+    steps = pg._arrival.steps
+
+    def later(call, seq):
+        yield from pause(seconds)
+        yield from steps(call, seq)
+
+    pg._arrival.steps = later
+
+
+def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
+    """Whichever group's ranks have arrived first: NCCL wants one order on all ranks."""
+    order: list[int] = []
+    for i, pg in enumerate(two):
+        pg._transport._nccl._note = lambda name, stream, *what, i=i: order.append(i)
+    if world.rank == 0:
+        held_up(two[0], 0.1)
+    arrays = [ELSEWHERE.full(5, 1) for _ in range(6)]
+    works = [two[i % 2].allreduce(x) for i, x in enumerate(arrays)]
+    mc.wait_all(works, timeout=10)
+    assert order == [0, 1] * 3
+    assert all((x.values == world.size).all() for x in arrays)
+
+
+def test_a_call_that_never_comes_so_far_holds_up_no_other(two, world):
+    """Refused here, refused by the comparison, dropped with its group: each has had its turn."""
+    one, other = two
+    x, y = ELSEWHERE.full(5, 1), ELSEWHERE.full(5, 1)
+    queue_of(one).open = False
+    work = one.allreduce(x)
+    with pytest.raises(InvalidCallError, match=r"wait\(\) for that first"):
+        one.allreduce(x)
+    queue_of(one).open = True
+    work.synchronize()
+    if world.size > 1:
+        with pytest.raises(MpicollError, match="differs"):
+            one.allreduce(ELSEWHERE.full(5 + world.rank, 1)).wait()
+    other.allreduce(y).synchronize()
+    held_up(one, 1000)
+    one.allreduce(x)
+    waiting = other.allreduce(y)
+    time.sleep(0.05)
+    assert not waiting.is_completed()
+    one.abort()
+    waiting.synchronize()
+    assert (y.values == world.size**2).all()
+
+
+def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, world):
+    stuck, other = two
+    stuck._transport._nccl.opened = False
+    begin = time.monotonic()
+    work = stuck.allreduce(ELSEWHERE.full(5, 1), timeout=0.5)
+    with pytest.raises(MpicollError) as caught:
+        work.wait()
+    assert time.monotonic() - begin < 5 and caught.value.breaks_group
+    assert ("abort",) in queue_of(stuck).log
+    errors = world.allgather(type(caught.value).__name__)
+    assert CollectiveTimeoutError.__name__ in errors
+    x = ELSEWHERE.full(5, 1)
+    other.allreduce(x).synchronize()
+    assert (x.values == world.size).all()
+
+
+def test_only_the_oldest_call_on_the_stream_is_asked_for(fresh):
+    queue = queue_of(fresh)
+    queue.open = False
+    works = [fresh.allreduce(ELSEWHERE.full(5, 1)) for _ in range(20)]
+    for work in works:
+        work.wait()
+    for _ in range(50):
+        works[-1].is_completed()
+    assert queue.asked == {1}
+    queue.open = True
+    mc.wait_all(works, timeout=10)
+    assert queue.asked == {*range(1, 21)}
+
+
+@pytest.mark.parametrize("first, second", [(9.0, 0.3), (0.3, 9.0)])
+def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
+    queue = queue_of(fresh)
+    queue.open = False
+    begin = time.monotonic()
+    works = [fresh.allreduce(ELSEWHERE.full(5, 1), timeout=t) for t in (first, second)]
+    for work in works:
+        work.wait()
+    while not any(work.is_completed() for work in works):
+        assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin > 0.25 and ("abort",) in queue.log
 
 
 def test_many_calls_are_queued_before_the_first_is_done(fresh):
@@ -239,7 +391,7 @@ def split(
     """Split a group and, in the same way, its communicator of NCCL."""
     part = fresh.split_group(members)
     ground = backends.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
-    made, steps = None, backends.split_nccl(ground, part and part.comm, time.monotonic() + 20)
+    made, steps = None, backends.split_nccl(ground, part and part.comm)
     while True:
         try:
             with engine._lock:  # or the group's thread would look at the queue in between
@@ -256,12 +408,12 @@ def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
     members = [*range(fresh.size())][::-1][: max(1, fresh.size() - 1)]
     made, part = split(fresh, members)
     if fresh.rank() not in members:
-        assert made is None and queue.log[-1] == ("commSplit", -1, 0)
+        assert made is None and queue.log[-1] == ("split", -1, 0)
         return
     key = members.index(fresh.rank())
-    assert queue.log[-1] == ("commSplit", members[0], key) and queue.passed == 1
+    assert queue.log[-1] == ("split", members[0], key) and queue.passed == 1
     assert (made.comm.rank, made.comm.size) == (key, len(members)) == (part.rank(), part.size())
-    part._transport = NcclTransport(part._transport, made.q, made)
+    part._transport = NcclTransport(part._transport, made.q, made, TURNS)
     x = ELSEWHERE.full(5, fresh.rank())
     part.allreduce(x).synchronize()
     assert (x.values == sum(members)).all()
@@ -283,4 +435,4 @@ def test_a_good_end_destroys_the_communicator():
     queue = queue_of(pg)
     pg.allreduce(ELSEWHERE.full(5, 1)).wait()
     pg.shutdown()
-    assert queue.log[-1] == ("destroy",) and not queue.pending
+    assert queue.log[-1] == ("close",) and not queue.pending

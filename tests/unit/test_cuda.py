@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,51 +26,108 @@ class CudaError(RuntimeError):
 
 
 class Record:
-    """Stands where CuPy would: notes the calls of the runtime, with the device they are made on."""
+    """Stands where CuPy would: notes the calls of the runtime, with the device they are made on.
+
+    As with CUDA, a thread has no context at first, and whatever is called there makes one, on the
+    thread's device; so does choosing a device by its number.
+
+    Attributes:
+        made: the devices on which there is a context.
+    """
 
     def __init__(self):
-        self.calls, self.device, self.status = [], 0, 600
+        self.calls, self.status, self.made = [], 600, set()
         self.numbers = itertools.count(10)
+        self.thread = threading.local()
         self.cuda = SimpleNamespace(
-            Device=self.on,
             Stream=lambda non_blocking: SimpleNamespace(ptr=next(self.numbers)),
             Event=lambda disable_timing: SimpleNamespace(ptr=next(self.numbers)),
             runtime=self,
-            get_current_stream=lambda: SimpleNamespace(ptr=5),
+            driver=self,
         )
         self.CUDARuntimeError = CudaError
 
-    def on(self, device):
-        record = self
+    @property
+    def context(self):
+        return getattr(self.thread, "context", 0)
 
-        class Device:
-            def __enter__(self):
-                self.before, record.device = record.device, device
+    def ctxGetCurrent(self):
+        return self.context
 
-            def __exit__(self, *_):
-                record.device = self.before
+    def ctxSetCurrent(self, context):
+        self.thread.context = context
 
-        return Device()
+    def setDevice(self, device):
+        self.made.add(device)
+        self.thread.context = 1000 + device
 
     def eventQuery(self, event):
+        self.note("eventQuery", event)
         return self.status
 
-    def __getattr__(self, name):
-        def note(*arguments):
-            self.calls.append((name, self.device, *arguments))
+    def note(self, name, *arguments):
+        if not self.context:
+            self.setDevice(0)
+        self.calls.append((name, self.context - 1000, *arguments))
+        return SimpleNamespace(device=self.context - 1000)
 
-        return note
+    def __getattr__(self, name):
+        return partial(self.note, name)
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    record = Record()
-    monkeypatch.setattr("mpicoll.cuda.load_nccl", lambda: record)
-    return record
+def cuda():
+    return Record()
+
+
+def made_on(cuda, device):
+    """A GPU, with a clean record."""
+    gpu = Gpu(cuda, device)
+    del cuda.calls[:]
+    return gpu
+
+
+def test_no_context_is_made_on_another_gpu(cuda):
+    """Each would cost some hundred MB of GPU 0, on every rank of a node."""
+    gpu = Gpu(cuda, 2)
+    done = gpu.to_host(GPU, np.zeros(20, np.uint8))
+    mark = gpu.mark(77)
+    gpu.after(mark)
+    gpu.queue_after(mark)
+    gpu.hold(mark, [5])
+    gpu.device_of(GPU.address)
+    del done, mark
+    thread = threading.Thread(target=lambda: gpu.is_done(gpu.mark(77)))
+    thread.start()
+    thread.join()
+    gpu.pinned(4096)
+    gc.collect()
+    assert cuda.made == {2} and {call[1] for call in cuda.calls} == {2}
+
+
+@pytest.mark.parametrize("before", [0, 1000, 1003])
+def test_the_callers_context_stays(cuda, before):
+    """None, the default GPU's, or that of a GPU of the caller's own choice."""
+    cuda.thread.context = before
+    gpu = Gpu(cuda, 2)
+    gpu.after(gpu.mark(77))
+    with pytest.raises(ValueError), gpu.active():
+        assert cuda.context == 1002
+        raise ValueError
+    assert cuda.context == before
+
+
+def test_a_gpu_that_cant_be_used_says_so_where_it_was_asked_for(cuda):
+    def refuse(device):
+        raise CudaError(46)
+
+    cuda.setDevice = refuse
+    with pytest.raises(CudaError):
+        Gpu(cuda, 1)
 
 
 def test_a_copy_is_done_when_its_event_is(cuda):
-    gpu, host = Gpu(cuda, 2), np.zeros(20, np.uint8)
+    gpu, host = made_on(cuda, 2), np.zeros(20, np.uint8)
     outward, inward = 10, 11
     done = gpu.to_host(GPU, host)
     assert cuda.calls == [
@@ -78,10 +138,12 @@ def test_a_copy_is_done_when_its_event_is(cuda):
     cuda.status = 0
     assert done()
     del cuda.calls[:]
-    gpu.to_device(host, GPU)
-    assert cuda.calls == [
+    into = gpu.to_device(host, GPU), gpu.within(GPU, GPU)
+    assert len(into) == 2 and cuda.calls == [
         ("memcpyAsync", 2, GPU.address, host.ctypes.data, 20, 1, inward),
         ("eventRecord", 2, 14, inward),
+        ("memcpyAsync", 2, GPU.address, GPU.address, 20, 3, inward),
+        ("eventRecord", 2, 15, inward),
     ]
 
 
@@ -95,7 +157,7 @@ def test_a_failure_on_the_gpu_is_raised_and_not_waited_for(cuda):
 
 
 def test_both_ways_come_after_a_mark(cuda):
-    gpu = Gpu(cuda, 1)
+    gpu = made_on(cuda, 1)
     mark = gpu.mark(77)
     assert cuda.calls == [("eventRecord", 1, mark.ptr, 77)]
     gpu.after(mark)
@@ -103,50 +165,32 @@ def test_both_ways_come_after_a_mark(cuda):
         ("streamWaitEvent", 1, 10, mark.ptr),
         ("streamWaitEvent", 1, 11, mark.ptr),
     ]
-    assert cuda.device == 0, "the caller's current device stays"
 
 
-def test_the_queue_comes_after_a_mark_and_streams_after_the_queue(cuda, monkeypatch):
-    import sys
+def test_the_event_of_a_mark_serves_again_when_nobody_has_the_mark(cuda):
+    gpu = Gpu(cuda, 1)
+    first, second = gpu.mark(77), gpu.mark(77)
+    assert first.ptr != second.ptr
+    freed = first.ptr
+    del first
+    assert gpu.mark(78).ptr == freed
 
-    monkeypatch.setitem(sys.modules, "torch", None)
+
+def test_the_queue_comes_after_a_mark_and_streams_after_the_queue(cuda):
     gpu = Gpu(cuda, 1)
     before, passed = gpu.mark(77), gpu.mark(gpu.queue)
     del cuda.calls[:]
     gpu.queue_after(before)
-    gpu.hold(passed, {9, 5})
+    gpu.hold(passed, [5, 9])
     assert cuda.calls == [
         ("streamWaitEvent", 1, gpu.queue, before.ptr),
-        ("streamWaitEvent", 1, 5, passed.ptr),  # the current one
+        ("streamWaitEvent", 1, 5, passed.ptr),
         ("streamWaitEvent", 1, 9, passed.ptr),
     ]
 
 
-def test_the_current_stream_of_torch_waits_too(cuda, monkeypatch):
-    import sys
-
-    streams = SimpleNamespace(
-        is_initialized=lambda: True, current_stream=lambda d: SimpleNamespace(cuda_stream=60 + d)
-    )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=streams))
-    Gpu(cuda, 1).hold(SimpleNamespace(ptr=4), ())
-    assert [call[2] for call in cuda.calls] == [5, 61]
-
-
-def test_calls_of_nccl_become_one_on_the_groups_gpu(cuda):
-    gpu = Gpu(cuda, 1)
-    gpu.nccl(4, b"7" * 128, 2)
-    with pytest.raises(ValueError), gpu.nccl_group():
-        raise ValueError
-    assert cuda.calls == [
-        ("NcclCommunicator", 1, 4, b"7" * 128, 2),
-        ("groupStart", 1),
-        ("groupEnd", 1),
-    ]
-
-
 def test_pinned_memory_is_whole_pages_and_unpinned_with_its_last_view(cuda):
-    array = Gpu(cuda, 1).pinned(10_000)
+    array = made_on(cuda, 1).pinned(10_000)
     address = array.ctypes.data
     assert address % 4096 == 0 and array.size == 10_000 and array.flags.writeable
     assert cuda.calls == [("hostRegister", 1, address, 10_000, 0)]
@@ -156,7 +200,26 @@ def test_pinned_memory_is_whole_pages_and_unpinned_with_its_last_view(cuda):
     assert len(cuda.calls) == 1
     del view
     gc.collect()
-    assert [call[::2] for call in cuda.calls[1:]] == [("hostUnregister", address)]
+    assert cuda.calls[1:] == [("hostUnregister", 1, address)]
+
+
+def test_pinned_memory_is_unpinned_before_it_is_unmapped(cuda):
+    def mapped(address):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        spans = (line.split()[0].split("-") for line in lines)
+        return any(int(low, 16) <= address < int(high, 16) for low, high in spans)
+
+    seen = []
+    cuda.hostUnregister = lambda address: seen.append(mapped(address))
+    array = Gpu(cuda, 1).pinned(64 << 20)  # so large that it is not part of another mapping
+    address = array.ctypes.data
+    views = [array[i:].view(np.uint8)[1:] for i in range(3)]
+    del array
+    gc.collect()
+    assert not seen
+    del views
+    gc.collect()
+    assert seen == [True] and not mapped(address)
 
 
 @pytest.mark.parametrize(

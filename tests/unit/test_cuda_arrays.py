@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 
 from mpicoll import calls
 from mpicoll.buffers import Blocks, DeviceBuffer, as_buffer, refuse_device
-from mpicoll.cuda_arrays import LEGACY_STREAM, UNKNOWN, DeviceArray, read_capsule
+from mpicoll.cuda_arrays import LEGACY_STREAM, UNKNOWN, DeviceArray, read_capsule, stream_of
 from mpicoll.errors import InvalidCallError, UnsupportedError
 from mpicoll.ops import ReduceOp
 
@@ -103,6 +104,25 @@ def test_a_group_on_host_memory_says_how_to_get_one_for_gpus():
     assert text.startswith("input must lie in host memory") and 'device="cuda"' in text
 
 
+@pytest.mark.parametrize("stream, now", [(7, 7), (None, LEGACY_STREAM), (0, LEGACY_STREAM)])
+def test_the_stream_by_now_is_asked_for_anew(stream, now):
+    array = said(stream=5)
+    array.__cuda_array_interface__["stream"] = stream
+    assert stream_of(array) == now
+
+
+def test_the_stream_by_now_of_a_tensor_is_its_librarys_current_one(monkeypatch):
+    class Tensor:
+        device = SimpleNamespace(index=3)
+
+    current = {3: SimpleNamespace(cuda_stream=60)}
+    torch = SimpleNamespace(Tensor=Tensor, cuda=SimpleNamespace(current_stream=current.get))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert stream_of(Tensor()) == 60
+    current[3] = SimpleNamespace(cuda_stream=0)
+    assert stream_of(Tensor()) == LEGACY_STREAM and stream_of(object()) == LEGACY_STREAM
+
+
 # ---- DLPack ----
 
 
@@ -133,14 +153,30 @@ def test_a_capsule_is_read_as_numpy_writes_it(dtype):
 
 def test_a_capsule_keeps_its_memory_and_gives_it_back():
     x = np.zeros(3)
-    import sys
-
     before = sys.getrefcount(x)
     capsule = x.__dlpack__()
     read_capsule(capsule)
     assert sys.getrefcount(x) > before
     del capsule
     assert sys.getrefcount(x) == before
+
+
+def test_where_the_interface_knows_no_streams_dlpack_makes_one_wait():
+    """JAX's interface is of version 2: its arrays may not be computed yet."""
+    asked = []
+
+    class Jax(Capsule):
+        def __dlpack__(self, stream=None):
+            asked.append(stream)
+            return super().__dlpack__(stream)
+
+    x = Jax(np.zeros(3))
+    x.__cuda_array_interface__ = said().__cuda_array_interface__ | {"version": 2}
+    with pytest.raises(UnsupportedError, match="device 1:0"):  # the capsule is of NumPy's
+        read(x)
+    assert asked == [LEGACY_STREAM]
+    x.__cuda_array_interface__["stream"] = 7
+    assert read(x).stream == 7 and asked == [LEGACY_STREAM]
 
 
 def test_a_capsule_must_be_of_the_device_that_was_said():

@@ -28,6 +28,22 @@ def test_the_last_line_says_why():
     assert reading(3, "") == "the trial ended with exit code 3"
 
 
+def test_a_gpu_that_another_process_has_for_itself():
+    said = reading(
+        1, "...\nCUDARuntimeError: cudaErrorDevicesUnavailable: CUDA-capable device(s) is"
+    )
+    assert "nvidia-smi -c DEFAULT" in said and "died" not in said
+
+
+def test_a_trial_that_dies_leaves_no_core(monkeypatch, tmp_path):
+    """The limit is set before anything that may die."""
+    monkeypatch.chdir(tmp_path)
+    program = cuda_trial._PROGRAM.partition("import cupy")[0]
+    program += "print(resource.getrlimit(resource.RLIMIT_CORE))"
+    said = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert said.strip() == "(0, 0)"
+
+
 def test_a_real_trial_where_nothing_can_be_tried(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     trial, end = Trial(0), time.monotonic() + 30
@@ -50,6 +66,8 @@ def test_its_process_is_no_rank(monkeypatch):
     marks = ("PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
     for name in (*marks, "OMPI_MCA_ess"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("OMPI_MCA_pml", "ob1")
+    meant = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_accelerator": "cuda", "OMPI_MCA_btl_base": "7"}
+    for name, value in meant.items():
+        monkeypatch.setenv(name, value)
     kept = environment_alone()
-    assert not {*marks, "OMPI_MCA_ess"} & {*kept} and kept["OMPI_MCA_pml"] == "ob1"
+    assert not {*marks, "OMPI_MCA_ess"} & {*kept} and meant.items() <= kept.items()

