@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call
+from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call, digest
 from .errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
 from .library import IDLE, MPI, Steps, until
 from .memory import NodeMemory
@@ -25,7 +25,7 @@ from .peers import Peers
 # The fields of a record that arrival compares.
 _SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _STATE = range(8)
 _FIELDS = 8
-_REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
+_REFUSED, _LEAVING, _SINCE = 1, 2, 4  # bits of a record's state; the last: see `Once`
 
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
@@ -42,15 +42,15 @@ _DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
 
 # Calls whose records say the same on all ranks, or the program is wrong: no other rank's record
 # is needed to carry them out.
-_ALIKE_BY_CONTRACT = frozenset(
-    KIND_CODES[kind]
-    for kind in (
+_ALIKE = frozenset(
+    (
         *("allreduce", "broadcast", "reduce", "scan", "exscan"),
         *("allgather", "all_gather_single", "reduce_scatter", "reduce_scatter_single"),
         *("allreduce_coalesced", "allgather_coalesced", "all_gather_single_coalesced"),
         "reduce_scatter_single_coalesced",
     )
 )
+_ALIKE_BY_CONTRACT = frozenset(KIND_CODES[kind] for kind in _ALIKE)
 
 Record: TypeAlias = "tuple[int, ...]"
 Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
@@ -67,7 +67,7 @@ def _record(call: Call, seq: int) -> tuple[int, ...]:
         call.root,
         call.count,
         call.digest,
-        _LEAVING if call.leaving else _REFUSED if call.refused else 0,
+        (_LEAVING if call.leaving else _REFUSED if call.refused else 0) | bool(call.since) * _SINCE,
     )
 
 
@@ -98,12 +98,12 @@ class Arrival:
         record = _record(call, seq)
         highest, lowest, call.largest = yield from self._meet(record, call.extent)
         self.check_left(seq)
-        if highest == lowest and highest[_STATE] != _REFUSED:
+        if highest == lowest and not highest[_STATE] & _REFUSED:
             if call.count == UNEVEN and call.kind in PAIRWISE:
                 yield from self._compare_pairs(call, seq)
             return
         differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
-        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
+        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE] & _REFUSED:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
             return
@@ -185,18 +185,20 @@ class Arrival:
 
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         """Gather who called what, and raise it on every rank; `lost` says why the group is."""
-        text = (said or call.describe()).encode()[:_TEXT]
+        text = ((said or call.describe()) + call.since).encode()[:_TEXT]
         mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
         everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
         yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
         rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
-        alike = all(row[_STATE] == _REFUSED for row in rows)
+        if any(row[_STATE] & _SINCE for row in rows):
+            lost = lost or _ORDER  # what differs may be what was done without a comparison
+        alike = all(row[_STATE] & _REFUSED for row in rows)
         if call.leaving:
             raise GroupBrokenError("this rank left the program while its peers were in other calls")
         if call.refused and (alike or not lost):
             return  # this rank has raised its own, more precise error
         for rank, row in zip(self._ranks(), rows, strict=True):
-            if row[_STATE] == _LEAVING:
+            if row[_STATE] & _LEAVING:
                 raise RemoteRankError(
                     f"rank {rank} left the program while this rank was in {call.describe()} "
                     f"(call #{seq})",
@@ -209,6 +211,62 @@ class Arrival:
     def _ranks(self) -> Sequence[int]:
         """Return the group's ranks that a mismatch is gathered from."""
         return range(self._size)
+
+
+class Once:
+    """Which calls of a group go without arrival, where checks="first": all that were compared once.
+
+    Whatever its ranks have compared, they have compared together: so they agree on what goes
+    without, as long as they make the same calls.  Those that went without are counted, and
+    condensed to a number that is part of the next record: that they were the same is found out
+    then, at the latest after `AGAIN` calls.
+
+    Attributes:
+        count: calls that went without since the last record.
+        last: the last of them.
+    """
+
+    AGAIN = 1000
+    ROOM = 10_000  # calls that are remembered
+
+    def __init__(self) -> None:
+        self._known: dict[Record, int] = {}
+        self.count = 0
+        self.last: Call | None = None
+        self._chain = 0
+
+    def goes_without(self, call: Call) -> bool:
+        """Return whether a call needs no arrival, and count it then."""
+        if call.turn is None or call.kind not in _ALIKE or self.count >= self.AGAIN:
+            return False
+        number = self._known.get(_record(call, 0))
+        if number is None:
+            return False
+        self.count += 1
+        self.last = call
+        self._chain = digest(self._chain, number)
+        return True
+
+    def before(self, call: Call) -> Record:
+        """Put into the record of a call what went without since the last; return it as it was."""
+        record = _record(call, 0)
+        if self.count:
+            call.digest = digest(call.digest, self.count, self._chain)
+            call.since = f", after {self.said()}"
+        self.count, self._chain, self.last = 0, 0, None
+        return record
+
+    def said(self) -> str:
+        """Say what went without since the last record."""
+        if self.last is None:
+            return "none"
+        calls = f"{self.count} call{'s' * (self.count > 1)}"
+        return f"{calls} that were not compared, the last {self.last.describe()}"
+
+    def after(self, record: Record) -> None:
+        """Note that a call was compared, and is the same on all ranks."""
+        if len(self._known) < self.ROOM:
+            self._known.setdefault(record, digest(*record))
 
 
 class BoardArrival(Arrival):

@@ -100,7 +100,7 @@ class Wanted:
 
     Attributes:
         backend: one of `OWN`, or a name given to `register_backend`.
-        checks: "full" or "node": how far the ranks of a call are compared.
+        checks: "full", "node" or "first": how far, and how often, the ranks of a call are compared.
         sizes: ranks of each node that MPICOLL_NODES pretends.
         device: "cpu", "cuda" or "cuda:N"; each rank has a number of its own.
     """
@@ -111,10 +111,16 @@ class Wanted:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.checks not in ("full", "node"):
+        if self.checks not in ("full", "node", "first"):
             raise InvalidCallError(
-                f"checks must be 'full' (compare all ranks of a call) or 'node' (those of each "
-                f"node), but got {self.checks!r}"
+                f"checks must be 'full' (compare all ranks of a call), 'node' (those of each node) "
+                f"or 'first' (on GPU memory: compare each kind of call once), "
+                f"but got {self.checks!r}"
+            )
+        if self.checks == "first" and self.device == "cpu":
+            raise InvalidCallError(
+                "checks='first' is for groups on GPU memory, where a call can go on without the "
+                "host: pass device='cuda', or checks='full'"
             )
 
     @property
@@ -436,7 +442,7 @@ def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
             ground.nodes.members[node],
             near=ground.near,
             leaders=ground.across if place == 0 else None,
-            everywhere=wanted.checks == "full",
+            everywhere=wanted.checks != "node",
         )
     peers.has_arrived = board.has_arrived
     peers.last_seen = board.last_seen

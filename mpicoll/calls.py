@@ -88,6 +88,8 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
+        since: what was not compared since the last call that was; "" if nothing.
         turn: its place among the calls that go to a GPU's queue, until it is there or has ended.
         enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
     """
@@ -108,6 +110,8 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    captured: bool = False
+    since: str = ""
     turn: Any = None
     enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())

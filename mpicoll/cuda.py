@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_arrays import DeviceArray
+from .cuda_arrays import LEGACY_STREAM, DeviceArray
 from .errors import UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -185,6 +185,12 @@ class Gpu:
     def device_of(self, address: int) -> int:
         with self.active():
             return int(self._runtime.pointerGetAttributes(address).device)
+
+    def is_capturing(self, stream: int) -> bool:
+        if stream == LEGACY_STREAM:
+            return False  # it can't
+        with self.active():
+            return bool(self._runtime.streamIsCapturing(stream))
 
     def mark(self, stream: int) -> Mark:
         with self.active():

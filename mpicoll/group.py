@@ -33,7 +33,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from . import backends, calls, connecting, growing, launch, meeting, rendezvous
-from .arrival import Arrival
+from .arrival import Arrival, Once, Record
 from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, Call
 from .config import (
@@ -103,6 +103,7 @@ class ProcessGroup:
         self._transport = backends.transport(ground)
         self._lane.abort = self._transport.abort
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
+        self._once = self._lane.once = Once() if wanted.checks == "first" else None
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
         if ground.shared is not None:
@@ -907,9 +908,17 @@ class ProcessGroup:
         except Exception as error:
             self._arrive_refused(kind, seq, error)
             raise
+        record = None
+        if self._once is not None:
+            if self._once.goes_without(call):
+                lane.seq -= 1  # numbers are of calls in which the ranks meet
+                work = Work(lane, call, 0, limit, self._recorder)
+                engine.launch(work, self._transport.steps(call))
+                return work
+            record = self._once.before(call)
         work = Work(lane, call, seq, limit, self._recorder)
         if then is not None or not engine.at_once(work, self._at_once):
-            engine.launch(work, self._steps(work, then))
+            engine.launch(work, self._steps(work, then, record))
         return work
 
     def _at_once(self, call: Call, seq: int) -> bool:
@@ -923,10 +932,14 @@ class ProcessGroup:
         transport.finish(call, seq)
         return True
 
-    def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+    def _steps(
+        self, work: Work, then: Callable[[Work], Steps] | None, record: Record | None
+    ) -> Steps:
         call, seq = work.call, work.seq
         self._transport.prepare(call, seq)
         yield from self._arrival.steps(call, seq)
+        if record is not None and self._once is not None:
+            self._once.after(record)
         if then is not None:
             yield from then(work)
         elif self._transport.rides(call):
@@ -1042,7 +1055,11 @@ def new_group(
             nodes, an allreduce, broadcast, reduce, allgather, reduce_scatter, scan or exscan is
             compared only between the ranks of each node, which saves an exchange between the
             nodes.  Calls that differ between nodes then go unnoticed: they give wrong data, or
-            time out.  A mismatch inside a node breaks the group.
+            time out.  A mismatch inside a node breaks the group.  "first": on GPU memory, a call by
+            NCCL that was compared once, with this kind, dtype, count, op and root, is enqueued
+            without waiting for the peers, so that the host can run ahead of them.  That such calls
+            were the same is compared with the next call that meets, at the latest after 1,000: if
+            not, the group is broken, and what they gave is undefined.
         progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
         options: for a registered backend's factory.
 

@@ -213,6 +213,10 @@ class Peers:
                 if not waiting:
                     self.settled.add(source)
 
+    def answers(self) -> dict[int, str]:
+        """Return what each peer has said of where it is; nothing of those that did not answer."""
+        return {rank: heard.text for rank, heard in self._answers.items()}
+
     def missing(self, seq: int) -> dict[int, str]:
         """Return the peers that have not said that they are in call `seq`, and what is known."""
         found = {}

@@ -50,6 +50,7 @@ from .peers import Every, Peers
 from .recorder import leave_trace
 
 if TYPE_CHECKING:
+    from .arrival import Once
     from .calls import Call
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
@@ -139,6 +140,7 @@ class Lane:
         self.replaced = False  # shrink_group has made another group of its members
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
+        self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
@@ -174,7 +176,8 @@ class Lane:
             head = self.queue[0]
             return head.seq, True, f"is in call #{head.seq}, {head.call.describe()}"
         last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
-        return self.seq, False, f"is in no call of this group; last finished {last}"
+        since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
+        return self.seq, False, f"is in no call of this group; last finished {last}{since}"
 
 
 class Pace:
@@ -611,7 +614,7 @@ class Engine:
         if head.recovers:
             return False
         for rank, notice in lane.peers.left.items():
-            if head.queued and notice.seq > head.seq:
+            if head.queued and head.seq and notice.seq > head.seq:
                 continue
             if head.asked and head.deadline - time.monotonic() <= _look_ahead(head):
                 continue  # it is about to say by itself who is missing
@@ -650,10 +653,13 @@ class Engine:
             except Exception as error:
                 self._end(task, self._fault(task, error))
             return
+        peers = task.lane.peers
         with contextlib.suppress(MPI.Exception):
-            task.lane.peers.poll()
+            peers.poll()
         head = task.lane.queue[0] if task.queued else task
-        self._end(task, _too_late(task, elapsed, task.lane.peers.missing(head.seq)))
+        met = head.seq or head.call.kind == "send"  # or it went without arrival
+        missing = peers.missing(head.seq) if met else peers.answers()
+        self._end(task, _too_late(task, elapsed, missing))
 
     def _shorten(self, task: Task, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -775,6 +781,10 @@ def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> Collective
         text += ": no matching message came. The receive was cancelled; the group is still usable"
     elif call.kind == "send":
         text += ": the receiver did not take the message"
+    elif not task.seq:
+        text += ": it was not compared (checks='first'), and peers may have called something else"
+        text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))
+        missing = {}
     elif missing:
         text += f": ranks {sorted(missing)} have not arrived"
         text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))

@@ -49,7 +49,7 @@ class Work(Task):
 
         Waiting advances everything that was launched in this process.  If NCCL carries out the
         call, and no timeout is given, the host waits until it is enqueued only, and the current
-        stream for the rest.
+        stream for the rest; so it does, whatever the timeout, while that captures a CUDA graph.
 
         Args:
             timeout: seconds or a `timedelta`; where it ends before the call's own deadline
@@ -58,7 +58,7 @@ class Work(Task):
         Raises:
             MpicollError: what became of the call; its class says in which state the group is.
         """
-        if timeout is not None:
+        if timeout is not None and not self.call.captured:
             engine.wait(self, seconds(timeout, 0.0))
         elif not self.done:
             engine.wait(self, on_host=False)
@@ -112,7 +112,16 @@ class Work(Task):
         return int(self.call.result if self.call.result is not None else -1)
 
     def synchronize(self) -> None:
-        """Block the host until the call is done."""
+        """Block the host until the call is done.
+
+        Raises:
+            InvalidCallError: it is captured in a CUDA graph, so the GPU has not even begun it.
+        """
+        if self.call.captured:
+            raise InvalidCallError(
+                f"synchronize() of {self.call.describe()}, which is captured in a CUDA graph: "
+                "wait() for it, and synchronize the stream in which you launch the graph"
+            )
         engine.wait(self)
         self._ended_well()
 

@@ -25,6 +25,7 @@ from ..ops import ReduceOp
 from .base import Transport
 from .staged import Copies, StagedTransport, device_blocks
 
+AHEAD = 128  # calls on a stream: where CUDA finds no room for more, it blocks the host
 BYTES = 1  # the NCCL type in which everything is moved: uint8
 
 TYPES = {
@@ -207,11 +208,15 @@ class NcclTransport(StagedTransport):
     def __init__(self, host: Transport, gpu: Queue, nccl: Nccl, turns: Turns) -> None:
         super().__init__(host, gpu)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
+        self._ahead = 0  # calls that are on the stream
 
     def admit(self, call: Call) -> None:
         super().admit(call)
         if all(map(_does, call.parts or (call,))):
             call.turn = self._turns.take()
+
+    def _can_be_captured(self, call: Call) -> bool:
+        return all(map(_does, call.parts or (call,))) or super()._can_be_captured(call)
 
     def steps(self, call: Call) -> Steps:
         return super().steps(call) if call.turn is None else self._enqueue(call)
@@ -225,6 +230,8 @@ class NcclTransport(StagedTransport):
     def _enqueue(self, call: Call) -> Steps:
         gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
         yield from self._turns.come(call.turn)
+        while self._ahead >= AHEAD:
+            yield IDLE
         try:
             with gpu.active():
                 for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
@@ -235,10 +242,13 @@ class NcclTransport(StagedTransport):
             mark = gpu.mark(gpu.queue)
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
+            self._ahead += 1
             yield MOVED  # the engine sees that it is enqueued
-            while not gpu.is_done(mark):
+            # What is captured the GPU passes when the graph is launched, which nobody tells us.
+            while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
                 yield IDLE
+            self._ahead -= 1
         except BaseException:  # given up, or an error
             self.abort()
             raise

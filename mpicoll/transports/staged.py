@@ -17,7 +17,7 @@ from ..buffers import Blocks, Buffer, DeviceBuffer
 from ..calls import UNEVEN, Call, digest
 from ..cuda_arrays import UNKNOWN, DeviceArray
 from ..dtypes import DType
-from ..errors import InvalidCallError
+from ..errors import InvalidCallError, UnsupportedError
 from ..library import KEEN, Steps
 from ..progress import Expired
 from .base import Transport
@@ -45,6 +45,9 @@ class Copies(Protocol):
 
     def device_of(self, address: int) -> int:
         """Return the number of the GPU that holds an address."""
+
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether what is queued on a stream is captured in a CUDA graph."""
 
     def mark(self, stream: int) -> object:
         """Note what has been queued on a stream by now."""
@@ -85,6 +88,7 @@ class StagedTransport(Transport):
 
         Raises:
             InvalidCallError: an array lies on another GPU than this rank's.
+            UnsupportedError: its stream captures a CUDA graph, and the host takes part in the call.
         """
         marks: dict[int, object] = {}
         for buffer in call.buffers():
@@ -101,9 +105,17 @@ class StagedTransport(Transport):
                     f'new_group(device="cuda:{at}") on this rank'
                 )
             if buffer.stream not in marks:
+                if self._copies.is_capturing(buffer.stream):
+                    call.captured = self._can_be_captured(call)
                 marks[buffer.stream] = self._copies.mark(buffer.stream)
             buffer.ready = marks[buffer.stream]
         call.digest = digest(call.digest, 1)  # peers must not give host arrays to this call
+
+    def _can_be_captured(self, call: Call) -> bool:
+        raise UnsupportedError(
+            f"{call.describe()} can't be captured in a CUDA graph, as the host takes part in it: "
+            "call it outside of the graph"
+        )
 
     def prepare(self, call: Call, seq: int) -> bool:
         return call.device is None and self._host.prepare(call, seq)

@@ -65,6 +65,7 @@ class LateCopies:
 
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
+        self.capturing: set[int] = set()  # streams that do
         self.queues: dict[str, list[Callable[[], None]]] = {
             way: [] for way in ("to_host", "to_device", "within")
         }
@@ -75,6 +76,9 @@ class LateCopies:
 
     def device_of(self, address: int) -> int:
         return DEVICE
+
+    def is_capturing(self, stream: int) -> bool:
+        return stream in self.capturing
 
     def mark(self, stream: int) -> object:
         self.log.append(("mark", stream))

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.arrival import Arrival
 from mpicoll.cuda import load_cupy
 from mpicoll.errors import CollectiveTimeoutError, GroupBrokenError, UnsupportedError
+from mpicoll.library import pending
 from tests.contract.arrays import BFLOAT16, Array, Kind, Torch, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -136,6 +139,7 @@ def test_no_race_with_the_streams_of_the_user(pg):
     """Compute on a side stream, a collective, compute; arrays are dropped as soon as can be."""
     n, count = pg.size(), 100_003
     wrong = cupy.zeros((), np.int64)
+    cupy.cuda.Device().synchronize()  # or `side` might count before it is zero
     side = cupy.cuda.Stream(non_blocking=True)
     with side:
         for i in range(1000):
@@ -198,6 +202,10 @@ def test_a_rank_that_never_comes(fresh, world):
         assert (x == 1).all()
         with pytest.raises(GroupBrokenError):
             fresh.barrier()
+    elif type(fresh._arrival) is Arrival:
+        # Over MPI the others' arrival waits for this rank's, or MPI could not be finalized.
+        record = fresh._arrival._spec
+        pending.append(fresh.comm.Iallreduce(MPI.IN_PLACE, record, MPI.MAX))
 
 
 def test_a_rank_that_comes_to_nccl_and_stops(fresh, world):

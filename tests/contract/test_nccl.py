@@ -16,15 +16,18 @@ from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll import ReduceOp, backends
+from mpicoll.arrival import Once
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
     InvalidCallError,
     MpicollError,
     TransportError,
+    UnsupportedError,
 )
 from mpicoll.library import pause
 from mpicoll.progress import engine
+from mpicoll.transports import nccl
 from mpicoll.transports.nccl import NcclTransport, Turns
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
@@ -257,10 +260,10 @@ def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
 
 
 def test_the_factor_of_a_sum_is_given_back(fresh):
-    x, nccl = ELSEWHERE.full(5, 1), fresh._transport._nccl
+    x, comm = ELSEWHERE.full(5, 1), fresh._transport._nccl
     fresh.allreduce(x, ReduceOp.PREMUL_SUM(0.5)).synchronize()
     assert (x.values == fresh.size() / 2).all()
-    assert nccl.made > 1000 and not nccl.factors
+    assert comm.made > 1000 and not comm.factors
 
 
 @pytest.fixture
@@ -366,6 +369,146 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
     assert time.monotonic() - begin > 0.25 and ("abort",) in queue.log
 
 
+@pytest.fixture
+def ahead(fresh) -> mc.ProcessGroup:
+    fresh._once = fresh._lane.once = Once()
+    return fresh
+
+
+def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world):
+    x, y = ELSEWHERE.full(5, 1), ELSEWHERE.full(6, 0)
+    ahead.allreduce(x).wait()
+    if world.rank == 0:
+        for _ in range(10):
+            assert ahead.allreduce(x).wait()  # though nobody else is there yet
+    world.Barrier()
+    if world.rank != 0:
+        for _ in range(10):
+            ahead.allreduce(x).wait()
+    ahead.barrier().wait()
+    ahead.allreduce(y).synchronize()  # unknown so far: compared
+    assert (x.values == float(world.size) ** 11).all()
+    kinds = [entry["kind"] for entry in ahead._recorder.report()["calls"]]
+    assert kinds.count("allreduce") == 12
+
+
+def test_calls_that_were_not_compared_are_counted_in_the_next_that_is(ahead, world):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    queue = queue_of(ahead)
+    x, y = ELSEWHERE.full(5, 1), ELSEWHERE.full(5, 1)
+    ahead.allreduce(x).synchronize()
+    ahead.allreduce(y, ReduceOp.PRODUCT).synchronize()
+    first, second = (ReduceOp.SUM, ReduceOp.PRODUCT)[:: 1 if world.rank else -1]
+    for op in (first, second):  # NCCL would give wrong data, and say nothing
+        ahead.allreduce(x, op).wait()
+    queue.open = False
+    with pytest.raises(MpicollError, match="after 2 calls that were not compared, the last") as e:
+        ahead.barrier().wait()
+    assert e.value.breaks_group
+
+
+def test_one_rank_that_went_without_and_one_that_did_not(ahead, world):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    queue_of(ahead).open = False
+    ahead.allreduce(ELSEWHERE.full(5, 1)).wait()
+    if world.rank == 0:
+        ahead.allreduce(ELSEWHERE.full(5, 1)).wait()
+    with pytest.raises(MpicollError) as caught:
+        ahead.barrier().wait()
+    assert caught.value.breaks_group
+
+
+def test_a_mismatch_before_anything_went_without_leaves_the_group_usable(ahead, world):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    with pytest.raises(MpicollError) as caught:
+        ahead.allreduce(ELSEWHERE.full(5 + world.rank, 1)).wait()
+    assert not caught.value.breaks_group
+    ahead.allreduce(ELSEWHERE.full(5, 1)).synchronize()
+
+
+def test_after_so_many_calls_all_meet_again(ahead, world, monkeypatch):
+    monkeypatch.setattr(Once, "AGAIN", 10)
+    x, number = ELSEWHERE.full(5, 0), ahead._lane.seq
+    for _ in range(45):
+        ahead.allreduce(x).wait()
+    assert ahead._lane.seq - number == 5, "the first, and each eleventh"
+
+
+def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead, world):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    queue = queue_of(ahead)
+    x = ELSEWHERE.full(5, 1)
+    ahead.allreduce(x).synchronize()
+    queue.open = False
+    if world.rank == 0:
+        with pytest.raises(CollectiveTimeoutError, match=r"not compared.*rank 1 .*allgather") as e:
+            ahead.allreduce(x, timeout=1).synchronize()
+        assert e.value.breaks_group
+    else:
+        with pytest.raises(MpicollError):
+            ahead.allgather_object(3)
+
+
+def test_only_so_many_calls_are_ahead_of_the_gpu(ahead, monkeypatch):
+    """Else CUDA would block the host, where no deadline is kept."""
+    monkeypatch.setattr(nccl, "AHEAD", 4)
+    queue = queue_of(ahead)
+    queue.open = False
+    x = ELSEWHERE.full(5, 0)
+    works = [ahead.allreduce(x)]
+    works[0].wait()
+    for _ in range(3):
+        works.append(ahead.allreduce(x))
+        works[-1].wait()
+    works.append(ahead.allreduce(ELSEWHERE.full(5, 0)))
+    time.sleep(0.05)
+    assert queue.given == 4 and not works[-1].is_completed()
+    queue.open = True
+    mc.wait_all(works, timeout=10)
+    assert queue.given == 5
+
+
+# ---- CUDA graphs ----
+
+
+def test_a_captured_call_is_over_when_the_stream_has_waited_for_it(fresh):
+    """Nobody tells when the GPU passes it, or how often."""
+    queue = queue_of(fresh)
+    x = ELSEWHERE.full(5, 1)
+    fresh.allreduce(x).synchronize()
+    queue.capturing.add(STREAM)
+    queue.open = False
+    del queue.log[:]
+    queue.asked.clear()
+    work = fresh.allreduce(x)
+    with pytest.raises(InvalidCallError, match="captured in a CUDA graph"):
+        work.synchronize()
+    work.wait(timeout=5)
+    assert [entry[0] for entry in queue.log][-1] == "hold"
+    while not work.is_completed():
+        pass
+    assert work.is_success() and not queue.asked, "CUDA refuses to be asked for such a mark"
+    queue.capturing.clear()
+    queue.open = True
+    fresh.allreduce(x).synchronize()
+
+
+def test_what_the_host_takes_part_in_cant_be_captured(fresh):
+    queue = queue_of(fresh)
+    queue.capturing.add(STREAM)
+    x = ELSEWHERE.full(5, 1)
+    with pytest.raises(UnsupportedError, match="can't be captured in a CUDA graph"):
+        fresh.allreduce(x, ReduceOp.MAX)
+    with pytest.raises(UnsupportedError, match="can't be captured in a CUDA graph"):
+        fresh.send(x, 0)
+    queue.capturing.clear()
+    fresh.allreduce(x).synchronize()
+
+
 def test_many_calls_are_queued_before_the_first_is_done(fresh):
     queue = queue_of(fresh)
     queue.open = False
@@ -420,12 +563,11 @@ def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
 
 
 def test_where_one_rank_cant_split_all_do_without(fresh, world):
-    nccl = fresh._transport._nccl
-    nccl.comm = (
-        MPI.COMM_SELF
-    )  # NCCL's own split waits for the rank that fails, or not; this doesn't
+    communicator = fresh._transport._nccl
+    # NCCL's own split waits for the rank that fails, or not; this doesn't.
+    communicator.comm = MPI.COMM_SELF
     if world.rank == 0:
-        nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+        communicator.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
     made, part = split(fresh, [*range(world.size)])
     assert made is None and part.size() == world.size
 
