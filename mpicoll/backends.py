@@ -300,7 +300,8 @@ def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, Non
         color, key = ours.Translate_ranks([0], everyone)[0], comm.Get_rank()
         ours.Free()
         everyone.Free()
-    mark = gpu.mark(gpu.queue)
+    with gpu.active():
+        mark = gpu.mark(gpu.queue)
     while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
         yield IDLE
     part, why = yield from _made(lambda: nccl.split(color, key))

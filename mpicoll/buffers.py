@@ -325,6 +325,8 @@ class Blocks:
         """Return block `i`, a view."""
         if self._whole is None:
             return self.buffers[i].array
+        if len(self.counts) == 1:
+            return self._whole
         return self._whole[self.displs[i] : self.displs[i] + self.counts[i]]
 
     def flat(self) -> Array:

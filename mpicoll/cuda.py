@@ -189,17 +189,15 @@ class Gpu:
     def is_capturing(self, stream: int) -> bool:
         if stream == LEGACY_STREAM:
             return False  # it can't
-        with self.active():
-            return bool(self._runtime.streamIsCapturing(stream))
+        return bool(self._runtime.streamIsCapturing(stream))
 
     def mark(self, stream: int) -> Mark:
-        with self.active():
-            try:
-                event = self._spare.pop()
-            except IndexError:
-                event = self._cuda.Event(disable_timing=True)
-            mark = Mark(event, self._spare)
-            self._runtime.eventRecord(mark.ptr, stream)
+        try:
+            event = self._spare.pop()
+        except IndexError:
+            event = self._cuda.Event(disable_timing=True)
+        mark = Mark(event, self._spare)
+        self._runtime.eventRecord(mark.ptr, stream)
         return mark
 
     def after(self, mark: Any) -> None:
@@ -240,8 +238,7 @@ class Gpu:
     # ---- for NCCL, which works on a stream of its own ----
 
     def queue_after(self, mark: Any) -> None:
-        with self.active():
-            self._runtime.streamWaitEvent(self.queue, mark.ptr)
+        self._runtime.streamWaitEvent(self.queue, mark.ptr)
 
     def hold(self, mark: Any, streams: Iterable[int]) -> None:
         with self.active():

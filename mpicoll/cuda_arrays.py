@@ -25,7 +25,7 @@ LEGACY_STREAM = 1  # CUDA's handle of the default stream, which waits for ordina
 _DLPACK_CUDA = (2, 13)  # DLPack's kDLCUDA, kDLCUDAManaged
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeviceArray:
     """Elements in a row in a GPU's memory: known by address, never looked at.
 
@@ -49,7 +49,7 @@ class DeviceArray:
         return DeviceArray(self.address + start * self.itemsize, max(0, stop - start), self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Described:
     """What an array in GPU memory says of itself.
 
@@ -79,6 +79,9 @@ def describe(obj: Any, name: str) -> Described | None:
         InvalidCallError: it is not C-contiguous, or masked.
         UnsupportedError: its dtype can't be handled, or it doesn't describe itself.
     """
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is not None and type(obj) is cupy.ndarray:
+        return _from_cupy(obj, cupy, name)
     try:
         face = getattr(obj, "__cuda_array_interface__", None)
         by_dlpack = hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__")
@@ -102,11 +105,27 @@ def describe(obj: Any, name: str) -> Described | None:
 
 def describe_tensor(tensor: Any, torch: Any, name: str) -> Described:
     """Describe a plain contiguous CUDA tensor, ordered by torch's current stream there."""
-    dtype = from_name(str(tensor.dtype), name)
+    dtype = _BY_TORCH.get(tensor.dtype)
+    if dtype is None:
+        dtype = _BY_TORCH[tensor.dtype] = from_name(str(tensor.dtype), name)
     device = tensor.device.index
     stream = torch.cuda.current_stream(device).cuda_stream or LEGACY_STREAM
     array = DeviceArray(tensor.data_ptr(), tensor.numel(), dtype.storage)
     return Described(array, dtype, tuple(tensor.shape), device, stream, True)
+
+
+_BY_TORCH: dict[Any, DType] = {}  # by torch's dtype, whose name is slow to come by
+
+
+def _from_cupy(obj: Any, cupy: Any, name: str) -> Described:
+    """Describe a CuPy array: as its interface does, in a third of the time."""
+    dtype = from_numpy(obj.dtype, name)
+    shape, memory = obj.shape, obj.data
+    if not obj.flags.c_contiguous:
+        _check_strides(shape, tuple(n // dtype.itemsize for n in obj.strides), name)
+    stream = cupy.cuda.get_current_stream().ptr or LEGACY_STREAM
+    array = DeviceArray(memory.ptr, obj.size, dtype.storage)
+    return Described(array, dtype, shape, memory.device_id, stream, True)
 
 
 def stream_of(obj: Any) -> int:
@@ -117,6 +136,8 @@ def stream_of(obj: Any) -> int:
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(obj, torch.Tensor):
         stream = torch.cuda.current_stream(obj.device.index).cuda_stream
+    elif (cupy := sys.modules.get("cupy")) is not None and type(obj) is cupy.ndarray:
+        stream = cupy.cuda.get_current_stream().ptr
     else:
         stream = (getattr(obj, "__cuda_array_interface__", None) or {}).get("stream")
     return int(stream or LEGACY_STREAM)

@@ -113,8 +113,10 @@ class ProcessGroup:
         self._children = Children()
         self._kin = Child(ground.comms, ground.nccl, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
-        if progress == "thread" or self._transport.watched:
+        if progress == "thread":
             engine.background(stay=True)
+        elif self._transport.watched:
+            engine.keep_deadlines()
 
     def __del__(self) -> None:
         # Runs anywhere, in the collector too: it only leaves a mark.
@@ -1006,9 +1008,7 @@ def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
 def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
     reads, writes = call.spans()
-    for task in engine.unfinished():
-        if task.waited:
-            continue
+    for task in engine.using():
         their_reads, their_writes = task.call.spans()
         if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
             reads, their_writes

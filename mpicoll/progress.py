@@ -60,6 +60,8 @@ HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 IDLE_LANES = 32  # lanes without a call under way that are listened to in one pass
 LOOK_OUT = 0.1  # seconds between looks at calls that block inside MPI
 SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, before it ends it
+KEEPING = 0.005  # seconds between looks at deadlines that nobody waits for; less than QUIET
+PARKED = 1.0  # seconds without anything under way after which these looks end
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
@@ -104,11 +106,6 @@ class Task:
         self.callbacks: list[Callable[[], None]] = []
 
     @property
-    def waited(self) -> bool:
-        """Whether the user's streams wait for it, so that its arrays may be used on them again."""
-        return self.call.enqueued is not None and self.call.enqueued.waited
-
-    @property
     def recovers(self) -> bool:
         """Whether it goes on in spite of the peers' failures, of which it makes the best."""
         return self.call.kind == "shrink_group"
@@ -132,6 +129,7 @@ class Lane:
         self.name = name
         self.queue: deque[Task] = deque()
         self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
+        self.unheld: dict[Task, None] = {}  # of these, those that no stream of the user's waits for
         self.due = math.inf  # when the first deadline of these is to be looked at
         self.beside: list[Task] = []  # sends and receives
         self.broken: BaseException | None = None
@@ -158,8 +156,13 @@ class Lane:
 
     def drop(self, task: Task) -> None:
         """Take a task out, wherever it is."""
+        self.unheld.pop(task, None)
+        for oldest in (self.queue, self.enqueued):
+            if oldest and oldest[0] is task:
+                oldest.popleft()
+                return
         for where in (self.queue, self.enqueued, self.beside):
-            with contextlib.suppress(ValueError):
+            if task in where:
                 where.remove(task)
                 return
 
@@ -244,6 +247,9 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stay = False  # whether the thread outlives the work at hand
         self._stop = False
+        self._keeper: threading.Thread | None = None
+        self._parked = False  # the keeper waits until something is under way again
+        self._unpark = threading.Event()
         self._guarded: dict[int, tuple[float, str]] = {}  # calls that block: until when, and what
         self._watchdog: threading.Thread | None = None
         self._look = threading.Event()  # a call is guarded that the watchdog may not know of
@@ -297,6 +303,8 @@ class Engine:
             self._exit()
         if self._thread is not None:
             self._wake.set()
+        if self._parked:
+            self._unpark.set()
 
     def wait(self, task: Task, timeout: float | None = None, *, on_host: bool = True) -> None:
         """Progress everything until `task` is done; its deadline may be brought forward.
@@ -371,18 +379,49 @@ class Engine:
         for lane in list(self._active):
             yield from lane.tasks()
 
+    def using(self) -> Iterator[Task]:
+        """Yield every task whose arrays must not be used otherwise."""
+        for lane in list(self._active):
+            yield from [*lane.queue, *lane.unheld, *lane.beside]
+
     def background(self, *, stay: bool = False) -> None:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
         self._stay = self._stay or stay
         if self._thread is None:
-            if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-                raise GroupBrokenError(
-                    "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
-                    "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
-                )
+            _check_threads()
             self._thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
             self._thread.start()
         self._wake.set()
+
+    def keep_deadlines(self) -> None:
+        """Have a thread look, now and then, at what is under way, though nobody waits for it.
+
+        So a call that is left to the GPU keeps its deadline, at no cost to the calls: a thread that
+        progressed all the time would contend with the user's for the interpreter.
+        """
+        if self._keeper is None:
+            _check_threads()
+            self._keeper = threading.Thread(target=self._keep, name="mpicoll keeper", daemon=True)
+            self._keeper.start()
+
+    def _keep(self) -> None:
+        pace, quiet = Pace(background=True), 0.0
+        while not self._stop:
+            if self._active:
+                quiet = 0.0
+                self._enter()
+                try:
+                    self._pass(pace)
+                finally:
+                    self._exit()
+            elif quiet >= PARKED:
+                self._parked = True
+                if not self._active:  # or it was launched before it could see that we are parked
+                    self._unpark.wait()
+                    self._unpark.clear()
+                self._parked, quiet = False, 0.0
+            time.sleep(KEEPING)
+            quiet += KEEPING
 
     @contextlib.contextmanager
     def guard(self, deadline: float, what: str) -> Iterator[None]:
@@ -489,6 +528,7 @@ class Engine:
                 break
             head.queued = False
             lane.enqueued.append(lane.queue.popleft())
+            lane.unheld[head] = None
             lane.due = min(lane.due, _looked_at(head))
         while lane.enqueued:
             oldest = lane.enqueued[0]
@@ -533,9 +573,10 @@ class Engine:
         lane.drop(task)
         self._settle(task, error)
         if error is not None and error.breaks_group:
-            self._abandon(task)
             seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
             self._break(lane, error, seq, arrived=task.queued)
+            # Last, as it may set a GPU free: who waits for that finds the group broken.
+            self._abandon(task)
 
     def _settle(self, task: Task, error: MpicollError | None) -> None:
         task.done = True
@@ -599,6 +640,7 @@ class Engine:
             self._calls.extend(task.callbacks)
         lane.queue.clear()
         lane.enqueued.clear()
+        lane.unheld.clear()
         lane.beside.clear()
         self._active.pop(lane, None)
         if lane.broken is error:
@@ -703,6 +745,7 @@ class Engine:
         """End the progress thread."""
         self._stop = True
         self._wake.set()
+        self._unpark.set()
         thread = self._thread
         if thread is not None:
             thread.join(1.0)
@@ -752,6 +795,14 @@ def end_job(code: int, why: str = "") -> None:
         time.sleep(SAID)
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
+
+
+def _check_threads() -> None:
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise GroupBrokenError(
+            "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
+            "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
+        )
 
 
 def _interrupted(error: BaseException, task: Task) -> GroupBrokenError:

@@ -64,6 +64,7 @@ class Work(Task):
             engine.wait(self, on_host=False)
             if not self.done:
                 self.call.enqueued.hold()
+                self.lane.unheld.pop(self, None)
                 return True
         return self._ended_well()
 
@@ -96,12 +97,15 @@ class Work(Task):
         Raises:
             InvalidCallError: the call is still under way.
         """
-        if not (self.done or self.waited):
+        if not (self.done or self._left_to_the_gpu()):
             raise InvalidCallError(f"result() of a call under way, {self!r}: wait() first")
         error = self.exception()
         if error is not None:
             raise error
         return list(self.call.outputs)
+
+    def _left_to_the_gpu(self) -> bool:
+        return self.call.enqueued is not None and self.call.enqueued.waited
 
     def source_rank(self) -> int:
         """Return the rank that a finished receive took its message from."""

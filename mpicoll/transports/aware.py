@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 from ..buffers import DeviceBuffer
@@ -35,9 +34,6 @@ Messages = Mapping[int, DeviceArray]  # by the rank at the other end
 
 class Device(Copies, Protocol):
     """A GPU whose memory MPI is given the addresses of."""
-
-    def active(self) -> AbstractContextManager[object]:
-        """Make it the current GPU in a with-block."""
 
     def within(self, source: DeviceArray, into: DeviceArray) -> Done:
         """Start a copy inside the GPU's memory; return what tells whether it is done."""

@@ -8,6 +8,7 @@ group need not wait for that.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ class Rule:
     factor: float | None = None
 
 
+@functools.lru_cache(maxsize=1000)
 def rule(dtype: DType, op: ReduceOp) -> Rule | None:
     """Return how NCCL reduces, or None: it can't, or not as promised.  Alike on all ranks."""
     if dtype.name in _COMPLEX:
@@ -82,11 +84,8 @@ class Queue(Copies, Protocol):
 
     queue: int
 
-    def active(self) -> AbstractContextManager[object]:
-        """Make it the current GPU in a with-block."""
-
     def queue_after(self, mark: object) -> None:
-        """Let what is queued from now on come after what a mark has noted."""
+        """Let what is queued from now on come after what a mark has noted; inside `active`."""
 
     def is_done(self, mark: object) -> bool:
         """Return whether the GPU has passed a mark."""
@@ -237,9 +236,12 @@ class NcclTransport(StagedTransport):
                 for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
                     gpu.queue_after(mark)
                 self._start([op for part in call.parts or (call,) for op in self._operations(part)])
-            while not self._nccl.settled():  # the first calls between two ranks connect them
-                yield KEEN
-            mark = gpu.mark(gpu.queue)
+                mark = gpu.mark(gpu.queue) if self._nccl.settled() else None
+            if mark is None:  # the first calls between two ranks connect them
+                while not self._nccl.settled():
+                    yield KEEN
+                with gpu.active():
+                    mark = gpu.mark(gpu.queue)
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,6 +29,8 @@ Done = Callable[[], bool]
 PIECE = 2 * 2**20  # bytes that are copied at a time
 ROOMS = 3  # pieces under way: one comes from the GPU, one is moved, one goes back
 
+ON_GPU = digest(*b"GPU")  # in the digests of calls on GPU memory
+
 _IN, _OUT = 0, 1  # uses of a room
 
 
@@ -40,6 +43,9 @@ class Copies(Protocol):
 
     device: int
 
+    def active(self) -> AbstractContextManager[object]:
+        """Make it the current GPU in a with-block."""
+
     def pinned(self, nbytes: int) -> Array:
         """Return new host memory that can be copied in the background."""
 
@@ -47,10 +53,10 @@ class Copies(Protocol):
         """Return the number of the GPU that holds an address."""
 
     def is_capturing(self, stream: int) -> bool:
-        """Return whether what is queued on a stream is captured in a CUDA graph."""
+        """Return whether a stream captures a CUDA graph; inside `active`."""
 
     def mark(self, stream: int) -> object:
-        """Note what has been queued on a stream by now."""
+        """Note what has been queued on a stream by now; inside `active`."""
 
     def after(self, mark: object) -> None:
         """Let the copies that are started from now on come after what a mark has noted."""
@@ -90,6 +96,11 @@ class StagedTransport(Transport):
             InvalidCallError: an array lies on another GPU than this rank's.
             UnsupportedError: its stream captures a CUDA graph, and the host takes part in the call.
         """
+        with self._copies.active():
+            self._note_streams(call)
+        call.digest ^= ON_GPU  # peers must not give host arrays to this call
+
+    def _note_streams(self, call: Call) -> None:
         marks: dict[int, object] = {}
         for buffer in call.buffers():
             assert isinstance(buffer, DeviceBuffer)
@@ -109,7 +120,6 @@ class StagedTransport(Transport):
                     call.captured = self._can_be_captured(call)
                 marks[buffer.stream] = self._copies.mark(buffer.stream)
             buffer.ready = marks[buffer.stream]
-        call.digest = digest(call.digest, 1)  # peers must not give host arrays to this call
 
     def _can_be_captured(self, call: Call) -> bool:
         raise UnsupportedError(

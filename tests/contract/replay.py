@@ -60,21 +60,13 @@ class Queue(LateCopies):
         self.held = self.needed = 0
         self.open = True
         self.asked: set[Any] = set()  # marks that were asked for
-        self.active_now = False
 
     def add(self, start: Callable[[], tuple[Requests, Callable[[], None]]]) -> None:
         self.pending.append(Step(start))
         self.given += 1
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        before, self.active_now = self.active_now, True
-        try:
-            yield
-        finally:
-            self.active_now = before
-
     def mark(self, stream: int) -> Any:
+        assert self.active_now
         self.log.append(("mark", stream))
         return self.given if stream == QUEUE else ("user", self.held)
 
@@ -83,6 +75,7 @@ class Queue(LateCopies):
         self.needed = max(self.needed, mark[1])
 
     def queue_after(self, mark: Any) -> None:
+        assert self.active_now
         self.log.append(("queue_after", mark))
 
     def is_done(self, mark: Any) -> bool:

@@ -6,8 +6,9 @@ it is done for the fourth time; until then its target holds rubbish.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,19 @@ class LateCopies:
 
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
+        self.active_now = False
         self.capturing: set[int] = set()  # streams that do
         self.queues: dict[str, list[Callable[[], None]]] = {
             way: [] for way in ("to_host", "to_device", "within")
         }
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        before, self.active_now = self.active_now, True
+        try:
+            yield
+        finally:
+            self.active_now = before
 
     def pinned(self, nbytes: int) -> Array:
         self.log.append(("pinned", nbytes))
@@ -78,9 +88,11 @@ class LateCopies:
         return DEVICE
 
     def is_capturing(self, stream: int) -> bool:
+        assert self.active_now
         return stream in self.capturing
 
     def mark(self, stream: int) -> object:
+        assert self.active_now
         self.log.append(("mark", stream))
         return ("mark", len(self.log))
 

@@ -5,7 +5,6 @@ The messages are MPI's own.  What reduces is staged, through late copies.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,22 +33,13 @@ class Device(LateCopies):
     def __init__(self) -> None:
         super().__init__()
         self.looks: dict[Any, int] = {}
-        self.depth = 0
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
 
     def within(self, source: DeviceArray, into: DeviceArray) -> Callable[[], bool]:
-        assert source.nbytes == into.nbytes and self.depth == 1
+        assert source.nbytes == into.nbytes and self.active_now
         return self._start("within", at(into.address, into.nbytes), at(source.address, into.nbytes))
 
     def is_done(self, mark: Any) -> bool:
-        assert self.depth == 1
+        assert self.active_now
         self.looks[mark] = self.looks.get(mark, 0) + 1
         return self.looks[mark] >= LOOKS
 
@@ -149,6 +139,6 @@ def test_a_rank_that_stops_in_the_middle(fresh, world):
             fresh.broadcast(ELSEWHERE.full(50, 0), 0, timeout=0.3).wait()
         with pytest.raises(GroupBrokenError):
             fresh.barrier()
-        assert device_of(fresh).depth == 0
+        assert not device_of(fresh).active_now
     finally:
         world.Barrier()

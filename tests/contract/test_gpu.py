@@ -222,6 +222,89 @@ def test_a_rank_that_comes_to_nccl_and_stops(fresh, world):
             fresh.barrier()
 
 
+def of_nccl(pg: mc.ProcessGroup) -> mc.ProcessGroup:
+    if pg.name() != "nccl":
+        pytest.skip("for NCCL")
+    return pg
+
+
+def test_a_graph_of_cupy(fresh):
+    """Captured once, launched three times; NCCL connects before."""
+    n, stream = of_nccl(fresh).size(), cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        x = cupy.zeros(100_003, np.float32)
+        x *= 2
+        x += 1
+        fresh.allreduce(x).synchronize()
+        x.fill(1)
+        stream.synchronize()
+        stream.begin_capture()
+        x *= 2
+        fresh.allreduce(x).wait()
+        x += 1
+        graph = stream.end_capture()
+        value = 1
+        for _ in range(3):
+            graph.launch(stream)
+            value = value * 2 * n + 1
+        stream.synchronize()
+        assert (x == value).all()
+        fresh.allreduce(x).synchronize()  # the group goes on
+        assert (x == n * value).all()
+
+
+def test_a_graph_of_torch(fresh):
+    n = of_nccl(fresh).size()
+    CudaTensors().require()
+    torch = importlib.import_module("torch")
+    x = torch.zeros(100_003, device="cuda")
+    fresh.allreduce(x).synchronize()
+    x.fill_(1)
+    torch.cuda.synchronize()
+    graph, value = torch.cuda.CUDAGraph(), 1
+    with torch.cuda.graph(graph):
+        x.mul_(2)
+        fresh.allreduce(x).wait()
+        x.add_(1)
+    for _ in range(3):
+        graph.replay()
+        value = value * 2 * n + 1
+    torch.cuda.synchronize()
+    assert (x == value).all()
+
+
+def test_what_the_host_takes_part_in_cant_be_captured(fresh):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        x = cupy.ones(5, np.float32)
+        stream.begin_capture()
+        with pytest.raises(UnsupportedError, match="can't be captured in a CUDA graph"):
+            fresh.allreduce(x, mc.ReduceOp.MAX)
+        stream.end_capture()
+        fresh.allreduce(x, mc.ReduceOp.MAX).wait()
+        assert (x == 1).all()
+
+
+def test_the_host_runs_ahead(world):
+    """checks="first": nobody waits for the peers, and the sums are right."""
+    try:
+        pg = mc.new_group("nccl", timeout=20, device="cuda", checks="first")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    cupy.cuda.Device(int(pg.device.partition(":")[2])).use()
+    arrays = [cupy.full(1000, pg.rank() + i, np.float32) for i in range(300)]
+    pg.allreduce(arrays[0]).wait()
+    if world.rank == 0:
+        for x in arrays[1:101]:
+            pg.allreduce(x).wait()
+    world.Barrier()
+    for x in arrays[1 if world.rank else 101 :]:
+        pg.allreduce(x).wait()
+    n = pg.size()
+    assert all((x == n * (n - 1) // 2 + n * i).all() for i, x in enumerate(arrays))
+    pg.shutdown()
+
+
 def test_both_memories_in_turn(pg):
     parts = [data(r, 20_000) for r in range(pg.size())]
     for _ in range(3):

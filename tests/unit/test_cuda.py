@@ -81,9 +81,10 @@ def cuda():
 
 
 def made_on(cuda, device):
-    """A GPU, with a clean record."""
+    """A GPU, which is the current one, with a clean record."""
     gpu = Gpu(cuda, device)
     del cuda.calls[:]
+    cuda.ctxSetCurrent(1000 + device)
     return gpu
 
 
@@ -91,13 +92,14 @@ def test_no_context_is_made_on_another_gpu(cuda):
     """Each would cost some hundred MB of GPU 0, on every rank of a node."""
     gpu = Gpu(cuda, 2)
     done = gpu.to_host(GPU, np.zeros(20, np.uint8))
-    mark = gpu.mark(77)
+    with gpu.active():
+        mark = gpu.mark(77)
+        gpu.queue_after(mark)
     gpu.after(mark)
-    gpu.queue_after(mark)
     gpu.hold(mark, [5])
     gpu.device_of(GPU.address)
-    del done, mark
-    thread = threading.Thread(target=lambda: gpu.is_done(gpu.mark(77)))
+    del done
+    thread = threading.Thread(target=gpu.is_done, args=(mark,))
     thread.start()
     thread.join()
     gpu.pinned(4096)
@@ -110,7 +112,8 @@ def test_the_callers_context_stays(cuda, before):
     """None, the default GPU's, or that of a GPU of the caller's own choice."""
     cuda.thread.context = before
     gpu = Gpu(cuda, 2)
-    gpu.after(gpu.mark(77))
+    done = gpu.to_host(GPU, np.zeros(20, np.uint8))
+    assert not done() and cuda.context == before
     with pytest.raises(ValueError), gpu.active():
         assert cuda.context == 1002
         raise ValueError
@@ -168,7 +171,7 @@ def test_both_ways_come_after_a_mark(cuda):
 
 
 def test_the_event_of_a_mark_serves_again_when_nobody_has_the_mark(cuda):
-    gpu = Gpu(cuda, 1)
+    gpu = made_on(cuda, 1)
     first, second = gpu.mark(77), gpu.mark(77)
     assert first.ptr != second.ptr
     freed = first.ptr
@@ -177,7 +180,7 @@ def test_the_event_of_a_mark_serves_again_when_nobody_has_the_mark(cuda):
 
 
 def test_the_queue_comes_after_a_mark_and_streams_after_the_queue(cuda):
-    gpu = Gpu(cuda, 1)
+    gpu = made_on(cuda, 1)
     before, passed = gpu.mark(77), gpu.mark(gpu.queue)
     del cuda.calls[:]
     gpu.queue_after(before)
