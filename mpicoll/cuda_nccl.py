@@ -1,18 +1,21 @@
-"""A communicator of NCCL by way of nccl4py, made so that nothing asked of it blocks.
+"""A communicator of NCCL by way of nccl4py.  What may wait for a peer is done aside, in a thread.
 
-A call returns at once.  Until `settled` says that it is done (the first ones between two ranks
-connect them, which takes both), the communicator may be asked for nothing else, but it can be
-aborted: so a deadline holds whatever a peer does.  CuPy's own binding makes no such communicators.
-The only module that imports nccl4py, when the first group that may use NCCL is made.
+To make a communicator, to split it, to give it back, and the first call of a kind and size, which
+connects the ranks: each may block for as long as a peer does not come.  So a thread makes these,
+and `settled` tells when it has; until then the communicator is asked for nothing else, but can be
+aborted, so that a deadline holds whatever a peer does.  All other calls only put work on a stream.
+
+(NCCL's own non-blocking communicators start a thread in *every* call: docs/decisions.md.)  The only
+module that imports nccl4py, when the first group that may use NCCL is made.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,21 +64,52 @@ def join(gpu: Gpu, size: int, name: bytes, rank: int) -> Communicator:
     """Begin to make a communicator, as all its ranks do: it is made when it is `settled`."""
     binding = load()
     config = binding.Config()
-    config.blocking = 0
     config.launch_order_implicit = 1
-    with gpu.active():  # NCCL takes the GPU that is current
-        handle = binding.comm_init_rank_config(
-            size, binding.UniqueId.from_buffer(name), rank, config
-        )
-    return Communicator(binding, gpu, handle)
+
+    def make() -> Any:
+        unique = binding.UniqueId.from_buffer(name)
+        return binding.comm_init_rank_config(size, unique, rank, config)
+
+    return Communicator(binding, gpu, make)
+
+
+class _Aside(threading.Thread):
+    """A call of NCCL that may block, in a thread of its own; the GPU is the current one there."""
+
+    def __init__(self, gpu: Gpu, call: Callable[[], Any]) -> None:
+        super().__init__(name="mpicoll NCCL", daemon=True)
+        self._gpu, self._call = gpu, call
+        self.over = False
+        self.value: Any = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Make the call."""
+        try:
+            with self._gpu.active():  # NCCL takes the GPU that is current
+                self.value = self._call()
+        except Exception as error:
+            self.error = error
+        self.over = True
 
 
 class Communicator:
-    """Keeps `transports.nccl.Nccl`: the addresses, counts and numbers are NCCL's own."""
+    """Keeps `transports.nccl.Nccl`: the addresses, counts and numbers are NCCL's own.
 
-    def __init__(self, binding: Any, gpu: Gpu, handle: Any, parent: Any = None) -> None:
-        self._binding, self._gpu, self._handle = binding, gpu, handle
-        self._parent = parent  # that this one is being split off from
+    Args:
+        make: makes NCCL's communicator, aside.
+    """
+
+    def __init__(self, binding: Any, gpu: Gpu, make: Callable[[], Any]) -> None:
+        self._binding, self._gpu = binding, gpu
+        self._handle: Any = None
+        self._warm: set[Hashable] = set()
+        self._aside: _Aside | None = _Aside(gpu, make)
+        self._then: Callable[[Any], None] = self._made
+
+    def _made(self, handle: Any) -> None:
+        self._handle = handle
 
     def settled(self) -> bool:
         """Return whether what was asked of it is done.
@@ -83,63 +117,85 @@ class Communicator:
         Raises:
             TransportError: it failed.
         """
-        for handle in (self._parent, self._handle):
-            if not handle:
-                continue
-            status = int(self._binding.comm_get_async_error(handle))
-            if status == _IN_PROGRESS:
+        aside = self._aside
+        if aside is not None:
+            if not aside.over:
                 return False
-            if status != _SUCCESS:
-                said = self._binding.get_last_error(handle)
-                raise TransportError(
-                    f"NCCL failed: {self._binding.get_error_string(status)}. {said}", code=status
-                )
-        self._parent = None
+            self._aside = None
+            if aside.error is not None:
+                raise self._failed(aside.error) from aside.error
+            self._then(aside.value)
+        if self._handle:
+            status = int(self._binding.comm_get_async_error(self._handle))
+            if status not in (_SUCCESS, _IN_PROGRESS):
+                raise self._failed(self._binding.get_error_string(status), status)
         return True
+
+    def perform(self, operations: Sequence[Callable[[], None]], like: Hashable) -> bool:
+        """Put operations on a stream, as one; return whether that is done, or goes on aside.
+
+        Args:
+            like: what tells whether such ones were performed before, so that all is connected.
+
+        Raises:
+            TransportError: NCCL failed.
+        """
+        if like not in self._warm:
+            self._aside = _Aside(self._gpu, partial(self._perform, operations))
+            self._then = lambda _: self._warm.add(like)
+            return False
+        try:
+            self._perform(operations)
+        except Exception as error:  # of NCCL, in a class of its own
+            raise self._failed(error) from error
+        return True
+
+    def _perform(self, operations: Sequence[Callable[[], None]]) -> None:
+        if len(operations) == 1:  # a group of one costs some microseconds more
+            operations[0]()
+        elif operations:
+            self._binding.group_start()
+            try:
+                for operation in operations:
+                    operation()
+            finally:
+                self._binding.group_end()
+
+    def _failed(self, why: object, status: int = 0) -> TransportError:
+        said = self._binding.get_last_error(self._handle) if self._handle else ""
+        return TransportError(
+            f"NCCL failed: {why}. {said}".rstrip(". ") + ".",
+            code=status or int(getattr(why, "status", 0)),
+        )
 
     def split(self, color: int, key: int) -> Communicator:
         """Begin to make a part of it, as all its ranks do: it is made when it is `settled`.
 
         Ranks of color -1 are in no part: theirs is good for nothing else.
         """
-        with self._gpu.active():
-            handle = self._binding.comm_split(self._handle, color, key, 0)
-        return Communicator(self._binding, self._gpu, handle, self._handle)
+        split = partial(self._binding.comm_split, self._handle, color, key, 0)
+        return Communicator(self._binding, self._gpu, split)
 
     def close(self) -> Steps:
         """Give it back; all its ranks do so now."""
-        handle = self._handle
-        with self._gpu.active():
+        handle, self._handle = self._handle, None
+
+        def give_back() -> None:
             self._binding.comm_finalize(handle)
+            self._binding.comm_destroy(handle)
+
+        self._aside, self._then = _Aside(self._gpu, give_back), lambda _: None
         while not self.settled():
             yield IDLE
-        self._handle = None
-        with self._gpu.active():
-            self._binding.comm_destroy(handle)
 
     def abort(self) -> None:
         """Give it up: its kernels, which wait for the peers, end.  Returns at once."""
         handle, self._handle = self._handle, None
-        if handle is None or sys.is_finalizing() or not threading.main_thread().is_alive():
+        if not handle or sys.is_finalizing() or not threading.main_thread().is_alive():
             return  # the end of the process sets the GPU free, and no thread can be started
-        threading.Thread(
-            target=self._abort, args=(handle,), name="mpicoll NCCL abort", daemon=True
-        ).start()
-
-    def _abort(self, handle: Any) -> None:
-        with contextlib.suppress(Exception), self._gpu.active():
-            self._binding.comm_abort(handle)
+        _Aside(self._gpu, lambda: self._binding.comm_abort(handle))
 
     # ---- what is put on a stream ----
-
-    @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
-        """Make all calls in a with-block one."""
-        self._binding.group_start()
-        try:
-            yield
-        finally:
-            self._binding.group_end()
 
     def all_reduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None:
         self._binding.all_reduce(src, dst, n, kind, op, self._handle, stream)

@@ -62,6 +62,7 @@ LOOK_OUT = 0.1  # seconds between looks at calls that block inside MPI
 SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, before it ends it
 KEEPING = 0.005  # seconds between looks at deadlines that nobody waits for; less than QUIET
 PARKED = 1.0  # seconds without anything under way after which these looks end
+STUCK = 0.25  # seconds in one step of a task past its deadline after which its group is aborted
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
@@ -250,6 +251,9 @@ class Engine:
         self._keeper: threading.Thread | None = None
         self._parked = False  # the keeper waits until something is under way again
         self._unpark = threading.Event()
+        self._stepping: Task | None = None  # whose step is being taken
+        self._steps = 0  # that were taken so far
+        self._freed: Task | None = None  # whose step was stuck, and was freed by an abort
         self._guarded: dict[int, tuple[float, str]] = {}  # calls that block: until when, and what
         self._watchdog: threading.Thread | None = None
         self._look = threading.Event()  # a call is guarded that the watchdog may not know of
@@ -397,7 +401,9 @@ class Engine:
         """Have a thread look, now and then, at what is under way, though nobody waits for it.
 
         So a call that is left to the GPU keeps its deadline, at no cost to the calls: a thread that
-        progressed all the time would contend with the user's for the interpreter.
+        progressed all the time would contend with the user's for the interpreter.  It never waits
+        for the engine's lock: a step that is stuck inside NCCL past its deadline it frees, by an
+        abort of its group.
         """
         if self._keeper is None:
             _check_threads()
@@ -406,14 +412,21 @@ class Engine:
 
     def _keep(self) -> None:
         pace, quiet = Pace(background=True), 0.0
+        seen, since = -1, 0.0
         while not self._stop:
+            now, task = time.monotonic(), self._stepping
+            if self._steps != seen:
+                seen, since = self._steps, now
+            elif task is not None and now - since > STUCK and now >= task.deadline:
+                self._free(task)
             if self._active:
                 quiet = 0.0
-                self._enter()
-                try:
-                    self._pass(pace)
-                finally:
-                    self._exit()
+                if self._lock.acquire(blocking=False):
+                    self._inside = True
+                    try:
+                        self._pass(pace)
+                    finally:
+                        self._exit()
             elif quiet >= PARKED:
                 self._parked = True
                 if not self._active:  # or it was launched before it could see that we are parked
@@ -422,6 +435,13 @@ class Engine:
                 self._parked, quiet = False, 0.0
             time.sleep(KEEPING)
             quiet += KEEPING
+
+    def _free(self, task: Task) -> None:
+        """Let a step return that is stuck; the lock is its taker's."""
+        abort = task.lane.abort
+        if abort is not None and self._freed is not task:
+            self._freed = task
+            abort()
 
     @contextlib.contextmanager
     def guard(self, deadline: float, what: str) -> Iterator[None]:
@@ -542,6 +562,8 @@ class Engine:
         return found
 
     def _step(self, task: Task) -> int:
+        self._stepping = task
+        self._steps += 1
         try:
             return next(task.steps)
         except StopIteration:
@@ -551,10 +573,14 @@ class Engine:
         except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
             self._end(task, _interrupted(error, task))
             raise
+        finally:
+            self._stepping = None
         return MOVED
 
     def _fault(self, task: Task, error: Exception) -> MpicollError:
         """Turn what a step raised into our error: a peer's death, if that was behind it."""
+        if task is self._freed:
+            return _too_late(task, time.monotonic() - task.called, {})
         ours = translate(error, task.call.kind)
         if isinstance(ours, TransportError) and not task.recovers:
             peers, until = task.lane.peers, time.monotonic() + NEWS

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
@@ -21,7 +20,7 @@ from ..buffers import DeviceBuffer
 from ..calls import Call
 from ..cuda_arrays import DeviceArray, stream_of
 from ..dtypes import DType
-from ..library import IDLE, KEEN, MOVED, Steps
+from ..library import IDLE, MOVED, Steps
 from ..ops import ReduceOp
 from .base import Transport
 from .staged import Copies, StagedTransport, device_blocks
@@ -75,6 +74,9 @@ def rule(dtype: DType, op: ReduceOp) -> Rule | None:
     return Rule(TYPES[dtype.name], SUM, factor=cast(float, op.factor))
 
 
+Operation = Callable[[], None]  # a call of NCCL
+
+
 class Queue(Copies, Protocol):
     """A GPU with a stream that NCCL works on.
 
@@ -95,13 +97,16 @@ class Queue(Copies, Protocol):
 
 
 class Nccl(Protocol):
-    """A communicator of NCCL that never blocks; counts, types and operators are NCCL's."""
+    """A communicator of NCCL; counts, types and operators are NCCL's."""
 
     def settled(self) -> bool:
         """Return whether what was asked of it is done; until then it may be asked nothing else."""
 
-    def group(self) -> AbstractContextManager[object]:
-        """Make all calls in a with-block one."""
+    def perform(self, operations: Sequence[Operation], like: Hashable) -> bool:
+        """Put operations on the stream, as one; return whether that is done, or goes on aside.
+
+        Of such as are alike (`like`), the first ones may have to wait for the peers.
+        """
 
     def all_reduce(self, src: int, dst: int, n: int, kind: int, op: int, stream: int) -> None: ...
     def reduce(
@@ -188,8 +193,6 @@ class Enqueued:
 
 _ONE_STREAM = ("cupy", "torch")  # the arrays of these are ordered by the one that is current
 
-Operation = Callable[[], None]
-
 
 class NcclTransport(StagedTransport):
     """The collectives of a group whose ranks have a GPU each.
@@ -235,11 +238,11 @@ class NcclTransport(StagedTransport):
             with gpu.active():
                 for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
                     gpu.queue_after(mark)
-                self._start([op for part in call.parts or (call,) for op in self._operations(part)])
-                mark = gpu.mark(gpu.queue) if self._nccl.settled() else None
-            if mark is None:  # the first calls between two ranks connect them
+                done = self._nccl.perform(*self._operations(call.parts or (call,)))
+                mark = gpu.mark(gpu.queue) if done else None
+            if mark is None:
                 while not self._nccl.settled():
-                    yield KEEN
+                    yield IDLE
                 with gpu.active():
                     mark = gpu.mark(gpu.queue)
             call.turn.over = True
@@ -255,21 +258,22 @@ class NcclTransport(StagedTransport):
             self.abort()
             raise
 
-    def _start(self, operations: list[Operation]) -> None:
-        if len(operations) == 1:  # a group of one costs some microseconds more
-            operations[0]()
-        elif operations:
-            with self._nccl.group():
-                for operation in operations:
-                    operation()
-
     # ---- which calls of NCCL make up a collective: one method per kind ----
 
-    def _operations(self, call: Call) -> list[Operation]:
-        """Return the calls.  The kind decides which: all ranks must make the same ones."""
-        made: Callable[[Call, list[DeviceArray]], list[Operation]]
-        made = getattr(self, f"_{_SAME_AS.get(call.kind, call.kind)}")
-        return made(call, device_blocks(call.send))
+    def _operations(self, parts: tuple[Call, ...]) -> tuple[list[Operation], Hashable]:
+        """Return NCCL's calls, and what makes others alike: NCCL chooses its ways by the size.
+
+        The kind decides which calls these are: all ranks must make the same ones.
+        """
+        operations: list[Operation] = []
+        like = []
+        for call in parts:
+            made: Callable[[Call, list[DeviceArray]], list[Operation]]
+            made = getattr(self, f"_{_SAME_AS.get(call.kind, call.kind)}")
+            operations += made(call, device_blocks(call.send))
+            op = None if call.op is None else call.op.name
+            like.append((call.kind, call.dtype, op, call.root, call.extent.bit_length()))
+        return operations, like[0] if len(like) == 1 else tuple(like)
 
     def _allreduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         r, into = _rule(call), device_blocks(call.recv)[0]

@@ -1,15 +1,14 @@
 """The calls that mpicoll makes of NCCL, noted and carried out later by mpi4py, on host memory.
 
 What is queued runs in order, while somebody asks whether a mark has been passed, and not at all
-while the gate is shut.  As with a communicator that never blocks, a call is in the queue only after
-some looks whether it is settled, and until then the communicator may be asked for nothing else.
+while the gate is shut.  The first call of its kind and size is in the queue only after some looks
+whether it is settled, and until then the communicator may be asked for nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -118,7 +117,8 @@ class Communicator:
         self.opened = True
         self.calls: list[Call] = []  # that have not settled
         self.looks = 0
-        self.grouped = False
+        self.warm: set[Hashable] = set()
+        self.like: Hashable = None
         self.factors: dict[int, float] = {}
         self.made = _OPS
 
@@ -130,7 +130,25 @@ class Communicator:
         self.looks += 1
         if self.looks < LOOKS or not self.opened:
             return False
-        calls, self.calls, self.looks = self.calls, [], 0
+        self.warm.add(self.like)
+        self.looks = 0
+        self._add_all()
+        return True
+
+    def perform(self, operations: Sequence[Callable[[], None]], like: Hashable) -> bool:
+        assert not self.calls, "asked before it had settled"
+        for operation in operations:
+            operation()
+        if len(operations) > 1:
+            self.log.append(("group", len(operations)))
+        self.like = like
+        if not self.calls or like not in self.warm:
+            return not self.calls
+        self._add_all()
+        return True
+
+    def _add_all(self) -> None:
+        calls, self.calls = self.calls, []
 
         def start() -> tuple[Requests, Callable[[], None]]:
             posted = [call() for call in calls]
@@ -138,17 +156,8 @@ class Communicator:
             return requests, lambda: [finish() for _, finish in posted] and None
 
         self.q.add(start)
-        return True
-
-    @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
-        self.grouped = True
-        yield
-        self.grouped = False
-        self.log.append(("group", len(self.calls)))
 
     def _add(self, call: Call) -> None:
-        assert self.grouped or not self.calls, "asked before it had settled"
         self.calls.append(call)
 
     def _note(self, name: str, stream: int, *what: object) -> None:

@@ -6,6 +6,7 @@ The calls are noted and carried out by mpi4py on host memory; see replay.py.
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp, backends
 from mpicoll.arrival import Once
+from mpicoll.calls import Call
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -26,7 +28,7 @@ from mpicoll.errors import (
     UnsupportedError,
 )
 from mpicoll.library import pause
-from mpicoll.progress import engine
+from mpicoll.progress import Engine, Lane, Task, engine
 from mpicoll.transports import nccl
 from mpicoll.transports.nccl import NcclTransport, Turns
 from tests.contract.arrays import Kind, data, reduced
@@ -340,6 +342,36 @@ def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, wo
     x = ELSEWHERE.full(5, 1)
     other.allreduce(x).synchronize()
     assert (x.values == world.size).all()
+
+
+def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh):
+    queue, comm = queue_of(fresh), fresh._transport._nccl
+    for size in (5, 8):
+        fresh.allreduce(ELSEWHERE.full(size, 1)).synchronize()
+    assert len(comm.warm) == 2
+    comm.opened = False  # whatever would connect now would never settle
+    for size in (4, 7, 8, 15):
+        fresh.allreduce(ELSEWHERE.full(size, 1)).synchronize()
+    assert queue.given == 6
+
+
+def test_a_step_that_is_stuck_past_its_deadline_is_freed_by_an_abort():
+    """As where NCCL blocks in a call that should not: the thread that looks needs no lock."""
+    own, lane, free = Engine(), Lane("stuck", MPI.COMM_SELF), threading.Event()
+    lane.abort = free.set
+    task = Task(lane, Call("allreduce"), 1, 0.2)
+
+    def steps() -> Iterator[int]:
+        assert free.wait(20)
+        raise RuntimeError("NCCL was aborted")
+        yield
+
+    own.keep_deadlines()
+    begin = time.monotonic()
+    own.launch(task, steps())
+    assert time.monotonic() - begin < 10
+    assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
+    own.stop()
 
 
 def test_only_the_oldest_call_on_the_stream_is_asked_for(fresh):
