@@ -213,6 +213,9 @@ class Arrival:
         return range(self._size)
 
 
+_MIX, _LOW = 6364136223846793005, (1 << 63) - 1  # the multiplier is Knuth's, of MMIX
+
+
 class Once:
     """Which calls of a group go without arrival, where checks="first": all that were compared once.
 
@@ -244,7 +247,7 @@ class Once:
             return False
         self.count += 1
         self.last = call
-        self._chain = digest(self._chain, number)
+        self._chain = (self._chain * _MIX + number) & _LOW
         return True
 
     def before(self, call: Call) -> Record:

@@ -919,7 +919,8 @@ class ProcessGroup:
                 return work
             record = self._once.before(call)
         work = Work(lane, call, seq, limit, self._recorder)
-        if then is not None or not engine.at_once(work, self._at_once):
+        in_one_go = then is None and call.device is None
+        if not (in_one_go and engine.at_once(work, self._at_once)):
             engine.launch(work, self._steps(work, then, record))
         return work
 
@@ -939,7 +940,9 @@ class ProcessGroup:
     ) -> Steps:
         call, seq = work.call, work.seq
         self._transport.prepare(call, seq)
-        yield from self._arrival.steps(call, seq)
+        at_once = call.device is not None and call.count != calls.UNEVEN
+        if not (at_once and self._arrival.at_once(call, seq)):
+            yield from self._arrival.steps(call, seq)
         if record is not None and self._once is not None:
             self._once.after(record)
         if then is not None:
@@ -1007,8 +1010,10 @@ def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
 
 def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
-    reads, writes = call.spans()
+    reads = writes = None
     for task in engine.using():
+        if reads is None or writes is None:
+            reads, writes = call.spans()
         their_reads, their_writes = task.call.spans()
         if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
             reads, their_writes

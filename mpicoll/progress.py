@@ -315,7 +315,7 @@ class Engine:
 
         With `on_host` False until it is enqueued, if the rest is up to the GPU.
         """
-        if task.done:
+        if task.done or not (on_host or task.call.enqueued is None):
             return
         if timeout is not None:
             self._shorten(task, timeout)
@@ -597,15 +597,18 @@ class Engine:
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
         lane.drop(task)
-        self._settle(task, error)
-        if error is not None and error.breaks_group:
-            seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
-            self._break(lane, error, seq, arrived=task.queued)
-            # Last, as it may set a GPU free: who waits for that finds the group broken.
-            self._abandon(task)
+        if error is None or not error.breaks_group:
+            self._settle(task, error)
+            return
+        task.error = error
+        task.ended()
+        seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
+        self._break(lane, error, seq, arrived=task.queued)
+        self._abandon(task)
+        task.done = True  # last: a thread that sees it finds the group broken, and the GPU free
+        self._calls.extend(task.callbacks)
 
     def _settle(self, task: Task, error: MpicollError | None) -> None:
-        task.done = True
         task.error = error
         if error is None:
             if task.seq:  # messages have no number
@@ -615,6 +618,7 @@ class Engine:
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         task.ended()
+        task.done = True  # last: another thread may look, without the lock
         if task.callbacks:
             self._calls.extend(task.callbacks)
 
@@ -658,11 +662,11 @@ class Engine:
                 lane.abort()
         for task in lane.tasks():
             self._abandon(task)
-            task.done = True
             task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
             task.error.__cause__ = error
             task.fetched = True  # the cause is what gets reported
             task.ended()
+            task.done = True
             self._calls.extend(task.callbacks)
         lane.queue.clear()
         lane.enqueued.clear()

@@ -161,14 +161,11 @@ class Turns:
         self._waiting.append(weakref.ref(turn))
         return turn
 
-    def come(self, turn: Turn) -> Steps:
-        """Wait until all calls before it were enqueued, or have ended."""
-        while True:
-            while (first := self._waiting[0]()) is None or first.over:
-                self._waiting.popleft()
-            if first is turn:
-                return
-            yield IDLE
+    def has_come(self, turn: Turn) -> bool:
+        """Return whether all calls before it were enqueued, or have ended."""
+        while (first := self._waiting[0]()) is None or first.over:
+            self._waiting.popleft()
+        return first is turn
 
 
 class Enqueued:
@@ -180,6 +177,10 @@ class Enqueued:
 
     def hold(self) -> None:
         """Let the streams that order the user's arrays by now wait for the call."""
+        self.waited = True
+        if len(self._owners) == 1:
+            self._gpu.hold(self._mark, [stream_of(self._owners[0])])
+            return
         streams, libraries = set(), set()
         for owner in self._owners:
             library = type(owner).__module__.partition(".")[0]
@@ -188,7 +189,6 @@ class Enqueued:
             libraries.add(library)
             streams.add(stream_of(owner))
         self._gpu.hold(self._mark, sorted(streams))
-        self.waited = True
 
 
 _ONE_STREAM = ("cupy", "torch")  # the arrays of these are ordered by the one that is current
@@ -211,6 +211,19 @@ class NcclTransport(StagedTransport):
         super().__init__(host, gpu)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
         self._ahead = 0  # calls that are on the stream
+        self._made: dict[str, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
+            "allreduce": self._allreduce,
+            "reduce": self._reduce,
+            "broadcast": self._broadcast,
+            "allgather": self._allgather,
+            "all_gather_single": self._all_gather_single,
+            "gather": self._gather,
+            "scatter": self._scatter,
+            "reduce_scatter": self._reduce_scatter,
+            "reduce_scatter_single": self._reduce_scatter_single,
+            "alltoall": self._alltoall,
+            "all_to_all_single": self._alltoall,
+        }
 
     def admit(self, call: Call) -> None:
         super().admit(call)
@@ -231,8 +244,7 @@ class NcclTransport(StagedTransport):
 
     def _enqueue(self, call: Call) -> Steps:
         gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
-        yield from self._turns.come(call.turn)
-        while self._ahead >= AHEAD:
+        while not self._turns.has_come(call.turn) or self._ahead >= AHEAD:
             yield IDLE
         try:
             with gpu.active():
@@ -268,9 +280,7 @@ class NcclTransport(StagedTransport):
         operations: list[Operation] = []
         like = []
         for call in parts:
-            made: Callable[[Call, list[DeviceArray]], list[Operation]]
-            made = getattr(self, f"_{_SAME_AS.get(call.kind, call.kind)}")
-            operations += made(call, device_blocks(call.send))
+            operations += self._made[call.kind](call, device_blocks(call.send))
             op = None if call.op is None else call.op.name
             like.append((call.kind, call.dtype, op, call.root, call.extent.bit_length()))
         return operations, like[0] if len(like) == 1 else tuple(like)
@@ -368,7 +378,6 @@ class NcclTransport(StagedTransport):
         ]
 
 
-_SAME_AS = {"all_to_all_single": "alltoall"}
 _STAGED = frozenset({"scan", "exscan", "send", "recv"})  # NCCL has no scans, nor tags
 
 
