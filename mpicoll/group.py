@@ -115,7 +115,7 @@ class ProcessGroup:
         engine.enlist(self._lane)
         if progress == "thread":
             engine.background(stay=True)
-        elif self._transport.watched:
+        if self._transport.watched:
             engine.keep_deadlines()
 
     def __del__(self) -> None:

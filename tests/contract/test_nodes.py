@@ -100,8 +100,10 @@ def test_values_that_mean_nothing(set_nodes, world, text):
 
 def test_checks_of_another_kind_are_refused(world):
     for checks in ("none", "", None, 1):
-        with pytest.raises(InvalidCallError, match="checks must be 'full'.* or 'node'"):
+        with pytest.raises(InvalidCallError, match="checks must be 'full'.*'node'.* or 'first'"):
             mc.new_group(timeout=20, checks=checks)
+    with pytest.raises(InvalidCallError, match="checks='first' is for groups on GPU memory"):
+        mc.new_group(timeout=20, checks="first")
     with pytest.raises(CollectiveMismatchError, match="checks='node'"):
         mc.new_group(timeout=20, checks="node" if world.rank == 0 else "full")
 
