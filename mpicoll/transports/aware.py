@@ -20,6 +20,7 @@ from ..library import KEEN, MPI, Steps, exchange_tag, until_all
 from .base import Transport
 from .staged import Copies, Done, StagedTransport, copied, device_blocks
 
+SMALL = 64 * 1024  # bytes of a broadcast that is sent whole to each rank
 MAX_BYTES = 2**30  # that one message holds; MPI's counts are C ints
 
 _MOVES = frozenset(
@@ -93,9 +94,17 @@ class AwareTransport(StagedTransport):
         """Deal out the root's array in even parts, and let everyone pass its own on.
 
         So no rank sends more than twice the array.  van de Geijn's algorithm (Chan et al.,
-        "Collective communication: theory, practice, and experience", 2007).
+        "Collective communication: theory, practice, and experience", 2007).  What is small, or has
+        one taker, the root sends as it is.
         """
         (array,) = device_blocks(call.send)
+        if self.size == 2 or array.nbytes <= SMALL:
+            if self.rank == call.root:
+                takers = [rank for rank in range(self.size) if rank != self.rank]
+                yield from self._exchange(dict.fromkeys(takers, array), {})
+            else:
+                yield from self._exchange({}, {call.root: array})
+            return
         ends = [i * array.size // self.size for i in range(self.size + 1)]
         parts = [array[start:stop] for start, stop in itertools.pairwise(ends)]
         mine = parts[self.rank]

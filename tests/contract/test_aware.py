@@ -52,6 +52,7 @@ def device_of(pg: mc.ProcessGroup) -> Device:
 
 @pytest.fixture(params=BACKENDS)
 def pg(request, monkeypatch) -> mc.ProcessGroup:
+    monkeypatch.setattr(aware, "SMALL", 2000)  # so that both ways of a broadcast are gone
     monkeypatch.setattr(aware, "MAX_BYTES", 1000)  # so that the arrays go in several messages
     pg = _groups(backend=request.param, group_name="aware")
     device_of(pg)
