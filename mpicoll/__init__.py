@@ -8,8 +8,8 @@
 Importing costs nothing and touches no MPI; the first `new_group` loads it.
 """
 
-from .backends import register_backend
-from .calls import ANY_SOURCE
+from .backends import ProcessGroupFactory, register_backend
+from .calls import ANY_SOURCE, PROC_NULL
 from .errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ANY_SOURCE",
+    "PROC_NULL",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "FileStore",
@@ -47,6 +48,7 @@ __all__ = [
     "MpicollError",
     "PrefixStore",
     "ProcessGroup",
+    "ProcessGroupFactory",
     "RankFailedError",
     "ReduceOp",
     "RemoteRankError",

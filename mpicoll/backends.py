@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -44,18 +44,35 @@ NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is
 
 _REASON = 400  # bytes of why a rank can't use its GPU that the others are told
 
-Factory = Callable[..., Any]
-_factories: dict[str, Factory] = {}
+
+class ProcessGroupFactory(Protocol):
+    """What `register_backend` takes: called on every rank, it returns a group of its own kind.
+
+    The arguments are those of `_dist2`: a `TCPStore` that rank 0 serves, a `timedelta`, the device
+    (a `torch.device` where torch is loaded), and the options that `new_group` was given.
+    """
+
+    def __call__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        device: Any,
+        **options: Any,
+    ) -> Any:
+        """Make a group."""
 
 
-def register_backend(name: str, factory: Factory) -> None:
+_factories: dict[str, ProcessGroupFactory] = {}
+
+
+def register_backend(name: str, factory: ProcessGroupFactory) -> None:
     """Make `new_group(name, ...)` call your own factory.
 
     Args:
         name: the name of the backend.
-        factory: called on every rank, as `_dist2` calls it:
-            ``factory(store, rank, world_size, timeout, device, **options)``, with a `TCPStore`
-            that rank 0 serves and a `timedelta`; what it returns, `new_group` returns.
+        factory: called on every rank, as `_dist2` calls it; what it returns, `new_group` returns.
 
     Raises:
         InvalidCallError: the name is taken.
@@ -65,7 +82,7 @@ def register_backend(name: str, factory: Factory) -> None:
     _factories[name] = factory
 
 
-def factory_of(name: object) -> Factory | None:
+def factory_of(name: object) -> ProcessGroupFactory | None:
     """Return the registered factory of a name, or None for mpicoll's own backends."""
     if name in OWN:
         return None

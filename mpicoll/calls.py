@@ -18,14 +18,41 @@ from typing import Any
 
 import numpy as np
 
+from . import config
 from .buffers import Blocks, Buffer, as_buffer
 from .cuda_arrays import UNKNOWN
 from .dtypes import DType, Reduction, from_numpy, reduction
 from .errors import InvalidCallError, UnsupportedError
 from .ops import ReduceOp, as_reduce_op
 
-ANY_SOURCE = -1
+
+class Peer:
+    """What `send` and `recv` take in place of a rank; it is no number, and equal to none.
+
+    MPI's constants are negative numbers, which a program may come to by mistake: as ``rank - 1``.
+    """
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        """Return it as it is written in a program."""
+        return f"mpicoll.{self._name}"
+
+    def __reduce__(self) -> str:
+        return self._name  # there is one of each, however it is copied
+
+
+ANY_SOURCE = Peer("ANY_SOURCE")
 """For `recv`: take a message from whichever peer sends first."""
+
+PROC_NULL = Peer("PROC_NULL")
+"""For `send` and `recv`: no rank.  The call is done at once; a received array stays as it is."""
+
+ANY, NULL = -1, -2  # what they are in a `Call`
+_PEERS = {ANY: "ANY_SOURCE", NULL: "PROC_NULL"}
 
 KINDS = (
     "allreduce",
@@ -177,11 +204,8 @@ class Call:
             said.append(f"n={self.count}")
         if self.kind == "new_group" and self.payload is not None:
             said.append(str(self.payload))
-        if self.kind == "send":
-            said.append(f"dst={self.peer}, tag={self.tag}")
-        if self.kind == "recv":
-            source = "ANY_SOURCE" if self.peer == ANY_SOURCE else str(self.peer)
-            said.append(f"src={source}, tag={self.tag}")
+        if self.kind in ("send", "recv"):
+            said.append(said_of_message(self.kind, self.peer, self.tag))
         return f"{self.kind}({', '.join(said)})"
 
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -193,6 +217,11 @@ class Call:
             reads += more[0]
             writes += more[1]
         return reads, writes
+
+
+def said_of_message(kind: str, peer: int, tag: int) -> str:
+    """Say which message a `send` or `recv` is about."""
+    return f"{'dst' if kind == 'send' else 'src'}={_PEERS.get(peer, peer)}, tag={tag}"
 
 
 def _spans(blocks: Blocks | None) -> list[tuple[int, int]]:
@@ -231,6 +260,40 @@ def rank_in(value: object, name: str, size: int) -> int:
     if not 0 <= rank < size:
         raise InvalidCallError(f"{name} must be a rank in [0, {size}), but got {rank}")
     return rank
+
+
+def _peer(value: object, name: str, size: int) -> int:
+    """Return the rank that a message goes to or comes from, or `ANY` or `NULL`."""
+    if value is PROC_NULL:
+        return NULL
+    if value is ANY_SOURCE and name == "src":
+        return ANY
+    rank = integer(value, name)
+    if not 0 <= rank < size:
+        other = "mpicoll.ANY_SOURCE for any rank, " if name == "src" else ""
+        raise InvalidCallError(
+            f"{name} must be a rank in [0, {size}), {other}or mpicoll.PROC_NULL for none, "
+            f"but got {rank}"
+        )
+    return rank
+
+
+def int32(value: object, name: str) -> int:
+    """Return an integer argument that MPI takes as a C int."""
+    number = integer(value, name)
+    if not -(2**31) <= number < 2**31:
+        raise InvalidCallError(f"{name} must be in [-2**31, 2**31), but got {number}")
+    return number
+
+
+def color(value: object) -> int | None:
+    """Check the color of a split; a bool is one of two."""
+    if value is None:
+        return None
+    number = int(value) if isinstance(value, (bool, np.bool_)) else integer(value, "color")
+    if not 0 <= number < 2**31:
+        raise InvalidCallError(f"color must be None or in [0, 2**31), but got {number}")
+    return number
 
 
 def _tag(value: object, highest: int) -> int:
@@ -420,8 +483,7 @@ def gather(
     root = rank_in(root, "root", size)
     source = as_buffer(input_tensor, "input_tensor", write=False)
     call = Call("gather", Blocks.single(source), root=root, count=source.count)
-    if rank != root:
-        _nothing(output_tensors, "output_tensors", rank, root)
+    if rank != root:  # its list is not looked at
         return call
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
     _alike(outputs[0], "output_tensors[0]", source, "input_tensor")
@@ -450,8 +512,7 @@ def scatter(
         count=into.count,
         outputs=(output_tensor,),
     )
-    if rank != root:
-        _nothing(input_tensors, "input_tensors", rank, root)
+    if rank != root:  # its list is not looked at
         return call
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
     _alike(sources[0], "input_tensors[0]", into, "output_tensor")
@@ -464,13 +525,6 @@ def scatter(
     call.send = Blocks.each(sources)
     call.count = _even(call.send.counts)
     return call
-
-
-def _nothing(value: object, name: str, rank: int, root: int) -> None:
-    """Only the root has a list; elsewhere it is empty (or None, or [[]] as c10d writes it)."""
-    if value is None or (isinstance(value, (list, tuple)) and value in ([], (), [[]])):
-        return
-    raise InvalidCallError(f"{name} must be [] on rank {rank}, which is not the root ({root})")
 
 
 def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
@@ -677,6 +731,11 @@ def empty(shape: object, dtype: object) -> Call:
         raise InvalidCallError(f"dtype must be a NumPy dtype, but got {dtype!r}") from None
     code = from_numpy(kind, "dtype").code
     nbytes = math.prod(sides) * kind.itemsize
+    if nbytes > config.memory():
+        raise InvalidCallError(
+            f"shape {sides} of {kind} takes {nbytes} bytes, but this machine has "
+            f"{config.memory()} bytes of memory"
+        )
     return Call("empty", count=nbytes, digest=digest(code), payload=(sides, kind))
 
 
@@ -685,7 +744,7 @@ def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) 
     return Call(
         "send",
         Blocks.single(buffer),
-        peer=rank_in(dst, "dst", size),
+        peer=_peer(dst, "dst", size),
         tag=_tag(tag, highest_tag),
         count=buffer.count,
         outputs=(tensor,),
@@ -694,14 +753,11 @@ def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) 
 
 def recv(size: int, highest_tag: int, tensor: object, src: object, tag: object) -> Call:
     buffer = as_buffer(tensor, "tensor", write=True)
-    source = integer(src, "src")
-    if source != ANY_SOURCE:
-        source = rank_in(source, "src", size)
     return Call(
         "recv",
         None,
         Blocks.single(buffer),
-        peer=source,
+        peer=_peer(src, "src", size),
         tag=_tag(tag, highest_tag),
         count=buffer.count,
         outputs=(tensor,),
@@ -749,12 +805,10 @@ def excluded(rank: int, size: int, ranks: object) -> tuple[int, ...]:
 
 
 def split_ranks(size: int, ranks: object) -> tuple[int, ...]:
-    """Check the argument of split_group: distinct ranks of the group, at least one."""
+    """Check the argument of split_group: distinct ranks of the group; none: to be in no group."""
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
         raise InvalidCallError(f"ranks must be a list of ranks, but got {ranks!r}")
     given = tuple(rank_in(r, f"ranks[{i}]", size) for i, r in enumerate(ranks))
-    if not given:
-        raise InvalidCallError("ranks must name at least one rank, but is empty")
     if len(set(given)) != len(given):
         raise InvalidCallError(f"ranks must not name a rank twice, but is {list(given)}")
     return given

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .errors import InvalidCallError
 
 DEFAULT_TIMEOUT = 1800.0  # seconds, as in torch.distributed
+NEVER = 9e9  # seconds, 285 years: what "no deadline" comes to, as a thread can't wait for longer
 SLURM_INTERACTIVE = "4294967290"  # the step in which a shell of `salloc` may run
 
 SETTINGS = (
@@ -239,19 +241,29 @@ def trace_folder() -> str | None:
 def seconds(timeout: object, default: float) -> float:
     """Return a timeout argument as seconds; None means `default`.
 
+    What is longer, infinity and `timedelta.max` among it, becomes `NEVER`.
+
     Raises:
-        InvalidCallError: not a `timedelta`, int or float, or not above zero and finite.
+        InvalidCallError: not a `timedelta` or a real number (NumPy's too), or not above zero.
     """
     if timeout is None:
         return default
     if isinstance(timeout, timedelta):
         value = timeout.total_seconds()
-    elif isinstance(timeout, (int, float)) and not isinstance(timeout, bool):
-        value = float(timeout)
-    else:
+    elif isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
         raise InvalidCallError(
             f"timeout must be a timedelta or a number of seconds, but got {timeout!r}"
         )
-    if not (0 < value < math.inf):
-        raise InvalidCallError(f"timeout must be above 0 and finite, but got {timeout!r}")
-    return value
+    else:
+        try:
+            value = float(timeout)
+        except OverflowError:  # an int beyond the floats
+            value = math.inf if cast(Any, timeout) > 0 else -math.inf
+    if not value > 0:
+        raise InvalidCallError(f"timeout must be above 0, but got {timeout!r}")
+    return min(value, NEVER)
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

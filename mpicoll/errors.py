@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class MpicollError(Exception):
+class MpicollError(RuntimeError):
     """Base class of every error that mpicoll raises on purpose.
+
+    A RuntimeError, as programs for PyTorch catch what its process groups raise.
 
     Attributes:
         breaks_group: whether the group is unusable afterwards.

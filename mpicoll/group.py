@@ -35,8 +35,9 @@ from typing import Any
 from . import backends, calls, connecting, growing, launch, meeting, rendezvous
 from .arrival import Arrival, Once, Record
 from .backends import Ground, Wanted
-from .calls import ANY_SOURCE, Call
+from .calls import ANY_SOURCE, NULL, PROC_NULL, Call, Peer
 from .config import (
+    NEVER,
     default_timeout,
     environment,
     launchers,
@@ -125,6 +126,16 @@ class ProcessGroup:
 
     # ---- what it is ----
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
+        return self._lane.broken is not None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was shut down or aborted."""
+        return bool(self._lane.closed)
+
     def __repr__(self) -> str:
         state = self._lane.closed or ("broken" if self._lane.broken else "")
         return (
@@ -156,8 +167,8 @@ class ProcessGroup:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take where it doesn't say otherwise."""
-        return timedelta(seconds=self._timeout)
+        """How long a call may take where it doesn't say otherwise; `timedelta.max`: for ever."""
+        return timedelta.max if self._timeout >= NEVER else timedelta(seconds=self._timeout)
 
     @property
     def device(self) -> str:
@@ -252,7 +263,7 @@ class ProcessGroup:
 
         Args:
             output_tensors: on the root a list of `size` arrays, the i-th as large as rank i's
-                input; [] elsewhere.
+                input; not looked at elsewhere.
             input_tensor: this rank's contribution; sizes may differ between ranks.
             root: the rank that gets; the same on all ranks.
         """
@@ -265,7 +276,7 @@ class ProcessGroup:
 
         Args:
             output_tensor: as large as the root's entry for this rank.
-            input_tensors: on the root a list of `size` arrays; [] elsewhere.
+            input_tensors: on the root a list of `size` arrays; not looked at elsewhere.
             root: the rank that gives; the same on all ranks.
         """
         return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
@@ -450,7 +461,7 @@ class ProcessGroup:
 
     # ---- point to point ----
 
-    def send(self, tensor: object, dst: int, tag: int = 0, timeout: object = None) -> Work:
+    def send(self, tensor: object, dst: int | Peer, tag: int = 0, timeout: object = None) -> Work:
         """Send an array to one rank, which must `recv` it.
 
         Messages between two ranks with one tag are taken in the order in which they were sent.
@@ -458,7 +469,7 @@ class ProcessGroup:
 
         Args:
             tensor: stays untouched until the Work is done.
-            dst: the receiving rank.
+            dst: the receiving rank, or `PROC_NULL`: then the call is done at once.
             tag: from 0; lets the receiver choose.
         """
         return self._message(
@@ -466,7 +477,7 @@ class ProcessGroup:
         )
 
     def recv(
-        self, tensor: object, src: int = ANY_SOURCE, tag: int = 0, timeout: object = None
+        self, tensor: object, src: int | Peer = ANY_SOURCE, tag: int = 0, timeout: object = None
     ) -> Work:
         """Receive an array from one rank, or from any.
 
@@ -474,7 +485,8 @@ class ProcessGroup:
 
         Args:
             tensor: of the dtype and number of elements that were sent.
-            src: the sending rank, or `ANY_SOURCE`; `Work.source_rank()` tells which it was.
+            src: the sending rank, or `ANY_SOURCE`; `Work.source_rank()` tells which it was.  With
+                `PROC_NULL` the call is done at once, and the array stays as it is.
             tag: as the sender gave it.
 
         Raises:
@@ -544,7 +556,7 @@ class ProcessGroup:
 
         Args:
             ranks: members of the new group; the i-th becomes rank i.  Disjoint lists may be given
-                in one call, each by its members; a rank that is in no list gives any of them.
+                in one call, each by its members; a rank in no list gives any of them, or [].
             timeout: how long the making may take, and the new group's default.
             opts: where it has a `_timeout`, that counts if `timeout` is None (torch's options).
 
@@ -567,27 +579,28 @@ class ProcessGroup:
         name = group_name or f"{self.group_name}:split:{list(call.payload)}"
         return self._part(made, name, group_desc, timeout)
 
-    def split(self, color: int | None, key: int = 0, timeout: object = None) -> ProcessGroup | None:
+    def split(
+        self, color: int | bool | None, key: int = 0, timeout: object = None
+    ) -> ProcessGroup | None:
         """Split the group as `Comm.Split` does: ranks of one color form a group.
 
         Args:
-            color: at least 0, or None to be in no new group.
-            key: ranks of a new group are ordered by key, then by their rank here.
+            color: at least 0 and below 2**31, or None to be in no new group; False and True are 0
+                and 1.
+            key: ranks of a new group are ordered by key, a C int, then by their rank here.
             timeout: how long the making may take, and the new group's default.
         """
 
         def check(rank: int, size: int) -> Call:
-            chosen = None if color is None else calls.integer(color, "color")
-            if chosen is not None and not 0 <= chosen < 2**31:
-                raise InvalidCallError(f"color must be None or in [0, 2**31), but got {chosen}")
-            return Call("split", payload=(chosen, calls.integer(key, "key")))
+            return Call("split", payload=(calls.color(color), calls.int32(key, "key")))
 
         def make(call: Call, deadline: float) -> rendezvous.MakesComm:
             chosen, order = call.payload
             return rendezvous.split(self.comm, chosen, order, deadline)
 
         made, _ = self._comm("split", timeout, check, make)
-        return self._part(made, f"{self.group_name}:split:{color}", None, timeout)
+        name = f"{self.group_name}:split:{calls.color(color)}"
+        return self._part(made, name, None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
@@ -645,7 +658,7 @@ class ProcessGroup:
         """
 
         def check(rank: int, own: int) -> Call:
-            total = calls.integer(size, "size")
+            total = calls.int32(size, "size")
             if total < own:
                 raise InvalidCallError(
                     f"size must be at least this group's {own} ranks, but got {total}"
@@ -699,7 +712,7 @@ class ProcessGroup:
         """
 
         def check(rank: int, size: int) -> Call:
-            count, words = calls.integer(n, "n"), list(argv)
+            count, words = calls.int32(n, "n"), list(argv)
             if count < 1:
                 raise InvalidCallError(f"n must be at least 1, but got {count}")
             if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
@@ -963,6 +976,8 @@ class ProcessGroup:
         if call.device is not None:
             self._transport.admit(call)
         move = self._transport.send if kind == "send" else self._transport.recv
+        if call.peer == NULL:
+            move = _no_message
         work = Work(self._lane, call, 0, limit, self._recorder)
         engine.launch(work, move(call))
         return work
@@ -998,6 +1013,12 @@ class ProcessGroup:
         error, self._lane.unfetched = self._lane.unfetched, None
         if error is not None:
             raise error
+
+
+def _no_message(call: Call) -> Steps:
+    """Send nothing to nobody, or receive it."""
+    call.result = PROC_NULL
+    yield from ()
 
 
 def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
@@ -1174,7 +1195,7 @@ def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
 
 def _from_factory(
     base: ProcessGroup,
-    factory: backends.Factory,
+    factory: backends.ProcessGroupFactory,
     limit: float,
     device: str,
     options: dict[str, object],

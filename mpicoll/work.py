@@ -7,7 +7,7 @@ import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
-from .calls import Call
+from .calls import Call, Peer
 from .config import seconds
 from .errors import InvalidCallError
 from .progress import Lane, Task, engine
@@ -107,13 +107,14 @@ class Work(Task):
     def _left_to_the_gpu(self) -> bool:
         return self.call.enqueued is not None and self.call.enqueued.waited
 
-    def source_rank(self) -> int:
-        """Return the rank that a finished receive took its message from."""
+    def source_rank(self) -> int | Peer:
+        """Return the rank that a finished receive took its message from, or `PROC_NULL`."""
         if self.call.kind != "recv":
             raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
         if not self.done:
             raise InvalidCallError("source_rank() of a recv under way: wait() first")
-        return int(self.call.result if self.call.result is not None else -1)
+        found: int | Peer | None = self.call.result
+        return -1 if found is None else found
 
     def synchronize(self) -> None:
         """Block the host until the call is done.

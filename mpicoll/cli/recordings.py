@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..calls import said_of_message
 from ..recorder import VERSION
 
 QUEUELESS = ("send", "recv")
@@ -76,10 +77,8 @@ class Entry:
             said.append(f"op={self.op}")
         if self.root >= 0:
             said.append(f"root={self.root}")
-        if self.kind == "send":
-            said.append(f"dst={self.peer}, tag={self.tag}")
-        if self.kind == "recv":
-            said.append(f"src={self.peer if self.peer >= 0 else 'ANY_SOURCE'}, tag={self.tag}")
+        if self.kind in ("send", "recv"):
+            said.append(said_of_message(self.kind, self.peer, self.tag))
         return f"{self.kind}({', '.join(said)})"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..buffers import Blocks
-from ..calls import ANY_SOURCE, UNEVEN, Call
+from ..calls import ANY, UNEVEN, Call
 from ..dtypes import BY_CODE, Reduction
 from ..errors import CollectiveMismatchError
 from ..library import (
@@ -229,7 +229,7 @@ class MpiTransport(Transport):
         merged.  Over libfabric it goes on to tell of a message for which a receive is posted
         already, so those of a tag are taken one at a time.
         """
-        if call.peer != ANY_SOURCE:
+        if call.peer != ANY:
             yield from self._recv_from(call)
             return
         status = MPI.Status()

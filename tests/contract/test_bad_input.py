@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll import ReduceOp
@@ -89,7 +90,10 @@ CASES |= {
         InvalidCallError,
         "timeout",
     )
-    for bad in (-1, 0, 0.0, math.nan, math.inf, "5", True, timedelta(0), datetime(2026, 1, 1), [1])
+    for bad in (
+        *(-1, 0, 0.0, math.nan, -math.inf, -(10**400), np.float32(0), "5", True, np.True_),
+        *(timedelta(0), timedelta.min, datetime(2026, 1, 1), [1], 1j),
+    )
 }
 CASES |= {
     f"op {bad!r}": (lambda g, k, op=bad: g.allreduce(f4(k), op), InvalidCallError, "op")
@@ -282,11 +286,11 @@ CASES |= {
 LONELY = {
     **{
         f"dst {bad!r}": (lambda g, k, d=bad: g.send(f4(k), d), InvalidCallError, "dst")
-        for bad in (-1, 99, 0.5, None)
+        for bad in (-1, -2, MPI.PROC_NULL, 99, 0.5, None, mc.ANY_SOURCE)
     },
     **{
         f"src {bad!r}": (lambda g, k, s=bad: g.recv(f4(k), s), InvalidCallError, "src")
-        for bad in (-2, 99, 0.5, "0")
+        for bad in (-1, -2, MPI.ANY_SOURCE, 99, 0.5, "0")
     },
     **{
         f"tag {bad!r} of {name}": (call, InvalidCallError, "tag")
@@ -305,15 +309,19 @@ LONELY = {
 NO_ARRAYS = {
     **{
         f"ranks {bad!r}": (lambda g, k, r=bad: g.split_group(r), InvalidCallError, "ranks")
-        for bad in ([], [0, 0], [99], [-1], 0, "01", [0.5], None)
+        for bad in ([0, 0], [99], [-1], 0, "01", [0.5], None)
     },
     **{
         f"color {bad!r}": (lambda g, k, c=bad: g.split(c), InvalidCallError, "color")
-        for bad in (-1, 2**31, 0.5, "0")
+        for bad in (-1, 2**31, 2**70, 0.5, "0", np.float64(1))
+    },
+    **{
+        f"key {bad!r}": (lambda g, k, b=bad: g.split(0, key=b), InvalidCallError, "key")
+        for bad in (0.5, True, 2**31, -(2**31) - 1, 2**70, None)
     },
     **{
         f"shape {bad!r}": (lambda g, k, s=bad: g.empty(s), InvalidCallError, "shape")
-        for bad in (-1, (2, -1), 1.5, "2")
+        for bad in (-1, (2, -1), 1.5, "2", 2**62, (2**31, 2**31), 2**70)
     },
     **{
         f"root {bad!r} of broadcast_object": (
@@ -323,7 +331,6 @@ NO_ARRAYS = {
         )
         for bad in (-1, 99, 1.5, "0", None, True)
     },
-    "key of a split": (lambda g, k: g.split(0, key=0.5), InvalidCallError, "key"),
     "dtype of empty": (lambda g, k: g.empty(2, "nonesuch"), InvalidCallError, "dtype"),
     "objects in empty": (lambda g, k: g.empty(2, object), UnsupportedError, "dtype"),
     "an object that can't be pickled": (
@@ -495,7 +502,7 @@ def test_bad_options_of_a_new_group(options, error, word):
         mc.new_group(**options)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, None])
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, 2**31, 2**70])
 def test_bad_size_of_a_merge(fresh, folder, size):
     with pytest.raises(InvalidCallError, match="size"):
         fresh.merge_remote_group(mc.FileStore(str(folder)), size, timeout=5)

@@ -336,3 +336,60 @@ def test_a_shutdown_that_meets_another_call_shuts_nothing_down(fresh):
     x = np.ones(3)
     fresh.allreduce(x).wait()
     assert x[0] == fresh.size()
+
+
+def test_bools_are_colors(pg):
+    """`split(rank >= half)` is how people write it."""
+    for chosen in (pg.rank() > 0, np.bool_(pg.rank() > 0)):
+        part = pg.split(chosen)
+        assert part.size() == (1 if pg.rank() == 0 else pg.size() - 1)
+        part.shutdown()
+
+
+def test_a_rank_in_no_group_may_give_no_ranks(pg):
+    part = pg.split_group([0] if pg.rank() == 0 else [])
+    assert (part is None) == (pg.rank() != 0)
+    if part is not None:
+        part.shutdown()
+    pg.barrier().wait()
+
+
+def test_what_a_group_says_of_its_state(world):
+    pg = mc.new_group(timeout=20)
+    assert not pg.is_broken and not pg.is_closed
+    world.Barrier()  # or a rank that has aborted would be heard of already
+    pg.abort()
+    assert pg.is_broken and pg.is_closed
+    pg = mc.new_group(timeout=20)
+    pg.shutdown()
+    assert not pg.is_broken and pg.is_closed
+
+
+@pytest.mark.parametrize(
+    "never", [timedelta.max, float("inf"), 10**400, np.float32("inf")], ids=lambda t: f"{t!r:.9}"
+)
+def test_a_timeout_may_be_never(never):
+    with mc.new_group(timeout=never) as pg:
+        assert pg.timeout == timedelta.max
+        pg.allreduce(np.ones(3), timeout=never).wait(never)
+        half = pg.split(0, timeout=never)
+        assert half.timeout == timedelta.max
+        half.shutdown()
+        pg.set_timeout(np.int64(7))
+        assert pg.timeout == timedelta(seconds=7)
+        pg.set_timeout(np.float32(0.5))
+        assert pg.timeout == timedelta(seconds=0.5)
+
+
+def test_the_lists_of_those_who_are_not_the_root_are_not_looked_at(pg):
+    n, me = pg.size(), pg.rank()
+    for root in range(n):
+        rows = np.zeros((n, 3))
+        pg.gather(
+            list(rows) if me == root else [np.zeros(7, "i4")], np.full(3, float(me)), root
+        ).wait()
+        if me == root:
+            assert (rows == np.arange(n)[:, None]).all()
+        into = np.zeros(3)
+        pg.scatter(into, list(np.full((n, 3), 5.0)), root).wait()
+        assert (into == 5).all()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll.errors import CollectiveMismatchError
@@ -97,3 +102,32 @@ def test_a_message_of_another_type_or_count_is_an_error(pg, shape, dtype):
         pg.recv(incoming, (me - 1) % n).wait()
     sending.wait()
     test_ring(pg, NUMPY, 5)
+
+
+def test_a_computed_rank_is_never_any_or_none(pg):
+    """In MPI both are negative numbers: `rank - 1` on rank 0 would take anybody's message."""
+    x = np.full(3, 7.0)
+    for number in (-1, -2, MPI.ANY_SOURCE, MPI.PROC_NULL):
+        with pytest.raises(mc.InvalidCallError, match=r"mpicoll.ANY_SOURCE .* mpicoll.PROC_NULL"):
+            pg.recv(x, src=number)
+        with pytest.raises(mc.InvalidCallError, match=r"mpicoll.PROC_NULL for none"):
+            pg.send(x, dst=number)
+        assert number not in (mc.ANY_SOURCE, mc.PROC_NULL)
+    assert (x == 7).all()
+    for one in (mc.ANY_SOURCE, mc.PROC_NULL):
+        assert pickle.loads(pickle.dumps(one)) is copy.deepcopy(one) is one
+
+
+def test_messages_to_and_from_nobody_are_over_at_once(pg):
+    """As halo exchanges at the ends of a line want it."""
+    me, n = pg.rank(), pg.size()
+    left = me - 1 if me else mc.PROC_NULL
+    right = me + 1 if me + 1 < n else mc.PROC_NULL
+    ghost = np.full(4, -1.0)
+    works = [pg.recv(ghost, left, tag=2), pg.send(np.full(4, float(me)), right, tag=2)]
+    mc.wait_all(works, timeout=10)
+    assert (ghost == (me - 1 if me else -1)).all()
+    assert works[0].source_rank() == left
+    alone = pg.recv(ghost, mc.PROC_NULL)
+    assert alone.is_completed() and alone.source_rank() is mc.PROC_NULL
+    assert "src=PROC_NULL" in repr(alone)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpicoll import calls
-from mpicoll.calls import UNEVEN
+from mpicoll.calls import ANY_SOURCE, UNEVEN
 from mpicoll.errors import InvalidCallError
 from mpicoll.ops import ReduceOp
 
@@ -55,7 +55,7 @@ CALLS = {
         UNEVEN,
     ),
     "send": (calls.send(3, 99, f4(), 2, 7), "send(float32[4], dst=2, tag=7)", 4),
-    "recv": (calls.recv(3, 99, f4(), -1, 0), "recv(float32[4], src=ANY_SOURCE, tag=0)", 4),
+    "recv": (calls.recv(3, 99, f4(), ANY_SOURCE, 0), "recv(float32[4], src=ANY_SOURCE, tag=0)", 4),
 }
 
 
