@@ -142,6 +142,9 @@ class Call:
     turn: Any = None
     enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())
+    _spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def dtype(self) -> DType | None:
@@ -210,13 +213,15 @@ class Call:
 
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Return the address ranges that the call reads and those that it writes."""
-        reads = _spans(self.send)
-        writes = _spans(self.recv)
-        for part in self.parts:
-            more = part.spans()
-            reads += more[0]
-            writes += more[1]
-        return reads, writes
+        if self._spans is None:
+            reads = _spans(self.send)
+            writes = _spans(self.recv)
+            for part in self.parts:
+                more = part.spans()
+                reads += more[0]
+                writes += more[1]
+            self._spans = reads, writes
+        return self._spans
 
 
 def said_of_message(kind: str, peer: int, tag: int) -> str:
@@ -228,11 +233,6 @@ def _spans(blocks: Blocks | None) -> list[tuple[int, int]]:
     if blocks is None:
         return []
     return [(b.address, b.address + b.nbytes) for b in blocks.buffers if b.nbytes]
-
-
-def overlapping(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    """Return whether any address range of `some` meets one of `others`."""
-    return any(a < d and c < b for a, b in some for c, d in others)
 
 
 def digest(*numbers: int) -> int:

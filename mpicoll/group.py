@@ -1031,18 +1031,12 @@ def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
 
 def _refuse_busy(call: Call) -> None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
-    reads = writes = None
-    for task in engine.using():
-        if reads is None or writes is None:
-            reads, writes = call.spans()
-        their_reads, their_writes = task.call.spans()
-        if calls.overlapping(writes, their_writes + their_reads) or calls.overlapping(
-            reads, their_writes
-        ):
-            raise InvalidCallError(
-                f"an array given to {call.describe()} overlaps one that an unfinished Work "
-                f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
-            )
+    task = engine.conflicting(call)
+    if task is not None:
+        raise InvalidCallError(
+            f"an array given to {call.describe()} overlaps one that an unfinished Work "
+            f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
+        )
 
 
 # ---- making groups ----

@@ -7,6 +7,9 @@ Its rules:
   communicator mix up their data on MPICH and Open MPI.)  Lanes progress independently.
   Sends and receives never queue: all their parts are posted at the call.
 - A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
+- The cost of a call does not grow with the number of those under way.  A pass takes the head of
+  each queue, the task that is waited for, and some of the messages, in turn; what memory is in use
+  is looked up by address (claims.py), and deadlines are looked at when the first of them is due.
 - A deadline counts from the call.  It is looked at only after a pass that moved nothing, so
   a rank that computed for long before it waits does not fail untried.
 - A collective that is enqueued on a GPU's stream leaves the queue, and goes on beside it: the
@@ -34,6 +37,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .alive import watch
+from .claims import Claims
 from .config import has_cores_for, survives_deaths
 from .errors import (
     CollectiveTimeoutError,
@@ -62,6 +66,7 @@ LOOK_OUT = 0.1  # seconds between looks at calls that block inside MPI
 SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, before it ends it
 KEEPING = 0.005  # seconds between looks at deadlines that nobody waits for; less than QUIET
 PARKED = 1.0  # seconds without anything under way after which these looks end
+MESSAGES = 64  # of a lane's sends and receives that are stepped in one pass
 STUCK = 0.25  # seconds in one step of a task past its deadline after which its group is aborted
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
@@ -130,9 +135,8 @@ class Lane:
         self.name = name
         self.queue: deque[Task] = deque()
         self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
-        self.unheld: dict[Task, None] = {}  # of these, those that no stream of the user's waits for
-        self.due = math.inf  # when the first deadline of these is to be looked at
-        self.beside: list[Task] = []  # sends and receives
+        self.beside: dict[Task, None] = {}  # sends and receives; those at the front wait longest
+        self.due = math.inf  # when a deadline is to be looked at
         self.broken: BaseException | None = None
         self.closed = ""
         self.told = False  # the program has been given the error that broke it
@@ -157,15 +161,16 @@ class Lane:
 
     def drop(self, task: Task) -> None:
         """Take a task out, wherever it is."""
-        self.unheld.pop(task, None)
-        for oldest in (self.queue, self.enqueued):
-            if oldest and oldest[0] is task:
-                oldest.popleft()
+        if task in self.beside:
+            del self.beside[task]
+            return
+        for where in (self.queue, self.enqueued):
+            if where and where[0] is task:
+                where.popleft()
                 return
-        for where in (self.queue, self.enqueued, self.beside):
-            if task in where:
+        for where in (self.queue, self.enqueued):
+            with contextlib.suppress(ValueError):
                 where.remove(task)
-                return
 
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
@@ -236,6 +241,7 @@ class Engine:
         self._lock = threading.RLock()
         self._inside = False  # whether the lock's holder is at work, not merely about to be
         self._active: dict[Lane, None] = {}
+        self._claims: Claims[Task] = Claims()  # the memory that tasks use
         self._lanes: dict[Lane, None] = {}  # all open groups; those at the front wait longest
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
@@ -300,9 +306,11 @@ class Engine:
             return
         try:
             self._admit(task)
-            lane = task.lane
-            if not task.queued or lane.queue[0] is task:
-                self._advance(lane)
+            if not task.queued:
+                self._step(task)
+                self._rest(task.lane)
+            elif task.lane.queue[0] is task:
+                self._advance(task.lane)
         finally:
             self._exit()
         if self._thread is not None:
@@ -327,7 +335,7 @@ class Engine:
                     "launch there, and wait outside"
                 )
             try:
-                found = MOVED if task.done else self._pass(pace)
+                found = MOVED if task.done else self._pass(pace, task)
             finally:
                 self._exit()
             pace.after(found)
@@ -383,10 +391,15 @@ class Engine:
         for lane in list(self._active):
             yield from lane.tasks()
 
-    def using(self) -> Iterator[Task]:
-        """Yield every task whose arrays must not be used otherwise."""
-        for lane in list(self._active):
-            yield from [*lane.queue, *lane.unheld, *lane.beside]
+    def conflicting(self, call: Call) -> Task | None:
+        """Return a task that writes what a call is to read, or uses what it is to write."""
+        with self._lock:
+            return self._claims.conflicting(*call.spans())
+
+    def release(self, task: Task) -> None:
+        """Note that a task's memory may be used otherwise, as the user's streams wait for it."""
+        with self._lock:
+            self._claims.discard(*task.call.spans(), task)
 
     def background(self, *, stay: bool = False) -> None:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
@@ -499,11 +512,18 @@ class Engine:
 
     def _admit(self, task: Task) -> None:
         lane = task.lane
-        (lane.queue if task.queued else lane.beside).append(task)
+        if task.queued:
+            lane.queue.append(task)
+        else:
+            lane.beside[task] = None
+        lane.due = min(lane.due, _due(task))
+        self._claims.add(*task.call.spans(), task)
         self._active[lane] = None
 
-    def _pass(self, pace: Pace) -> int:
+    def _pass(self, pace: Pace, wanted: Task | None = None) -> int:
         found = IDLE
+        if wanted is not None and wanted in wanted.lane.beside:
+            found = self._step(wanted)
         for lane in list(self._active):
             found = max(found, self._advance(lane))
         if found == MOVED:
@@ -548,18 +568,22 @@ class Engine:
                 break
             head.queued = False
             lane.enqueued.append(lane.queue.popleft())
-            lane.unheld[head] = None
-            lane.due = min(lane.due, _looked_at(head))
         while lane.enqueued:
             oldest = lane.enqueued[0]
             found = max(found, self._step(oldest))
             if not oldest.done:
                 break
-        for task in list(lane.beside):
+        for task in list(itertools.islice(lane.beside, MESSAGES)):
+            lane.beside[task] = lane.beside.pop(task)  # to the end: the others have their turn
             found = max(found, self._step(task))
+        self._rest(lane)
+        return found
+
+    def _rest(self, lane: Lane) -> None:
+        """Leave a lane alone from now on, if nothing is under way."""
         if not lane.busy:
             self._active.pop(lane, None)
-        return found
+            lane.due = math.inf
 
     def _step(self, task: Task) -> int:
         self._stepping = task
@@ -601,7 +625,7 @@ class Engine:
             self._settle(task, error)
             return
         task.error = error
-        task.ended()
+        self._ended(task)
         seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
         self._break(lane, error, seq, arrived=task.queued)
         self._abandon(task)
@@ -617,10 +641,15 @@ class Engine:
                 lane.page[lane.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
-        task.ended()
+        self._ended(task)
         task.done = True  # last: another thread may look, without the lock
         if task.callbacks:
             self._calls.extend(task.callbacks)
+
+    def _ended(self, task: Task) -> None:
+        if task.lane in self._active:  # else it was done at once, and claimed nothing
+            self._claims.discard(*task.call.spans(), task)
+        task.ended()
 
     def _abandon(self, task: Task) -> None:
         """Leave a task's steps where they are, and keep what they hold.
@@ -665,12 +694,11 @@ class Engine:
             task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
             task.error.__cause__ = error
             task.fetched = True  # the cause is what gets reported
-            task.ended()
+            self._ended(task)
             task.done = True
             self._calls.extend(task.callbacks)
         lane.queue.clear()
         lane.enqueued.clear()
-        lane.unheld.clear()
         lane.beside.clear()
         self._active.pop(lane, None)
         if lane.broken is error:
@@ -700,20 +728,27 @@ class Engine:
     def _look_at_clock(self, now: float, pace: Pace) -> None:
         quiet = pace.quiet(now)
         for lane in list(self._active):
-            tasks = [*lane.queue, *lane.beside]
-            if now >= lane.due:
-                tasks += lane.enqueued
-                lane.due = min(map(_looked_at, lane.enqueued), default=math.inf)
+            if now < lane.due:
+                continue
+            tasks = lane.tasks()
+            lane.due = min(map(_due, tasks), default=math.inf)
+            asked = False
             for task in tasks:
-                if task.done or now < _looked_at(task):
+                if task.done or now < _due(task):
                     continue
                 if not task.asked and task.call.kind != "recv":
                     task.asked = True
-                    lane.peers.ask()
+                    if not asked:
+                        lane.peers.ask()
+                    asked = True
                 if now >= task.deadline and quiet:
                     self._expire(task, now)
 
     def _expire(self, task: Task, now: float) -> None:
+        if task in task.lane.beside:
+            self._step(task)  # it may not have had its turn for a while
+            if task.done:
+                return
         elapsed = now - task.called
         if task.call.kind == "recv":
             try:
@@ -738,7 +773,7 @@ class Engine:
         if deadline < task.deadline:
             task.deadline = deadline
             task.timeout = timeout
-            task.lane.due = min(task.lane.due, _looked_at(task))
+            task.lane.due = min(task.lane.due, _due(task))
 
     # ---- callbacks and the thread ----
 
@@ -847,8 +882,10 @@ def _look_ahead(task: Task) -> float:
     return min(LOOK_AHEAD, task.timeout / 10)
 
 
-def _looked_at(task: Task) -> float:
-    """Return when a task's deadline is looked at for the first time."""
+def _due(task: Task) -> float:
+    """Return when a task's deadline is to be looked at next."""
+    if task.asked or task.call.kind == "recv":
+        return task.deadline
     return task.deadline - _look_ahead(task)
 
 

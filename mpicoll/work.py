@@ -64,7 +64,7 @@ class Work(Task):
             engine.wait(self, on_host=False)
             if not self.done:
                 self.call.enqueued.hold()
-                self.lane.unheld.pop(self, None)
+                engine.release(self)
                 return True
         return self._ended_well()
 

@@ -8,6 +8,7 @@ import random
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -117,3 +118,33 @@ def test_groups_come_and_go_and_nothing_stays(pg, make, let_go):
     memory_after, files_after, tables_after = held()
     assert (files_after, tables_after) == (files, tables)
     assert memory_after - memory < 4 * MIB, f"{(memory_after - memory) / times:.0f} bytes a group"
+
+
+def test_what_messages_cost_does_not_grow_with_their_number(fresh):
+    """Steps are counted, not seconds: each message takes a few, however many are under way."""
+    me, n = fresh.rank(), fresh.size()
+    right, left = (me + 1) % n, (me - 1) % n
+    for many in (50, 2000):
+        source, into = np.arange(float(many)), np.zeros(many)
+        before = engine._steps
+        works = [fresh.recv(into[i : i + 1], left) for i in range(many)]
+        works += [fresh.send(source[i : i + 1], right) for i in range(many)]
+        launched = engine._steps - before
+        assert launched == 2 * many, "a launch takes a step of its own, and of no other"
+        mc.wait_all(works)
+        assert (into == source).all()
+
+
+def test_calls_of_a_late_peer_are_launched_at_one_price(fresh, world):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    rows = np.ones((1000, 4))
+    if world.rank == 0:
+        world.Barrier()
+    before = engine._steps
+    works = [fresh.allreduce(row) for row in rows]
+    if world.rank != 0:
+        assert engine._steps - before <= 1, "only the head of the queue has begun"
+        world.Barrier()
+    mc.wait_all(works)
+    assert (rows == world.size).all()

@@ -24,6 +24,7 @@ ORDER = [
         "cuda_arrays",
         "buffers",
         "calls",
+        "claims",
         "recorder",
         "memory",
     ),
