@@ -25,7 +25,7 @@ from .peers import Peers
 # The fields of a record that arrival compares.
 _SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _STATE = range(8)
 _FIELDS = 8
-_REFUSED, _LEAVING, _SINCE = 1, 2, 4  # bits of a record's state; the last: see `Once`
+_REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
 
 _BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
 
@@ -37,7 +37,8 @@ _PAUSE = 0.05  # seconds between calls in which the peers may have given up wait
 _LOOK = 0.001  # seconds to look for their notices then
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
-_DETAIL = struct.Struct(f"<{_FIELDS}q{_TEXT}s")
+_DETAIL = struct.Struct(f"<{_FIELDS + 1}q{_TEXT}s")
+_CHAIN = _FIELDS  # what is compared beside the record, where descriptions are exchanged
 
 
 # Calls whose records say the same on all ranks, or the program is wrong: no other rank's record
@@ -67,7 +68,7 @@ def _record(call: Call, seq: int) -> tuple[int, ...]:
         call.root,
         call.count,
         call.digest,
-        (_LEAVING if call.leaving else _REFUSED if call.refused else 0) | bool(call.since) * _SINCE,
+        _LEAVING if call.leaving else _REFUSED if call.refused else 0,
     )
 
 
@@ -98,12 +99,12 @@ class Arrival:
         record = _record(call, seq)
         highest, lowest, call.largest = yield from self._meet(record, call.extent)
         self.check_left(seq)
-        if highest == lowest and not highest[_STATE] & _REFUSED:
+        if highest == lowest and highest[_STATE] != _REFUSED:
             if call.count == UNEVEN and call.kind in PAIRWISE:
                 yield from self._compare_pairs(call, seq)
             return
         differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
-        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE] & _REFUSED:
+        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
             return
@@ -186,19 +187,21 @@ class Arrival:
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         """Gather who called what, and raise it on every rank; `lost` says why the group is."""
         text = ((said or call.describe()) + call.since).encode()[:_TEXT]
-        mine = np.frombuffer(_DETAIL.pack(*_record(call, seq), text), dtype=np.uint8).copy()
+        mine = np.frombuffer(
+            _DETAIL.pack(*_record(call, seq), call.chain, text), dtype=np.uint8
+        ).copy()
         everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
         yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
         rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
-        if any(row[_STATE] & _SINCE for row in rows):
-            lost = lost or _ORDER  # what differs may be what was done without a comparison
-        alike = all(row[_STATE] & _REFUSED for row in rows)
+        if len({row[_CHAIN] for row in rows}) > 1:  # what was done without a comparison differs
+            lost = lost or _ORDER
+        alike = all(row[_STATE] == _REFUSED for row in rows)
         if call.leaving:
             raise GroupBrokenError("this rank left the program while its peers were in other calls")
         if call.refused and (alike or not lost):
             return  # this rank has raised its own, more precise error
         for rank, row in zip(self._ranks(), rows, strict=True):
-            if row[_STATE] & _LEAVING:
+            if row[_STATE] == _LEAVING:
                 raise RemoteRankError(
                     f"rank {rank} left the program while this rank was in {call.describe()} "
                     f"(call #{seq})",
@@ -219,10 +222,10 @@ _MIX, _LOW = 6364136223846793005, (1 << 63) - 1  # the multiplier is Knuth's, of
 class Once:
     """Which calls of a group go without arrival, where checks="first": all that were compared once.
 
-    Whatever its ranks have compared, they have compared together: so they agree on what goes
-    without, as long as they make the same calls.  Those that went without are counted, and
-    condensed to a number that is part of the next record: that they were the same is found out
-    then, at the latest after `AGAIN` calls.
+    It is asked when a call has its turn, after all earlier ones.  Whatever the ranks have compared
+    by then, they have compared together: so they agree on what goes without, as long as they make
+    the same calls.  Those that went without are counted, and condensed to a number that is part of
+    the next record: that they were the same is found out then, at the latest after `AGAIN` calls.
 
     Attributes:
         count: calls that went without since the last record.
@@ -254,7 +257,8 @@ class Once:
         """Put into the record of a call what went without since the last; return it as it was."""
         record = _record(call, 0)
         if self.count:
-            call.digest = digest(call.digest, self.count, self._chain)
+            call.chain = digest(self.count, self._chain)
+            call.digest = digest(call.digest, call.chain)
             call.since = f", after {self.said()}"
         self.count, self._chain, self.last = 0, 0, None
         return record
@@ -263,8 +267,8 @@ class Once:
         """Say what went without since the last record."""
         if self.last is None:
             return "none"
-        calls = f"{self.count} call{'s' * (self.count > 1)}"
-        return f"{calls} that were not compared, the last {self.last.describe()}"
+        calls = "1 call that was" if self.count == 1 else f"{self.count} calls that were"
+        return f"{calls} not compared, the last {self.last.describe()}"
 
     def after(self, record: Record) -> None:
         """Note that a call was compared, and is the same on all ranks."""

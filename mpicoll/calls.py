@@ -116,7 +116,8 @@ class Call:
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
         captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
-        since: what was not compared since the last call that was; "" if nothing.
+        since, chain: what was not compared since the last call that was, in words and condensed;
+            "" and 0 if nothing.
         turn: its place among the calls that go to a GPU's queue, until it is there or has ended.
         enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
     """
@@ -139,6 +140,7 @@ class Call:
     largest: int = 0
     captured: bool = False
     since: str = ""
+    chain: int = 0
     turn: Any = None
     enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())

@@ -104,6 +104,7 @@ class Communicator:
     def __init__(self, binding: Any, gpu: Gpu, make: Callable[[], Any]) -> None:
         self._binding, self._gpu = binding, gpu
         self._handle: Any = None
+        self._aborted = False
         self._warm: set[Hashable] = set()
         self._aside: _Aside | None = _Aside(gpu, make)
         self._then: Callable[[Any], None] = self._made
@@ -111,12 +112,18 @@ class Communicator:
     def _made(self, handle: Any) -> None:
         self._handle = handle
 
+    def knows(self, like: Hashable) -> bool:
+        """Return whether such operations were performed before."""
+        return like in self._warm
+
     def settled(self) -> bool:
         """Return whether what was asked of it is done.
 
         Raises:
             TransportError: it failed.
         """
+        if self._aborted:
+            raise TransportError("NCCL failed: its communicator was aborted.")
         aside = self._aside
         if aside is not None:
             if not aside.over:
@@ -178,22 +185,29 @@ class Communicator:
 
     def close(self) -> Steps:
         """Give it back; all its ranks do so now."""
-        handle, self._handle = self._handle, None
-
-        def give_back() -> None:
-            self._binding.comm_finalize(handle)
-            self._binding.comm_destroy(handle)
-
-        self._aside, self._then = _Aside(self._gpu, give_back), lambda _: None
+        self._aside = _Aside(self._gpu, partial(self._binding.comm_finalize, self._handle))
+        self._then = lambda _: None
+        while not self.settled():
+            yield IDLE
+        handle, self._handle = self._handle, None  # all ranks have done with it
+        self._aside = _Aside(self._gpu, partial(self._binding.comm_destroy, handle))
         while not self.settled():
             yield IDLE
 
     def abort(self) -> None:
         """Give it up: its kernels, which wait for the peers, end.  Returns at once."""
-        handle, self._handle = self._handle, None
-        if not handle or sys.is_finalizing() or not threading.main_thread().is_alive():
+        if self._aborted or sys.is_finalizing() or not threading.main_thread().is_alive():
             return  # the end of the process sets the GPU free, and no thread can be started
-        _Aside(self._gpu, lambda: self._binding.comm_abort(handle))
+        self._aborted = True
+        making = None if self._handle else self._aside
+        _Aside(self._gpu, partial(self._give_up, making))
+
+    def _give_up(self, making: _Aside | None) -> None:
+        if making is not None:  # NCCL gives nothing to abort before it is made
+            making.join()
+        handle = self._handle or (making and making.value)
+        if handle:
+            self._binding.comm_abort(handle)
 
     # ---- what is put on a stream ----
 

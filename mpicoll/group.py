@@ -33,7 +33,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from . import backends, calls, connecting, growing, launch, meeting, rendezvous
-from .arrival import Arrival, Once, Record
+from .arrival import Arrival, Once
 from .backends import Ground, Wanted
 from .calls import ANY_SOURCE, NULL, PROC_NULL, Call, Peer
 from .config import (
@@ -55,7 +55,7 @@ from .errors import (
     UnsupportedError,
 )
 from .leaving import check_process, ending
-from .library import MPI, Steps, highest_tag
+from .library import IDLE, MPI, Steps, highest_tag
 from .ops import ReduceOp
 from .progress import Lane, engine, share_machine
 from .reclaim import Child, Children
@@ -853,6 +853,8 @@ class ProcessGroup:
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
+                while lane.enqueued:
+                    yield IDLE  # what was left to the GPU comes first
                 engine.delist(lane)  # nobody may listen on it any more
                 yield from self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
@@ -909,8 +911,11 @@ class ProcessGroup:
         """Take a number, check the arguments, and launch arrival followed by the data."""
         lane = self._lane
         self._usable()
-        lane.seq += 1
-        seq = lane.seq
+        seq = 0
+        if self._once is None:  # else it is known only later whether it takes one
+            lane.seq += 1
+            seq = lane.seq
+        call = None
         try:
             limit = self._timeout if timeout is None else seconds(timeout, self._timeout)
             if lane.unfetched is not None:
@@ -920,21 +925,17 @@ class ProcessGroup:
                 _refuse_busy(call)
             if call.device is not None:
                 self._transport.admit(call)  # the last to refuse it: it has its turn then
+            work = Work(lane, call, seq, limit, self._recorder)
         except Exception as error:
             self._arrive_refused(kind, seq, error)
             raise
-        record = None
-        if self._once is not None:
-            if self._once.goes_without(call):
-                lane.seq -= 1  # numbers are of calls in which the ranks meet
-                work = Work(lane, call, 0, limit, self._recorder)
-                engine.launch(work, self._transport.steps(call))
-                return work
-            record = self._once.before(call)
-        work = Work(lane, call, seq, limit, self._recorder)
-        in_one_go = then is None and call.device is None
+        except BaseException:  # such as KeyboardInterrupt
+            if call is not None and call.turn is not None:
+                call.turn.over = True
+            raise
+        in_one_go = then is None and call.device is None and self._once is None
         if not (in_one_go and engine.at_once(work, self._at_once)):
-            engine.launch(work, self._steps(work, then, record))
+            engine.launch(work, self._steps(work, then))
         return work
 
     def _at_once(self, call: Call, seq: int) -> bool:
@@ -948,22 +949,33 @@ class ProcessGroup:
         transport.finish(call, seq)
         return True
 
-    def _steps(
-        self, work: Work, then: Callable[[Work], Steps] | None, record: Record | None
-    ) -> Steps:
-        call, seq = work.call, work.seq
-        self._transport.prepare(call, seq)
-        at_once = call.device is not None and call.count != calls.UNEVEN
-        if not (at_once and self._arrival.at_once(call, seq)):
-            yield from self._arrival.steps(call, seq)
-        if record is not None and self._once is not None:
-            self._once.after(record)
+    def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+        call, transport = work.call, self._transport
+        if self._once is not None and then is None and self._once.goes_without(call):
+            yield from transport.steps(call)
+            return
+        yield from self._arrive(work)
         if then is not None:
             yield from then(work)
-        elif self._transport.rides(call):
-            self._transport.finish(call, seq)
+        elif transport.rides(call):
+            transport.finish(call, work.seq)
         else:
-            yield from self._transport.steps(call)
+            yield from transport.steps(call)
+
+    def _arrive(self, work: Work) -> Steps:
+        """Meet the other ranks in a call, which is the first of its queue."""
+        call, record = work.call, None
+        if self._once is not None:
+            record = self._once.before(call)
+            self._lane.seq += 1
+            work.take_number(self._lane.seq)
+        if not call.refused:
+            self._transport.prepare(call, work.seq)
+        at_once = call.device is not None and call.count != calls.UNEVEN
+        if not (at_once and self._arrival.at_once(call, work.seq)):
+            yield from self._arrival.steps(call, work.seq)
+        if record is not None and self._once is not None and not call.refused:
+            self._once.after(record)
 
     def _message(self, kind: str, timeout: object, check: Callable[[], Call]) -> Work:
         """Launch a send or recv: it takes no number and waits for no queue."""
@@ -985,8 +997,8 @@ class ProcessGroup:
     def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:
         """Let the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
-        steps = self._arrival.steps(call, seq)
-        engine.launch(Work(self._lane, call, seq, self._timeout, self._recorder), steps)
+        work = Work(self._lane, call, seq, self._timeout, self._recorder)
+        engine.launch(work, self._arrive(work))
         if self._size > 1:
             with contextlib.suppress(MpicollError):
                 engine.background()

@@ -32,6 +32,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -67,7 +68,6 @@ SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, befo
 KEEPING = 0.005  # seconds between looks at deadlines that nobody waits for; less than QUIET
 PARKED = 1.0  # seconds without anything under way after which these looks end
 MESSAGES = 64  # of a lane's sends and receives that are stepped in one pass
-STUCK = 0.25  # seconds in one step of a task past its deadline after which its group is aborted
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
 
@@ -137,6 +137,7 @@ class Lane:
         self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
         self.beside: dict[Task, None] = {}  # sends and receives; those at the front wait longest
         self.due = math.inf  # when a deadline is to be looked at
+        self.moved = 0.0  # when a pass last moved something
         self.broken: BaseException | None = None
         self.closed = ""
         self.told = False  # the program has been given the error that broke it
@@ -183,7 +184,8 @@ class Lane:
         """Say what this rank is doing in this group, for a peer that asks."""
         if self.queue:
             head = self.queue[0]
-            return head.seq, True, f"is in call #{head.seq}, {head.call.describe()}"
+            number = f"call #{head.seq}, " if head.seq else ""
+            return head.seq, True, f"is in {number}{head.call.describe()}"
         last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
         since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
         return self.seq, False, f"is in no call of this group; last finished {last}{since}"
@@ -199,13 +201,11 @@ class Pace:
 
     def __init__(self, *, background: bool = False) -> None:
         self._start = self.YIELDS if background else 0
-        self._looked = 0.0
         self.moved()
 
     def moved(self) -> None:
         """Note that something got done."""
         self._idle = self._start
-        self.quiet_since = 0.0
 
     def after(self, found: int) -> None:
         """Go on at once after a pass that moved something; else give the machine back a moment.
@@ -222,13 +222,6 @@ class Pace:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
         elif self._idle > self.SPINS or _CROWDED:
             os.sched_yield()
-
-    def quiet(self, now: float) -> bool:
-        """Return whether nothing has moved for `QUIET` seconds of looking."""
-        if not self.quiet_since or now - self._looked > QUIET:
-            self.quiet_since = now
-        self._looked = now
-        return now - self.quiet_since >= QUIET
 
 
 _CROWDED = False  # more ranks on this machine than cores: spinning would only hold up a peer
@@ -249,7 +242,7 @@ class Engine:
         self.broken: dict[Lane, None] = {}  # lanes whose members take leave of one another at exit
         self._ears: list[Callable[[], bool]] = []
         self._poll = Every(0.005)
-        self._polled = Pace()  # of those who poll instead of waiting
+        self._looked = self._looking = 0.0  # when the last pass was, and since when they have come
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stay = False  # whether the thread outlives the work at hand
@@ -259,7 +252,8 @@ class Engine:
         self._unpark = threading.Event()
         self._stepping: Task | None = None  # whose step is being taken
         self._steps = 0  # that were taken so far
-        self._freed: Task | None = None  # whose step was stuck, and was freed by an abort
+        self.inside: Callable[[], None] | None = None  # frees the step that may block, as in NCCL
+        self._freed: Task | None = None  # whose step was stuck, and was freed
         self._guarded: dict[int, tuple[float, str]] = {}  # calls that block: until when, and what
         self._watchdog: threading.Thread | None = None
         self._look = threading.Event()  # a call is guarded that the watchdog may not know of
@@ -335,7 +329,7 @@ class Engine:
                     "launch there, and wait outside"
                 )
             try:
-                found = MOVED if task.done else self._pass(pace, task)
+                found = MOVED if task.done else self._pass(task)
             finally:
                 self._exit()
             pace.after(found)
@@ -353,8 +347,7 @@ class Engine:
         """Make one pass; who polls with this gets deadlines kept as well."""
         if self._enter():
             try:
-                if self._pass(self._polled) == MOVED:
-                    self._polled.moved()
+                self._pass()
             finally:
                 self._exit()
 
@@ -414,47 +407,50 @@ class Engine:
         """Have a thread look, now and then, at what is under way, though nobody waits for it.
 
         So a call that is left to the GPU keeps its deadline, at no cost to the calls: a thread that
-        progressed all the time would contend with the user's for the interpreter.  It never waits
-        for the engine's lock: a step that is stuck inside NCCL past its deadline it frees, by an
-        abort of its group.
+        progressed all the time would contend with the user's for the interpreter.  The thread that
+        watches over calls that block watches over the steps, too: one that is stuck inside NCCL
+        past its deadline it frees, whichever thread took it.
         """
         if self._keeper is None:
             _check_threads()
+            self._watch_over()
             self._keeper = threading.Thread(target=self._keep, name="mpicoll keeper", daemon=True)
             self._keeper.start()
+            self._look.set()
 
     def _keep(self) -> None:
-        pace, quiet = Pace(background=True), 0.0
-        seen, since = -1, 0.0
+        quiet = 0.0
         while not self._stop:
-            now, task = time.monotonic(), self._stepping
-            if self._steps != seen:
-                seen, since = self._steps, now
-            elif task is not None and now - since > STUCK and now >= task.deadline:
-                self._free(task)
             if self._active:
                 quiet = 0.0
-                if self._lock.acquire(blocking=False):
-                    self._inside = True
-                    try:
-                        self._pass(pace)
-                    finally:
-                        self._exit()
+                self._enter()  # (no signal handler runs in this thread)
+                try:
+                    self._pass()
+                finally:
+                    self._exit()
             elif quiet >= PARKED:
                 self._parked = True
                 if not self._active:  # or it was launched before it could see that we are parked
                     self._unpark.wait()
                     self._unpark.clear()
                 self._parked, quiet = False, 0.0
+                self._look.set()
             time.sleep(KEEPING)
             quiet += KEEPING
 
-    def _free(self, task: Task) -> None:
-        """Let a step return that is stuck; the lock is its taker's."""
-        abort = task.lane.abort
-        if abort is not None and self._freed is not task:
+    def _free_a_stuck_step(self, before: int) -> int:
+        """Free the step that is being taken, if it was at the look before; return its number."""
+        task, free, steps = self._stepping, self.inside, self._steps
+        if (
+            steps == before
+            and task is not None
+            and free is not None
+            and task is not self._freed
+            and time.monotonic() >= task.deadline
+        ):
             self._freed = task
-            abort()
+            free()
+        return steps
 
     @contextlib.contextmanager
     def guard(self, deadline: float, what: str) -> Iterator[None]:
@@ -466,22 +462,29 @@ class Engine:
         guarded = max(deadline, time.monotonic()) + BLOCKED, what
         key = id(guarded)
         self._guarded[key] = guarded
-        if self._watchdog is None:
-            # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
-            self._watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
-            self._watchdog.start()
+        self._watch_over()
         self._look.set()
         try:
             yield
         finally:
             del self._guarded[key]
 
+    def _watch_over(self) -> None:
+        if self._watchdog is None:
+            # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
+            self._watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
+            self._watchdog.start()
+
     def _watch(self) -> None:
         while True:
             self._look.wait()
             self._look.clear()
-            lost = len(watch.lost)
-            while self._guarded:
+            lost, steps = len(watch.lost), -1
+            while self._guarded or (self._keeper is not None and not self._parked):
+                steps = self._free_a_stuck_step(steps)
+                if not self._guarded:
+                    self._look.wait(LOOK_OUT)
+                    continue
                 watch.look()  # for who is blocked, and holds the engine's lock
                 for until, what in list(self._guarded.values()):
                     if len(watch.lost) > lost and not survives_deaths():
@@ -520,18 +523,26 @@ class Engine:
         self._claims.add(*task.call.spans(), task)
         self._active[lane] = None
 
-    def _pass(self, pace: Pace, wanted: Task | None = None) -> int:
-        found = IDLE
+    def _pass(self, wanted: Task | None = None) -> int:
+        now, found = time.monotonic(), IDLE
+        if now - self._looked > QUIET:  # before a deadline counts, there must be a while of looking
+            self._looking = now
+        self._looked = now
         if wanted is not None and wanted in wanted.lane.beside:
             found = self._step(wanted)
+            if found == MOVED:
+                wanted.lane.moved = now
         for lane in list(self._active):
-            found = max(found, self._advance(lane))
-        if found == MOVED:
-            return found
+            moved = self._advance(lane)
+            if moved == MOVED:
+                lane.moved = now
+            found = max(found, moved)
+        if found == MOVED and now < self._poll.next:
+            return found  # what is busy must not keep the others' deadlines from being looked at
         now = time.monotonic()
         if self._hear(now):
             found = MOVED
-        self._look_at_clock(now, pace)
+        self._look_at_clock(now)
         return found
 
     def _hear(self, now: float) -> bool:
@@ -589,9 +600,12 @@ class Engine:
         self._stepping = task
         self._steps += 1
         try:
-            return next(task.steps)
+            mood = next(task.steps)
+            if task is not self._freed:
+                return mood
+            self._end(task, self._stuck(task))
         except StopIteration:
-            self._end(task, None)
+            self._end(task, self._stuck(task) if task is self._freed else None)
         except Exception as error:
             self._end(task, self._fault(task, error))
         except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
@@ -604,7 +618,7 @@ class Engine:
     def _fault(self, task: Task, error: Exception) -> MpicollError:
         """Turn what a step raised into our error: a peer's death, if that was behind it."""
         if task is self._freed:
-            return _too_late(task, time.monotonic() - task.called, {})
+            return self._stuck(task)
         ours = translate(error, task.call.kind)
         if isinstance(ours, TransportError) and not task.recovers:
             peers, until = task.lane.peers, time.monotonic() + NEWS
@@ -618,6 +632,9 @@ class Engine:
                 return failed
         return ours
 
+    def _stuck(self, task: Task) -> MpicollError:
+        return _too_late(task, time.monotonic() - task.called, {})
+
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
         lane.drop(task)
@@ -625,12 +642,14 @@ class Engine:
             self._settle(task, error)
             return
         task.error = error
-        self._ended(task)
-        seq = task.seq if task.queued else lane.queue[0].seq if lane.queue else lane.seq + 1
-        self._break(lane, error, seq, arrived=task.queued)
-        self._abandon(task)
-        task.done = True  # last: a thread that sees it finds the group broken, and the GPU free
-        self._calls.extend(task.callbacks)
+        try:
+            self._ended(task)
+            own = task.seq if task.queued else lane.queue[0].seq if lane.queue else 0
+            self._break(lane, error, own or lane.seq + 1, arrived=task.queued and bool(own))
+            self._abandon(task)
+        finally:
+            task.done = True  # last: a thread that sees it finds the group broken, the GPU free
+            self._calls.extend(task.callbacks)
 
     def _settle(self, task: Task, error: MpicollError | None) -> None:
         task.error = error
@@ -668,9 +687,8 @@ class Engine:
         self._abandoned.append(task)
 
     def _give_up(self, lane: Lane, error: BaseException, said: str) -> None:
-        under_way = bool(lane.queue)
-        seq = lane.queue[0].seq if under_way else lane.seq + 1
-        self._break(lane, error, seq, arrived=under_way, said=said)
+        seq = lane.queue[0].seq if lane.queue else 0
+        self._break(lane, error, seq or lane.seq + 1, arrived=bool(seq), said=said)
 
     def _break(
         self, lane: Lane, error: BaseException, seq: int, *, arrived: bool, said: str = ""
@@ -688,18 +706,20 @@ class Engine:
                     else:
                         lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
             if lane.abort is not None:
-                lane.abort()
-        for task in lane.tasks():
-            self._abandon(task)
+                with contextlib.suppress(Exception):  # of NCCL, or for want of threads
+                    lane.abort()
+        while tasks := lane.tasks():
+            task = tasks[0]
+            lane.drop(task)
             task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
             task.error.__cause__ = error
             task.fetched = True  # the cause is what gets reported
-            self._ended(task)
-            task.done = True
-            self._calls.extend(task.callbacks)
-        lane.queue.clear()
-        lane.enqueued.clear()
-        lane.beside.clear()
+            try:
+                self._abandon(task)
+                self._ended(task)
+            finally:
+                task.done = True
+                self._calls.extend(task.callbacks)
         self._active.pop(lane, None)
         if lane.broken is error:
             leave_trace()
@@ -725,11 +745,11 @@ class Engine:
             return True
         return False
 
-    def _look_at_clock(self, now: float, pace: Pace) -> None:
-        quiet = pace.quiet(now)
+    def _look_at_clock(self, now: float) -> None:
         for lane in list(self._active):
             if now < lane.due:
                 continue
+            quiet = now - max(self._looking, lane.moved) >= QUIET
             tasks = lane.tasks()
             lane.due = min(map(_due, tasks), default=math.inf)
             asked = False
@@ -764,9 +784,10 @@ class Engine:
         with contextlib.suppress(MPI.Exception):
             peers.poll()
         head = task.lane.queue[0] if task.queued else task
-        met = head.seq or head.call.kind == "send"  # or it went without arrival
-        missing = peers.missing(head.seq) if met else peers.answers()
-        self._end(task, _too_late(task, elapsed, missing))
+        if task.lane.once is not None and not head.seq and head.call.kind != "send":
+            self._end(task, _too_late(task, elapsed, peers.answers(), compared=False))
+        else:
+            self._end(task, _too_late(task, elapsed, peers.missing(head.seq)))
 
     def _shorten(self, task: Task, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -783,7 +804,10 @@ class Engine:
                 callback = self._calls.popleft()
             except IndexError:
                 return
-            callback()
+            try:
+                callback()
+            except Exception:  # it is nobody's fault who waits here
+                traceback.print_exc()
 
     def _work(self) -> None:
         pace = Pace(background=True)
@@ -793,7 +817,7 @@ class Engine:
                 if not (self._active or self._stay):
                     self._thread = None
                     return
-                found = self._pass(pace)
+                found = self._pass()
                 self._wake.clear()
                 idle = not self._active
             finally:
@@ -844,7 +868,7 @@ class Engine:
                 return
             self._enter()
             try:
-                found = self._pass(pace)
+                found = self._pass()
             finally:
                 self._exit()
             pace.after(found)
@@ -889,7 +913,9 @@ def _due(task: Task) -> float:
     return task.deadline - _look_ahead(task)
 
 
-def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> CollectiveTimeoutError:
+def _too_late(
+    task: Task, elapsed: float, missing: dict[int, str], *, compared: bool = True
+) -> CollectiveTimeoutError:
     call = task.call
     number = f" (call #{task.seq})" if task.seq else ""
     text = (
@@ -899,7 +925,7 @@ def _too_late(task: Task, elapsed: float, missing: dict[int, str]) -> Collective
         text += ": no matching message came. The receive was cancelled; the group is still usable"
     elif call.kind == "send":
         text += ": the receiver did not take the message"
-    elif not task.seq:
+    elif not compared:
         text += ": it was not compared (checks='first'), and peers may have called something else"
         text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))
         missing = {}

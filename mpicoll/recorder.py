@@ -166,6 +166,11 @@ class Recorder:
         return [_in_words(entry, epoch) for entry in self._ring.copy()]
 
 
+def number(entry: Entry, seq: int) -> None:
+    """Enter the number of a call that was given one later."""
+    entry[_SEQ] = seq
+
+
 def end(entry: Entry, error: BaseException | None) -> None:
     """Enter how a call ended."""
     if error is not None:

@@ -11,7 +11,7 @@ from .calls import Call, Peer
 from .config import seconds
 from .errors import InvalidCallError
 from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end
+from .recorder import Entry, Recorder, end, number
 
 
 class Work(Task):
@@ -37,6 +37,11 @@ class Work(Task):
         # Runs anywhere, in the collector too: it only leaves a note.
         if self.error is not None and not self.fetched:
             self.lane.unfetched = self.error
+
+    def take_number(self, seq: int) -> None:
+        """Give the call its number, if that was not known when it was made."""
+        self.seq = seq
+        number(self._entry, seq)
 
     def ended(self) -> None:
         """Enter the end in the flight recorder, and let those behind it have their turn."""
@@ -135,6 +140,8 @@ class Work(Task):
         future = Future()
 
         def settle() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked for it has cancelled it; the call is what it is
             error = self.exception()
             if error is not None:
                 future.set_exception(error)
@@ -166,6 +173,8 @@ class Future(concurrent.futures.Future[Any]):
         after = Future()
 
         def run(_: object) -> None:
+            if not after.set_running_or_notify_cancel():
+                return
             try:
                 after.set_result(callback(self))
             except BaseException as error:

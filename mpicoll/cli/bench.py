@@ -16,8 +16,8 @@ algorithm bandwidth is that size over the median time, and bus bandwidth multipl
 scan.  On GPU memory a call ends when the current stream has passed it.  mpi4py is measured on host
 arrays of the same size, unless --bare-on-gpu says that its collectives take the GPU's: an MPI
 library that takes them in messages may die of them in collectives, which nobody has tried.  Where
-the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result is checked,
-and the exit status is not zero if one was wrong.
+the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result of
+mpicoll is checked, and the exit status is not zero if one was wrong.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ try:
     version = str(nccl.get_version())
 except Exception:
     version = ""
-names, ids = [p["name"].decode() for p in found], [bytes(p["uuid"]).hex() for p in found]
+names, ids = [p["name"].decode() for p in found], [bytes(p.get("uuid", b"")).hex() for p in found]
 print(json.dumps({"names": names, "ids": ids, "nccl": version}))
 """
 

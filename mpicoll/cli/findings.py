@@ -347,7 +347,9 @@ def _shared(host: str, there: list[Facts], gpus: int) -> Finding:
     if enough and told and few:
         return Finding("GPUs", OK, f"{what}, by NCCL")
     wanted = []
-    if not enough:
+    if not all(f.gpu.nccl for f in there):
+        wanted.append("NCCL by nccl4py (pip install 'mpicoll[cuda12]' or 'mpicoll[cuda13]')")
+    elif not enough:
         wanted.append("NCCL 2.30 or newer (pip install -U nvidia-nccl-cu12 or nvidia-nccl-cu13)")
     if not told:
         wanted.append("NCCL_MULTI_RANK_GPU_ENABLE=1")

@@ -20,8 +20,10 @@ from ..buffers import DeviceBuffer
 from ..calls import Call
 from ..cuda_arrays import DeviceArray, stream_of
 from ..dtypes import DType
+from ..errors import UnsupportedError
 from ..library import IDLE, MOVED, Steps
 from ..ops import ReduceOp
+from ..progress import engine
 from .base import Transport
 from .staged import Copies, StagedTransport, device_blocks
 
@@ -119,6 +121,9 @@ class Nccl(Protocol):
     def all_gather(self, src: int, dst: int, n: int, kind: int, stream: int) -> None: ...
     def send(self, src: int, n: int, kind: int, peer: int, stream: int) -> None: ...
     def recv(self, dst: int, n: int, kind: int, peer: int, stream: int) -> None: ...
+
+    def knows(self, like: Hashable) -> bool:
+        """Return whether such operations were performed before."""
 
     def premul_sum(self, kind: int, factor: float) -> int:
         """Make an operator: the sum of each rank's elements times its factor."""
@@ -246,12 +251,20 @@ class NcclTransport(StagedTransport):
         gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
         while not self._turns.has_come(call.turn) or self._ahead >= AHEAD:
             yield IDLE
+        operations, like = self._operations(call.parts or (call,))
+        if call.captured and not self._nccl.knows(like):
+            raise UnsupportedError(
+                f"{call.describe()} can't be captured before it was made once, as NCCL connects "
+                "the ranks then: make it outside of the graph first, and synchronize()"
+            )
         try:
+            engine.inside = self.abort
             with gpu.active():
                 for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
                     gpu.queue_after(mark)
-                done = self._nccl.perform(*self._operations(call.parts or (call,)))
+                done = self._nccl.perform(operations, like)
                 mark = gpu.mark(gpu.queue) if done else None
+            engine.inside = None
             if mark is None:
                 while not self._nccl.settled():
                     yield IDLE
@@ -265,8 +278,10 @@ class NcclTransport(StagedTransport):
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
                 yield IDLE
+            self._nccl.settled()  # the GPU passes the calls of a communicator that was aborted, too
             self._ahead -= 1
         except BaseException:  # given up, or an error
+            engine.inside = None
             self.abort()
             raise
 
@@ -282,7 +297,11 @@ class NcclTransport(StagedTransport):
         for call in parts:
             operations += self._made[call.kind](call, device_blocks(call.send))
             op = None if call.op is None else call.op.name
-            like.append((call.kind, call.dtype, op, call.root, call.extent.bit_length()))
+            size: Hashable = call.extent.bit_length()
+            if call.kind in _BETWEEN_PAIRS:  # NCCL connects each pair by itself
+                blocks = device_blocks(call.send) + device_blocks(call.recv)
+                size = tuple(block.size.bit_length() for block in blocks)
+            like.append((call.kind, call.dtype, op, call.root, size))
         return operations, like[0] if len(like) == 1 else tuple(like)
 
     def _allreduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
@@ -378,6 +397,7 @@ class NcclTransport(StagedTransport):
         ]
 
 
+_BETWEEN_PAIRS = frozenset({"gather", "scatter", "alltoall", "all_to_all_single"})
 _STAGED = frozenset({"scan", "exscan", "send", "recv"})  # NCCL has no scans, nor tags
 
 

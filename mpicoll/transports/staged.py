@@ -18,7 +18,7 @@ from ..buffers import Blocks, Buffer, DeviceBuffer
 from ..calls import UNEVEN, Call, digest
 from ..cuda_arrays import UNKNOWN, DeviceArray
 from ..dtypes import DType
-from ..errors import InvalidCallError, UnsupportedError
+from ..errors import InvalidCallError, TransportError, UnsupportedError
 from ..library import KEEN, Steps
 from ..progress import Expired
 from .base import Transport
@@ -324,9 +324,11 @@ class StagedTransport(Transport):
             landed = self._copies.to_device(room[: buffer.nbytes], _block(call.recv, 0))
             try:
                 yield from copied([landed])
-            except Expired:  # the message has been taken, and no peer is waited for any more
-                while not landed():
-                    pass
+            except Expired:
+                raise TransportError(
+                    "the message was taken in time, but its copy to the GPU was not: it comes "
+                    "after what was queued before on the array's stream"
+                ) from None
         self._spare.append(room)
 
     def _take(self, nbytes: int) -> Array:

@@ -115,6 +115,7 @@ class Communicator:
         self.q, self.comm, self.log = queue, queue.comm, queue.log
         self.error: Exception | None = None
         self.opened = True
+        self.aborted = False
         self.calls: list[Call] = []  # that have not settled
         self.looks = 0
         self.warm: set[Hashable] = set()
@@ -125,6 +126,8 @@ class Communicator:
     def settled(self) -> bool:
         if self.error is not None:
             raise self.error
+        if self.aborted:
+            raise RuntimeError("aborted")
         if not self.calls:
             return True
         self.looks += 1
@@ -134,6 +137,9 @@ class Communicator:
         self.looks = 0
         self._add_all()
         return True
+
+    def knows(self, like: Hashable) -> bool:
+        return like in self.warm
 
     def perform(self, operations: Sequence[Callable[[], None]], like: Hashable) -> bool:
         assert not self.calls, "asked before it had settled"
@@ -261,6 +267,7 @@ class Communicator:
         yield 0
 
     def abort(self) -> None:
+        self.aborted = True
         self.log.append(("abort",))
 
 

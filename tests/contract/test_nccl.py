@@ -27,7 +27,7 @@ from mpicoll.errors import (
     TransportError,
     UnsupportedError,
 )
-from mpicoll.library import pause
+from mpicoll.library import IDLE, MOVED, pause
 from mpicoll.progress import Engine, Lane, Task, engine
 from mpicoll.transports import nccl
 from mpicoll.transports.nccl import NcclTransport, Turns
@@ -356,23 +356,80 @@ def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh
     assert queue.given == 6
 
 
-def test_a_step_that_is_stuck_past_its_deadline_is_freed_by_an_abort():
-    """As where NCCL blocks in a call that should not: the thread that looks needs no lock."""
-    own, lane, free = Engine(), Lane("stuck", MPI.COMM_SELF), threading.Event()
-    lane.abort = free.set
+@pytest.fixture
+def own() -> Iterator[Engine]:
+    """An engine beside that of the groups, whose threads end with the test."""
+    made = Engine()
+    yield made
+    made.stop()
+
+
+def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
+    """Steps of which one blocks until it is freed, as where NCCL blocks but should not."""
+    if how == "later":  # the keeper takes it
+        yield IDLE
+    own.inside = free.set
+    assert free.wait(20)
+    own.inside = None
+    if how == "raises":
+        raise RuntimeError("NCCL was aborted")
+    if how == "goes on":
+        yield MOVED
+
+
+@pytest.mark.parametrize("how", ["raises", "returns", "goes on", "later"])
+def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
+    """Whichever thread has taken it; what it returns then is no success."""
+    lane, free = Lane("stuck", MPI.COMM_SELF), threading.Event()
     task = Task(lane, Call("allreduce"), 1, 0.2)
+    own.keep_deadlines()
+    own.launch(task, stuck(own, free, how))
+    limit = time.monotonic() + 10
+    while not task.done:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
+
+
+def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own):
+    lane = Lane("slow", MPI.COMM_SELF)
+    lane.abort = pytest.fail
+    task = Task(lane, Call("allreduce"), 1, 0.1)
 
     def steps() -> Iterator[int]:
-        assert free.wait(20)
-        raise RuntimeError("NCCL was aborted")
-        yield
+        time.sleep(0.5)
+        yield from ()
 
     own.keep_deadlines()
-    begin = time.monotonic()
     own.launch(task, steps())
-    assert time.monotonic() - begin < 10
-    assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
-    own.stop()
+    assert task.done and task.error is None
+
+
+def test_a_busy_group_keeps_no_other_from_its_deadline(own):
+    busy, quiet = Lane("busy", MPI.COMM_SELF), Lane("quiet", MPI.COMM_SELF)
+
+    def forever(mood: int) -> Iterator[int]:
+        while True:
+            yield mood
+
+    own.launch(Task(busy, Call("allreduce"), 1, 60), forever(MOVED))
+    task = Task(quiet, Call("allreduce"), 1, 0.2)
+    own.launch(task, forever(IDLE))
+    limit = time.monotonic() + 10
+    while not task.done:
+        assert time.monotonic() < limit
+        own.test()
+    assert isinstance(task.error, CollectiveTimeoutError)
+
+
+def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
+    lane = Lane("failing", MPI.COMM_SELF)
+    lane.abort = lambda: 1 / 0
+    tasks = [Task(lane, Call("allreduce"), n, 60) for n in (1, 2, 3)]
+    for task in tasks:
+        own.launch(task, iter([IDLE] * 10**6))
+    own.fail_all(lane, TransportError("planted"))
+    assert all(task.done and task.error is not None for task in tasks) and not own.busy
 
 
 def test_only_the_oldest_call_on_the_stream_is_asked_for(fresh):
@@ -425,6 +482,33 @@ def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world)
     assert kinds.count("allreduce") == 12
 
 
+def test_which_calls_go_without_does_not_hang_on_when_peers_come(ahead, world):
+    """Several alike under way before the first of them is compared, as in a first iteration."""
+    for late in range(min(2, world.size)):
+        size = 5 + 10 * late
+        if world.rank == late:
+            time.sleep(0.2)
+        arrays = [ELSEWHERE.full(size, 1) for _ in range(3)]
+        for work in [ahead.allreduce(x) for x in arrays]:
+            work.synchronize()
+        ahead.barrier().wait()
+        assert all(ELSEWHERE.same(x, np.full(size, world.size, np.float32)) for x in arrays)
+
+
+def test_a_refused_call_after_some_that_went_without_leaves_the_group_usable(ahead, world):
+    x = ELSEWHERE.full(5, 1)
+    for _ in range(3):
+        ahead.allreduce(x).wait()
+    if world.rank == 0:
+        with pytest.raises(InvalidCallError):
+            ahead.allreduce("nonsense")
+    else:
+        with pytest.raises(MpicollError) as caught:
+            ahead.barrier().wait()
+        assert not caught.value.breaks_group
+    ahead.barrier().wait()
+
+
 def test_calls_that_were_not_compared_are_counted_in_the_next_that_is(ahead, world):
     if world.size == 1:
         pytest.skip("needs two ranks")
@@ -442,6 +526,7 @@ def test_calls_that_were_not_compared_are_counted_in_the_next_that_is(ahead, wor
 
 
 def test_one_rank_that_went_without_and_one_that_did_not(ahead, world):
+    """Where the others have nothing to say of the kind, they learn it from the first's words."""
     if world.size == 1:
         pytest.skip("needs two ranks")
     queue_of(ahead).open = False
@@ -527,6 +612,18 @@ def test_a_captured_call_is_over_when_the_stream_has_waited_for_it(fresh):
     assert work.is_success() and not queue.asked, "CUDA refuses to be asked for such a mark"
     queue.capturing.clear()
     queue.open = True
+    fresh.allreduce(x).synchronize()
+
+
+def test_what_was_not_made_before_cant_be_captured(fresh):
+    """NCCL connects then, which no stream may capture."""
+    queue = queue_of(fresh)
+    x = ELSEWHERE.full(5, 1)
+    queue.capturing.add(STREAM)
+    with pytest.raises(UnsupportedError, match="make it outside of the graph first"):
+        fresh.allreduce(x).wait()
+    assert {"all_reduce", "queue_after"}.isdisjoint(names(queue)), "or the graph would be spoilt"
+    queue.capturing.clear()
     fresh.allreduce(x).synchronize()
 
 

@@ -18,6 +18,7 @@ import pytest
 import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.errors import CollectiveMismatchError, InvalidCallError
+from mpicoll.progress import engine
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.soak import soak
 
@@ -319,3 +320,29 @@ def test_forms_of_a_timeout(pg, timeout):
     x = data(pg.rank(), 5)
     assert pg.allreduce(x, timeout=timeout).wait()
     assert pg.barrier(timeout).wait(timeout)
+
+
+def test_a_future_that_was_cancelled_harms_nobody(pg):
+    me = pg.rank()
+    x = np.zeros(3)
+    work = pg.recv(x, me, tag=3)
+    future = work.get_future()
+    chained = future.then(lambda f: pytest.fail("it was cancelled"))
+    assert future.cancel()
+    pg.send(np.ones(3), me, tag=3).wait()
+    work.wait()
+    assert (x == 1).all() and future.cancelled()
+    assert chained.done() or not chained.running()
+    pg.barrier().wait()
+
+
+def test_a_callback_that_raises_harms_nobody(pg, capfd):
+    def fail() -> None:
+        raise ValueError("the callback's own")
+
+    work = pg.recv(np.zeros(3), pg.rank(), tag=3)
+    engine.when_done(work, fail)
+    pg.send(np.ones(3), pg.rank(), tag=3).wait()
+    work.wait()
+    assert "the callback's own" in capfd.readouterr().err
+    pg.barrier().wait()
