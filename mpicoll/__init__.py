@@ -10,6 +10,7 @@ Importing costs nothing and touches no MPI; the first `new_group` loads it.
 
 from .backends import ProcessGroupFactory, register_backend
 from .calls import ANY_SOURCE, PROC_NULL
+from .config import child_environment
 from .errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
@@ -57,6 +58,7 @@ __all__ = [
     "UnsupportedError",
     "Work",
     "__version__",
+    "child_environment",
     "current_process_group",
     "new_group",
     "parent_group",

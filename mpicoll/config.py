@@ -19,6 +19,7 @@ SLURM_INTERACTIVE = "4294967290"  # the step in which a shell of `salloc` may ru
 SETTINGS = (
     "MPICOLL_GRACE",
     "MPICOLL_NODES",
+    "MPICOLL_RANK",
     "MPICOLL_SINGLE",
     "MPICOLL_STORE_SECRET",
     "MPICOLL_TIMEOUT",
@@ -29,7 +30,7 @@ SETTINGS = (
 # What launchers tell a rank.  Of Open MPI's settings, those of its run-time environment are one
 # rank's own; how messages go, and over which memory, is for everyone.
 _OF_A_RANK = re.compile(
-    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL"
+    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL|MPICOLL_RANK$"
     r"|OMPI_(?!MCA_)|OMPI_MCA_(ess|orte|pmix|prte|plm|ras|rmaps|initial_wdir|mpi_ft)"
 )
 
@@ -39,9 +40,45 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def environment_alone() -> dict[str, str]:
-    """Return the environment for a process that is no rank, though a rank starts it."""
+def child_environment() -> dict[str, str]:
+    """Return the environment in which a rank starts a process that is no rank of its job.
+
+    For `subprocess`, as ``env=``: whatever a rank starts inherits the launcher's variables, by
+    which MPI would take it for the rank itself.  In this environment it is a world of one rank.
+    """
     return {name: value for name, value in os.environ.items() if not _OF_A_RANK.match(name)}
+
+
+_PLACE = ("PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK", "PMIX_NAMESPACE", "PMIX_RANK")
+
+
+_CLOSED = "PMI_FD=closed"
+
+
+def _place() -> str:
+    """Return by what MPI finds this process's place in a job; "" if it has none."""
+    found = {name: os.environ[name] for name in _PLACE if name in os.environ}
+    if "PMI_FD" in found:  # the number alone is the same in many jobs
+        try:
+            found["PMI_FD"] = os.readlink(f"/proc/self/fd/{found['PMI_FD']}")
+        except OSError:
+            return _CLOSED
+    return " ".join(f"{name}={value}" for name, value in found.items())
+
+
+def mark_rank() -> None:
+    """Note in the environment, for the children, whose place they inherit."""
+    place = _place()
+    if place:
+        os.environ["MPICOLL_RANK"] = f"{os.getpid()} {place}"
+
+
+def inherited_from() -> int | None:
+    """Return the pid of the rank whose place in a job this process has inherited, if it has."""
+    pid, _, place = os.environ.get("MPICOLL_RANK", "").partition(" ")
+    if place and _place() in (place, _CLOSED) and pid != str(os.getpid()):
+        return int(pid)
+    return None
 
 
 def default_timeout() -> float:
@@ -124,6 +161,9 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
             found.append(Launcher("srun --mpi=pmix", "Open MPI", *step))
         elif not (found and environ.get("SLURM_STEP_NUM_NODES") == str(step[1])):
             found.append(Launcher("srun without PMI", "", *step))
+    torchrun = numbers("RANK", "WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in environ else None
+    if torchrun is not None:
+        found.append(Launcher("torchrun", "", *torchrun))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Generator
 
-from .config import environment_alone
+from .config import child_environment
 from .library import IDLE
 
 LIMIT = 60.0  # seconds that a trial may take
@@ -48,7 +48,7 @@ class Trial:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment_alone(),
+            env=child_environment(),
         )
 
     def outcome(self) -> str | None:

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .config import environment, launchers
+from .config import environment, inherited_from, launchers, mark_rank
 from .errors import TransportError
 from .launch import abortive, library_file, remedy
 
@@ -52,11 +53,24 @@ def initialize(loaded: Any) -> None:
     """Initialize MPI as mpi4py would, where nobody has; but not where that would end the job.
 
     Raises:
-        TransportError: it would.
+        TransportError: it would; or it is left to the program, which has not done so.
     """
     rc = importlib.import_module("mpi4py").rc
-    if loaded.Is_initialized() or not rc.initialize:
+    if loaded.Is_initialized():
         return
+    if not rc.initialize:
+        raise TransportError(
+            "MPI is not initialized, and mpi4py.rc.initialize is False: call MPI.Init_thread() "
+            "before the first group is made, or leave mpi4py.rc.initialize alone"
+        )
+    rank = inherited_from()
+    if rank is not None:
+        raise TransportError(
+            f"this process ({os.getpid()}) was started by the rank of process {rank} and has "
+            "inherited its place in the job, so MPI would take it for that rank: start it with "
+            "env=mpicoll.child_environment(), and it is a world of one rank; or make groups in the "
+            "ranks only, as under `if __name__ == '__main__':` with multiprocessing"
+        )
     vendor, _ = loaded.get_vendor()
     why = abortive(vendor, launchers(environment()))
     if why:
@@ -71,6 +85,7 @@ class _LazyMPI(ModuleType):
             raise AttributeError(name)
         loaded = load()
         initialize(loaded)
+        mark_rank()
         self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
         return getattr(loaded, name)
 

@@ -221,7 +221,7 @@ def _settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         k: "(set)" if "SECRET" in k else v
         for k, v in found.items()
-        if not k.startswith("MPICOLL_TEST_")
+        if not k.startswith("MPICOLL_TEST_") and k != "MPICOLL_RANK"
     }
 
 
@@ -376,7 +376,7 @@ def _gpu() -> Gpu:
             capture_output=True,
             text=True,
             timeout=_PROBE_LIMIT,
-            env=config.environment_alone(),
+            env=config.child_environment(),
         )
     except subprocess.TimeoutExpired:
         return Gpu(trouble=f"looking at them took more than {_PROBE_LIMIT:g} s")

@@ -8,7 +8,7 @@ import sys
 import time
 
 from mpicoll import cuda_trial
-from mpicoll.config import environment_alone
+from mpicoll.config import child_environment
 from mpicoll.cuda_trial import Trial, reading
 
 
@@ -69,5 +69,5 @@ def test_its_process_is_no_rank(monkeypatch):
     meant = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_accelerator": "cuda", "OMPI_MCA_btl_base": "7"}
     for name, value in meant.items():
         monkeypatch.setenv(name, value)
-    kept = environment_alone()
+    kept = child_environment()
     assert not {*marks, "OMPI_MCA_ess"} & {*kept} and meant.items() <= kept.items()

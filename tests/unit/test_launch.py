@@ -33,6 +33,7 @@ PMIX = STEP | {"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.9.0"}
 BATCH = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 PROXIES = STEP | {"SLURM_STEP_NUM_TASKS": "2"}  # one task per node, each starts that node's ranks
 PROXY = STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
 SHELL = PROXY | {"SLURM_STEP_ID": "4294967290"}  # of salloc, in the interactive step
 
 
@@ -55,6 +56,9 @@ SHELL = PROXY | {"SLURM_STEP_ID": "4294967290"}  # of salloc, in the interactive
         (SHELL, [], []),
         (SHELL | PRTE, ["mpiexec (Open MPI)"], [4]),
         ({"PMI_SIZE": "many", "PMI_RANK": "0"}, [], []),
+        (TORCHRUN, ["torchrun"], [2]),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"}, [], []),
+        (HYDRA | TORCHRUN, ["mpiexec (hydra)", "torchrun"], [4, 2]),
     ],
 )
 def test_who_started_this(environ, names, ranks):
