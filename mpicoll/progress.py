@@ -235,6 +235,7 @@ class Engine:
         self._inside = False  # whether the lock's holder is at work, not merely about to be
         self._active: dict[Lane, None] = {}
         self._claims: Claims[Task] = Claims()  # the memory that tasks use
+        self._unclaimed: dict[Task, None] = {}  # theirs is entered when another call asks for it
         self._lanes: dict[Lane, None] = {}  # all open groups; those at the front wait longest
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
@@ -387,12 +388,15 @@ class Engine:
     def conflicting(self, call: Call) -> Task | None:
         """Return a task that writes what a call is to read, or uses what it is to write."""
         with self._lock:
+            for task in self._unclaimed:
+                self._claims.add(*task.call.spans(), task)
+            self._unclaimed.clear()
             return self._claims.conflicting(*call.spans())
 
     def release(self, task: Task) -> None:
         """Note that a task's memory may be used otherwise, as the user's streams wait for it."""
         with self._lock:
-            self._claims.discard(*task.call.spans(), task)
+            self._disclaim(task)
 
     def background(self, *, stay: bool = False) -> None:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
@@ -520,7 +524,7 @@ class Engine:
         else:
             lane.beside[task] = None
         lane.due = min(lane.due, _due(task))
-        self._claims.add(*task.call.spans(), task)
+        self._unclaimed[task] = None
         self._active[lane] = None
 
     def _pass(self, wanted: Task | None = None) -> int:
@@ -643,7 +647,8 @@ class Engine:
             return
         task.error = error
         try:
-            self._ended(task)
+            self._disclaim(task)
+            task.ended()
             own = task.seq if task.queued else lane.queue[0].seq if lane.queue else 0
             self._break(lane, error, own or lane.seq + 1, arrived=task.queued and bool(own))
             self._abandon(task)
@@ -660,15 +665,18 @@ class Engine:
                 lane.page[lane.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
-        self._ended(task)
+        if self._active:  # else it was done at once, and has claimed nothing
+            self._disclaim(task)
+        task.ended()
         task.done = True  # last: another thread may look, without the lock
         if task.callbacks:
             self._calls.extend(task.callbacks)
 
-    def _ended(self, task: Task) -> None:
-        if task.lane in self._active:  # else it was done at once, and claimed nothing
+    def _disclaim(self, task: Task) -> None:
+        if task in self._unclaimed:
+            del self._unclaimed[task]
+        else:
             self._claims.discard(*task.call.spans(), task)
-        task.ended()
 
     def _abandon(self, task: Task) -> None:
         """Leave a task's steps where they are, and keep what they hold.
@@ -715,8 +723,9 @@ class Engine:
             task.error.__cause__ = error
             task.fetched = True  # the cause is what gets reported
             try:
+                self._disclaim(task)
                 self._abandon(task)
-                self._ended(task)
+                task.ended()
             finally:
                 task.done = True
                 self._calls.extend(task.callbacks)
