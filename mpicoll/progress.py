@@ -75,6 +75,10 @@ class Expired(Exception):
     """Thrown into the steps of a task that can be cancelled when its deadline passes."""
 
 
+class Uncancelled(Exception):
+    """Raised by steps in which `Expired` was thrown, and that can't let go of the task's memory."""
+
+
 class Task:
     """One call as the engine sees it: steps to take, a deadline, an end."""
 
@@ -786,6 +790,9 @@ class Engine:
                 self._end(task, None)
             except Expired:
                 self._end(task, _too_late(task, elapsed, {}))
+            except Uncancelled as thrown:
+                self._abandoned.append(thrown)  # its frames hold what MPI may still write to
+                self._end(task, _too_late(task, elapsed, {}, cancelled=False))
             except Exception as error:
                 self._end(task, self._fault(task, error))
             return
@@ -923,14 +930,24 @@ def _due(task: Task) -> float:
 
 
 def _too_late(
-    task: Task, elapsed: float, missing: dict[int, str], *, compared: bool = True
+    task: Task,
+    elapsed: float,
+    missing: dict[int, str],
+    *,
+    compared: bool = True,
+    cancelled: bool = True,
 ) -> CollectiveTimeoutError:
     call = task.call
     number = f" (call #{task.seq})" if task.seq else ""
     text = (
         f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
     )
-    if call.kind == "recv":
+    if call.kind == "recv" and not cancelled:
+        text += (
+            ": its message has begun to come, and its sender goes no further. Such a receive can't "
+            "be cancelled, so the group is broken, and the array may still be written"
+        )
+    elif call.kind == "recv":
         text += ": no matching message came. The receive was cancelled; the group is still usable"
     elif call.kind == "send":
         text += ": the receiver did not take the message"
@@ -949,7 +966,7 @@ def _too_late(
         seq=task.seq,
         elapsed=elapsed,
         missing=sorted(missing) if call.kind != "send" else (),
-        breaks_group=call.kind != "recv",
+        breaks_group=call.kind != "recv" or not cancelled,
     )
 
 

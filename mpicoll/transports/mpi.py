@@ -11,6 +11,7 @@ MPI's counts and displacements are C ints.  A call in which any rank touches mor
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..library import (
     until,
     until_all,
 )
-from ..progress import Expired
+from ..progress import Expired, Uncancelled
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
@@ -41,6 +42,7 @@ MAX_COUNT = 2**30  # elements that one MPI call is given at most
 
 EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
+CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
 _HEADER = struct.Struct("<4sIqq8x")  # magic, (unused), dtype code, elements
 _MAGIC = b"mpc1"
 
@@ -243,7 +245,11 @@ class MpiTransport(Transport):
             self._taking.discard(call.tag)
 
     def _recv_from(self, call: Call) -> Steps:
-        """Receive one message; when the deadline passes, cancel (`Expired` is thrown in)."""
+        """Receive one message; when the deadline passes, cancel (`Expired` is thrown in).
+
+        Of a message that has begun to come, MPI can't cancel the receive, and to wait for it would
+        be to wait for its sender.
+        """
         assert call.recv is not None
         payload = call.recv.flat()
         header = np.zeros(_HEADER.size, dtype=np.uint8)
@@ -258,7 +264,11 @@ class MpiTransport(Transport):
                     yield mood
             except Expired:
                 request.Cancel()
-                request.Wait(status)
+                until_then = time.monotonic() + CANCELLING
+                while not request.Test(status):
+                    if time.monotonic() > until_then:
+                        pending.append(request)
+                        raise Uncancelled from None
                 if status.Is_cancelled():
                     raise
             except Abandoned:

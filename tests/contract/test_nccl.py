@@ -288,6 +288,7 @@ def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
         yield from steps(call, seq)
 
     pg._arrival.steps = later
+    pg._arrival.at_once = lambda call, seq: False
 
 
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from tests.harness import launch
 from tests.soak import soak
 
 LATE = 0.1  # seconds that an error may come after its deadline
@@ -365,3 +366,38 @@ else:
     ended = job(2, script, fails=True, env={"MPICOLL_TIMEOUT": "0.5"})
     assert ended.ranks[0] is not None, ended.output
     on_time(ended.ranks[0]["took"], 0.5)
+
+
+STOPPED_SENDER = """
+from mpi4py import MPI
+import signal
+pg, alone = mc.new_group(timeout=20), mc.new_group(comm=MPI.COMM_SELF, timeout=20)
+if RANK == 0:
+    pg.send(np.array([os.getpid()]), 1).wait()
+    work = pg.send(np.ones(3_000_000), 1, tag=1)
+    os.kill(os.getpid(), signal.SIGSTOP)  # in the middle of a message that the receiver has matched
+    report(took=0.0, outcome="", alone=True)
+else:
+    pid, x = np.zeros(1, int), np.zeros(3_000_000)
+    pg.recv(pid, 0).wait()
+    begin, outcome = time.monotonic(), ""
+    try:
+        pg.recv(x, {source}, tag=1, timeout=1).wait()
+    except mc.CollectiveTimeoutError as error:
+        outcome = f"{{error.breaks_group}}: {{error}}"
+    took = time.monotonic() - begin
+    y = np.ones(3)
+    alone.allreduce(y).wait()
+    os.kill(int(pid[0]), signal.SIGCONT)
+    report(took=took, outcome=outcome, alone=bool((y == 1).all()))
+"""
+
+
+@pytest.mark.parametrize("source", ["0", "mc.ANY_SOURCE"])
+def test_a_receive_whose_sender_stops_in_the_middle_keeps_its_deadline(source):
+    """MPI can't cancel it any more.  (Where the receiver copies by itself, it is done.)"""
+    ended = launch(2, STOPPED_SENDER.format(source=source), 40)
+    assert not ended.timed_out, ended.output
+    result = ended.ranks[1]
+    assert result is not None and result["took"] < 3 and result["alone"], (result, ended.output)
+    assert result["outcome"] == "" or result["outcome"].startswith(("True: ", "False: "))
