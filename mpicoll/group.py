@@ -481,8 +481,8 @@ class ProcessGroup:
     ) -> Work:
         """Receive an array from one rank, or from any.
 
-        An expired receive is cancelled; the group stays usable, and so does the message.  If its
-        message has begun to come, and the sender goes no further, that can't be: the group is broken.
+        An expired receive is cancelled; the group stays usable, and so does the message.  Where the
+        message has begun to come, and its sender goes no further, the group is broken.
 
         Args:
             tensor: of the dtype and number of elements that were sent.
