@@ -57,7 +57,8 @@ class CollectiveTimeoutError(MpicollError, TimeoutError):
 
     After a collective or a send the group is broken, and the buffers stay alive inside
     mpicoll: outputs may still be written.  An expired `recv` is cancelled and leaves the
-    group usable; so does a merge to which not all groups came.
+    group usable, unless its message has begun to come; so does a merge to which not all
+    groups came.
 
     Attributes:
         op: name of the call, such as ``"allreduce"``.
