@@ -81,7 +81,7 @@ def spawnless(vendor: str, found: Sequence[Launcher], *, spawned: bool) -> str:
         found: the launchers above this process.
         spawned: the process was itself started so.
     """
-    if not any(launcher.serves for launcher in found) and not spawned:
+    if all(launcher.name == "torchrun" for launcher in found) and not spawned:
         return "no launcher started this program: start it with mpiexec, -n 1 for one rank"
     if found and found[0].name.startswith("srun"):
         return (

@@ -204,3 +204,10 @@ def test_every_variable_that_is_read_is_known():
         re.findall(r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/config.py").read_text())
     )
     assert read == set(config.SETTINGS)
+
+
+def test_under_torchrun_alone_nothing_can_be_spawned():
+    why = spawnless("MPICH", launchers(TORCHRUN), spawned=False)
+    assert why.startswith("no launcher started this program")
+    assert not spawnless("MPICH", launchers(HYDRA | TORCHRUN), spawned=False)
+    assert "srun" in spawnless("MPICH", launchers(STEP), spawned=False)
