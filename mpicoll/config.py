@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 from .errors import InvalidCallError
@@ -50,8 +50,6 @@ def child_environment() -> dict[str, str]:
 
 
 _PLACE = ("PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK", "PMIX_NAMESPACE", "PMIX_RANK")
-
-
 _CLOSED = "PMI_FD=closed"
 
 
@@ -290,7 +288,7 @@ def seconds(timeout: object, default: float) -> float:
         return default
     if isinstance(timeout, timedelta):
         value = timeout.total_seconds()
-    elif isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+    elif isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise InvalidCallError(
             f"timeout must be a timedelta or a number of seconds, but got {timeout!r}"
         )

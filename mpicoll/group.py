@@ -599,9 +599,8 @@ class ProcessGroup:
             chosen, order = call.payload
             return rendezvous.split(self.comm, chosen, order, deadline)
 
-        made, _ = self._comm("split", timeout, check, make)
-        name = f"{self.group_name}:split:{calls.color(color)}"
-        return self._part(made, name, None, timeout)
+        made, call = self._comm("split", timeout, check, make)
+        return self._part(made, f"{self.group_name}:split:{call.payload[0]}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.

@@ -232,11 +232,11 @@ class NcclTransport(StagedTransport):
 
     def admit(self, call: Call) -> None:
         super().admit(call)
-        if all(map(_does, call.parts or (call,))):
+        if _does(call):
             call.turn = self._turns.take()
 
     def _can_be_captured(self, call: Call) -> bool:
-        return all(map(_does, call.parts or (call,))) or super()._can_be_captured(call)
+        return _does(call) or super()._can_be_captured(call)
 
     def steps(self, call: Call) -> Steps:
         return super().steps(call) if call.turn is None else self._enqueue(call)
@@ -305,22 +305,20 @@ class NcclTransport(StagedTransport):
         return operations, like[0] if len(like) == 1 else tuple(like)
 
     def _allreduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
-        r, into = _rule(call), device_blocks(call.recv)[0]
-        if not into.size:
-            return []
-        n = into.size * r.each
-        return [self._reducing(self._nccl.all_reduce, r, sources[0].address, into.address, n)]
+        into = device_blocks(call.recv)[0]
+        return self._reduced(
+            self._nccl.all_reduce, _rule(call), sources[0].address, into.address, into.size
+        )
 
     def _reduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         into = device_blocks(call.recv)[0].address if self.rank == call.root else 0
         return self._reduce_to(call.root, sources[0], into, _rule(call))
 
     def _reduce_scatter_single(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
-        r, into = _rule(call), device_blocks(call.recv)[0]
-        if not into.size:
-            return []
-        n = into.size * r.each
-        return [self._reducing(self._nccl.reduce_scatter, r, sources[0].address, into.address, n)]
+        into = device_blocks(call.recv)[0]
+        return self._reduced(
+            self._nccl.reduce_scatter, _rule(call), sources[0].address, into.address, into.size
+        )
 
     def _reduce_scatter(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         r, into = _rule(call), device_blocks(call.recv)[0].address
@@ -330,23 +328,22 @@ class NcclTransport(StagedTransport):
         return operations
 
     def _reduce_to(self, root: int, source: DeviceArray, into: int, r: Rule) -> list[Operation]:
-        if not source.size:
-            return []
-        n = source.size * r.each
-        return [self._reducing(self._nccl.reduce, r, source.address, into, n, root)]
+        return self._reduced(self._nccl.reduce, r, source.address, into, source.size, root)
 
-    def _reducing(
-        self, call: Callable[..., None], r: Rule, src: int, dst: int, n: int, *root: int
-    ) -> Operation:
-        """Return a call of NCCL that reduces."""
+    def _reduced(
+        self, call: Callable[..., None], r: Rule, src: int, dst: int, size: int, *root: int
+    ) -> list[Operation]:
+        """Reduce `size` of the array's elements by a call of NCCL, if there are any."""
+        if not size:
+            return []
 
         def operation() -> None:
             op = r.op if r.factor is None else self._nccl.premul_sum(r.kind, r.factor)
-            call(src, dst, n, r.kind, op, *root, self._gpu.queue)
+            call(src, dst, size * r.each, r.kind, op, *root, self._gpu.queue)
             if r.factor is not None:
                 self._nccl.drop(op)
 
-        return operation
+        return [operation]
 
     def _broadcast(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         return self._give(sources[0], sources[0], call.root)
@@ -403,6 +400,8 @@ _STAGED = frozenset({"scan", "exscan", "send", "recv"})  # NCCL has no scans, no
 
 def _does(call: Call) -> bool:
     """Return whether NCCL does a call as promised; alike on all ranks."""
+    if call.parts:
+        return all(map(_does, call.parts))
     if call.kind in _STAGED or call.dtype is None:
         return False
     return call.op is None or rule(call.dtype, call.op) is not None
