@@ -12,6 +12,7 @@ from .backends import ProcessGroupFactory, register_backend
 from .calls import ANY_SOURCE, PROC_NULL
 from .config import child_environment
 from .errors import (
+    CallInterruptedError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ANY_SOURCE",
     "PROC_NULL",
+    "CallInterruptedError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "FileStore",

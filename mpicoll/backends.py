@@ -410,9 +410,10 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
             ground = yield from prepare(comm, wanted, deadline)
         except MPI.Exception:  # a member died, or has seen one die
             pass
-        if rendezvous.all_succeeded(comm, ground is not None, deadline) and ground is not None:
+        fine = yield from rendezvous.all_succeeded(comm, ground is not None, deadline)
+        if fine and ground is not None:
             return ground
-        comm = rendezvous.survivors(comm, deadline)
+        comm = yield from rendezvous.survivors(comm, deadline)
     return (yield from prepare(comm, wanted, deadline))
 
 

@@ -22,7 +22,7 @@ from . import config
 from .buffers import Blocks, Buffer, as_buffer
 from .cuda_arrays import UNKNOWN
 from .dtypes import DType, Reduction, from_numpy, reduction
-from .errors import InvalidCallError, UnsupportedError
+from .errors import InvalidCallError, UnsupportedError, interrupts
 from .ops import ReduceOp, as_reduce_op
 
 
@@ -788,6 +788,8 @@ def _pickled(obj: object) -> bytes:
     try:
         return pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
+        if interrupts(error):
+            raise
         raise InvalidCallError(
             f"obj of type {type(obj).__name__} can't be pickled: {error}"
         ) from error

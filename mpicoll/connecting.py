@@ -16,7 +16,6 @@ all groups of the plan are left as they were.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -26,11 +25,10 @@ from typing import Any
 import numpy as np
 
 from .alive import NOBODY, Identity, watch
-from .errors import CollectiveTimeoutError, InvalidCallError, UnsupportedError
+from .errors import CollectiveTimeoutError, InvalidCallError, UnsupportedError, interrupts
 from .library import (
     IDLE,
     KEEN,
-    MOVED,
     MPI,
     Abandoned,
     Steps,
@@ -61,10 +59,8 @@ def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float)
     if plan.get("apart"):
         raise UnsupportedError(f"{_OP}: these jobs can't be connected: {plan['apart']}{_USABLE}")
     groups, place = plan["groups"], plan["place"]
-    yield MOVED
     if len(groups) == 1:
-        with engine.guard(deadline, "MPI_Comm_dup"):
-            return comm.Dup()
+        return (yield from engine.outside(deadline, "MPI_Comm_dup", comm.Dup))
     leads = comm.Get_rank() == 0
     one_world = len({one["job"] for one in groups}) == 1
     talk = _Talk(store, plan, deadline) if leads and not one_world and store is not None else None
@@ -74,7 +70,8 @@ def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float)
             port = ""
             if not one_world:
                 port = yield from _agree(merged, talk, i, deadline)
-            wider = _take_in(merged, groups, i, joins=i == place, port=port, deadline=deadline)
+            take_in = _take_in(merged, groups, i, joins=i == place, port=port, deadline=deadline)
+            wider = yield from take_in
             if merged is not comm:
                 yield from free([merged], deadline)
             merged = wider
@@ -94,30 +91,36 @@ def _take_in(
     joins: bool,
     port: str,
     deadline: float,
-) -> MPI.Intracomm:
+) -> Generator[int, None, MPI.Intracomm]:
     """Connect what has merged so far with group `i`, to which this rank belongs if it `joins`."""
     peer = groups[0 if joins else i]
     what = f"the merge with group {peer['name']!r}"
-    with engine.guard(deadline, what):
+
+    def connect() -> MPI.Intercomm:
+        seconds = min(CONNECTING, max(1, math.ceil(deadline - time.monotonic())))
+        info = MPI.Info.Create({"timeout": str(seconds)})  # Open MPI knows no such thing
+        try:
+            return (merged.Connect if joins else merged.Accept)(port, info, 0)
+        except MPI.Exception as error:
+            raise too_late(
+                f"{what} failed: its leader said that it is about to "
+                f"{'accept' if joins else 'connect'}, but has not: {error}"
+            ) from error
+        finally:
+            info.Free()
+            if merged.Get_rank() == 0 and not joins:
+                MPI.Close_port(port)
+
+    def take_in() -> MPI.Intracomm:
         if groups[0]["job"] == groups[i]["job"]:
             inter = merged.Create_intercomm(0, MPI.COMM_WORLD, peer["leader"], merge_tag(i))
         else:
-            seconds = min(CONNECTING, max(1, math.ceil(deadline - time.monotonic())))
-            info = MPI.Info.Create({"timeout": str(seconds)})  # Open MPI knows no such thing
-            try:
-                inter = (merged.Connect if joins else merged.Accept)(port, info, 0)
-            except MPI.Exception as error:
-                raise too_late(
-                    f"{what} failed: its leader said that it is about to "
-                    f"{'accept' if joins else 'connect'}, but has not: {error}"
-                ) from error
-            finally:
-                info.Free()
-                if merged.Get_rank() == 0 and not joins:
-                    MPI.Close_port(port)
+            inter = connect()
         wider = inter.Merge(joins)
         inter.Free()
-    return wider
+        return wider
+
+    return (yield from engine.outside(deadline, what, take_in))
 
 
 def _agree(
@@ -164,6 +167,8 @@ class _Talk:
         except CollectiveTimeoutError as error:
             why = str(error)
         except Exception as error:
+            if interrupts(error):
+                raise
             why = f"the store failed: {error!r}"
         if port and self._place != i:
             MPI.Close_port(port)
@@ -171,8 +176,11 @@ class _Talk:
 
     def give_up(self, why: str) -> None:
         """Let the other leaders know that there will be no merge."""
-        with contextlib.suppress(Exception):  # they find out by themselves, at their deadlines
+        try:
             self._say("failed", why.removeprefix(f"{_OP}: ").removesuffix(_USABLE))
+        except Exception as error:  # they find out by themselves, at their deadlines
+            if interrupts(error):
+                raise
 
     def _say(self, key: str, text: str = "") -> None:
         self._store.set(f"{self._prefix}{key}", text)

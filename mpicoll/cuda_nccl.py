@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .cuda import Gpu
-from .errors import TransportError, UnsupportedError
+from .errors import TransportError, UnsupportedError, interrupts
 from .library import IDLE, Steps
 
 _SUCCESS, _IN_PROGRESS = 0, 7  # of ncclResult_t
@@ -154,6 +154,8 @@ class Communicator:
         try:
             self._perform(operations)
         except Exception as error:  # of NCCL, in a class of its own
+            if interrupts(error):
+                raise
             raise self._failed(error) from error
         return True
 

@@ -52,6 +52,17 @@ class GroupBrokenError(MpicollError):
     """An earlier failure left the group unusable; the message says which one."""
 
 
+class CallInterruptedError(MpicollError):
+    """A signal handler's exception struck this call, and was raised where the program was.
+
+    A receive was cancelled then, and leaves the group usable; any other call breaks it.
+    """
+
+    def __init__(self, message: str, *, breaks_group: bool = True) -> None:
+        super().__init__(message)
+        self.breaks_group = breaks_group
+
+
 class CollectiveTimeoutError(MpicollError, TimeoutError):
     """A call did not finish before its deadline.
 
@@ -152,3 +163,19 @@ def translate(error: Exception, what: str) -> MpicollError:
         ours = TransportError(f"MPI failed in {what}: {error}", code=int(get_class()))
     ours.__cause__ = error
     return ours
+
+
+def interrupts(error: BaseException) -> bool:
+    """Return whether an exception came from a signal handler, and not from what was being done.
+
+    A handler is called with the frame that it interrupts; nothing else is with its caller's frame.
+    """
+    if not isinstance(error, Exception):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        for value in trace.tb_frame.f_locals.values():
+            if any(x is interrupted for x in (value if type(value) is tuple else (value,))):
+                return True
+    return False

@@ -57,7 +57,7 @@ from .errors import (
 from .leaving import check_process, ending
 from .library import IDLE, MPI, Steps, highest_tag
 from .ops import ReduceOp
-from .progress import Lane, engine, share_machine
+from .progress import Lane, Task, engine, share_machine
 from .reclaim import Child, Children
 from .recorder import Recorder
 from .stores import Store, TCPStore
@@ -66,6 +66,7 @@ from .work import Work
 SUM = ReduceOp.SUM
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
+_FAILURES = 64  # Works that failed and may have been dropped, which a call looks at
 _SLACK = 3.0  # the same, where it waited for others than the group's ranks
 
 
@@ -111,18 +112,16 @@ class ProcessGroup:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
         self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
+        self._ending: Work | None = None  # the call of shutdown()
         self._children = Children()
-        self._kin = Child(ground.comms, ground.nccl, self._lane, self._recorder, self._children)
+        self._kin = Child(
+            *(self, ground.comms, ground.nccl, self._lane, self._recorder, self._children)
+        )
         engine.enlist(self._lane)
         if progress == "thread":
             engine.background(stay=True)
         if self._transport.watched:
             engine.keep_deadlines()
-
-    def __del__(self) -> None:
-        # Runs anywhere, in the collector too: it only leaves a mark.
-        if hasattr(self, "_kin"):
-            self._kin.dropped = True
 
     # ---- what it is ----
 
@@ -772,7 +771,7 @@ class ProcessGroup:
             engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
         work = Work(lane, Call("shrink_group"), lane.seq, limit, self._recorder)
         engine.launch(work, self._shrink(work, out))
-        work.wait()
+        _see_through(work)
         lane.replaced = True
         name = group_name or f"{self.group_name}:shrink"
         return self._made(work.call.result, name, group_desc, timeout)
@@ -814,7 +813,7 @@ class ProcessGroup:
                 work.call.result = made
 
         work = self._call(kind, timeout, check, then=then)
-        work.wait()
+        _see_through(work)
         return work.call.result, work.call
 
     def _part(
@@ -860,7 +859,12 @@ class ProcessGroup:
                 yield from rendezvous.free(self._ground.comms, work.deadline)
 
             try:
-                self._call("shutdown", timeout, lambda r, s: Call("shutdown"), then=then).wait()
+                # If the wait is interrupted, the next one goes on with it.
+                if self._ending is None or self._ending.done:
+                    self._ending = self._call(
+                        "shutdown", timeout, lambda r, s: Call("shutdown"), then=then
+                    )
+                self._ending.wait()
             except MpicollError as error:
                 if not error.breaks_group:
                     raise  # no rank has shut it down
@@ -918,24 +922,26 @@ class ProcessGroup:
         call = None
         try:
             limit = self._timeout if timeout is None else seconds(timeout, self._timeout)
-            if lane.unfetched is not None:
+            if lane.failures:
                 self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
             if engine.busy:
-                _refuse_busy(call)
+                _refuse_busy(call, lane)
             if call.device is not None:
                 self._transport.admit(call)  # the last to refuse it: it has its turn then
             work = Work(lane, call, seq, limit, self._recorder)
-        except Exception as error:
-            self._arrive_refused(kind, seq, error)
-            raise
-        except BaseException:  # such as KeyboardInterrupt
+        except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
             if call is not None and call.turn is not None:
                 call.turn.over = True
+            self._arrive_refused(kind, seq, error)
             raise
-        in_one_go = then is None and call.device is None and self._once is None
-        if not (in_one_go and engine.at_once(work, self._at_once)):
-            engine.launch(work, self._steps(work, then))
+        try:
+            in_one_go = then is None and call.device is None and self._once is None
+            if not (in_one_go and engine.at_once(work, self._at_once)):
+                engine.launch(work, self._steps(work, then))
+        except BaseException as error:
+            engine.forsake(work, error)
+            raise
         return work
 
     def _at_once(self, call: Call, seq: int) -> bool:
@@ -983,18 +989,24 @@ class ProcessGroup:
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
-        if engine.busy:
-            _refuse_busy(call)
+        before = _refuse_busy(call, self._lane) if engine.busy else None
         if call.device is not None:
             self._transport.admit(call)
         move = self._transport.send if kind == "send" else self._transport.recv
         if call.peer == NULL:
             move = _no_message
+        steps = move(call)
+        if before is not None:  # the same receive, the wait for which was interrupted
+            steps, call = before.steps, before.call
         work = Work(self._lane, call, 0, limit, self._recorder)
-        engine.launch(work, move(call))
+        try:
+            engine.launch(work, steps)
+        except BaseException as error:
+            engine.forsake(work, error)
+            raise
         return work
 
-    def _arrive_refused(self, kind: str, seq: int, error: Exception) -> None:
+    def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
         """Let the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         work = Work(self._lane, call, seq, self._timeout, self._recorder)
@@ -1022,7 +1034,15 @@ class ProcessGroup:
 
     def _raise_unfetched(self) -> None:
         """Raise the error of a Work that was dropped before anybody asked for it."""
-        error, self._lane.unfetched = self._lane.unfetched, None
+        failures, error = self._lane.failures, None
+        for _ in range(min(len(failures), _FAILURES)):
+            failure = failures.popleft()
+            if failure.fetched:
+                continue
+            if failure.task() is not None:
+                failures.append(failure)
+            else:
+                error = error or failure.error  # the first will do
         if error is not None:
             raise error
 
@@ -1033,6 +1053,16 @@ def _no_message(call: Call) -> Steps:
     yield from ()
 
 
+def _see_through(work: Work) -> None:
+    """Wait for a call of which nothing is left to wait for if an exception ends the wait."""
+    try:
+        work.wait()
+    except BaseException as error:
+        if not work.done:
+            engine.forsake(work, error)
+        raise
+
+
 def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
     """Launch this rank's last arrival in a group, which waits for the others' for long."""
     lane.seq += 1
@@ -1041,14 +1071,18 @@ def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
     engine.launch(work, arrival.steps(call, lane.seq))
 
 
-def _refuse_busy(call: Call) -> None:
-    """Refuse memory that an unfinished Work of any group is using in a way that conflicts."""
-    task = engine.conflicting(call)
-    if task is not None:
-        raise InvalidCallError(
-            f"an array given to {call.describe()} overlaps one that an unfinished Work "
-            f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
-        )
+def _refuse_busy(call: Call, lane: Lane) -> Task | None:
+    """Refuse memory that an unfinished Work of any group is using in a way that conflicts.
+
+    Return a receive in whose place the new call goes on, if the wait for that was interrupted.
+    """
+    task = engine.make_room(call, lane)
+    if task is None or task.done:
+        return task
+    raise InvalidCallError(
+        f"an array given to {call.describe()} overlaps one that an unfinished Work "
+        f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
+    )
 
 
 # ---- making groups ----
@@ -1115,7 +1149,6 @@ def new_group(
         raise GroupBrokenError(
             f"an earlier new_group over this communicator failed: {lane.broken}"
         ) from lane.broken
-    lane.seq += 1
     limit, call, refusal = default_timeout(), Call("new_group"), None
     try:
         limit = seconds(timeout, limit)
@@ -1133,19 +1166,24 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq, limit, recorder)
-    engine.launch(work, _create(parent, work, children))
+    work = Work(lane, call, lane.seq + 1, limit, recorder)
 
     def made() -> None:
         engine.delist(lane)  # `parent` may be freed from now on
         recorder.close()
 
-    engine.when_done(work, made)
+    work.callbacks.append(made)
+    try:
+        lane.seq += 1
+        engine.launch(work, _create(parent, work, children))
+    except BaseException as error:
+        engine.forsake(work, error)
+        raise
     if refusal is not None:
         if parent.Get_size() > 1:
             engine.background()
         raise refusal
-    work.wait()
+    _see_through(work)
     name = group_name or ("world" if comm is None else "comm")
     group = ProcessGroup(call.result, wanted, timeout=limit, name=name, progress=progress)
     children.add(group._kin)
@@ -1161,6 +1199,8 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
         _creation_key = MPI.Comm.Create_keyval()
     # An attribute, since it goes with the communicator; a handle may come to mean another one.
     made: Any = parent.Get_attr(_creation_key)
+    if made is not None and made[0].broken is not None and parent.Get_size() == 1:
+        made = None  # nobody else could have lost the order
     if made is None:
         if parent != MPI.COMM_SELF:
             _refuse_stray()

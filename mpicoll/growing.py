@@ -19,7 +19,7 @@ from typing import Any
 
 from .connecting import greet, tell, too_late
 from .errors import UnsupportedError
-from .library import MOVED, MPI, greeting_tag, pause, pending
+from .library import MPI, greeting_tag, pause, pending
 from .progress import engine
 from .rendezvous import MakesComm
 
@@ -44,12 +44,13 @@ def spawn(
         UnsupportedError: MPI or the launcher could not start them.
         CollectiveTimeoutError: they have not come to `parent_group` in time.
     """
-    yield MOVED
-    with engine.guard(deadline, f"MPI_Comm_spawn of {argv[0]}, which must initialize MPI,"):
-        try:
-            inter = comm.Spawn(argv[0], list(argv[1:]), n, MPI.INFO_NULL, 0)
-        except MPI.Exception as error:
-            raise UnsupportedError(f"spawn: {_why(comm, n, error)}") from error
+    what = f"MPI_Comm_spawn of {argv[0]}, which must initialize MPI,"
+    try:
+        inter = yield from engine.outside(
+            deadline, what, lambda: comm.Spawn(argv[0], list(argv[1:]), n, MPI.INFO_NULL, 0)
+        )
+    except MPI.Exception as error:
+        raise UnsupportedError(f"spawn: {_why(comm, n, error)}") from error
     deadline = max(deadline, time.monotonic() + STARTED)
     said: dict[str, Any] = {}
     if comm.Get_rank() == 0:
@@ -76,9 +77,13 @@ def join_parents(
 
 
 def _merge(inter: MPI.Intercomm, deadline: float, *, joins: bool) -> MakesComm:
-    with engine.guard(deadline, "MPI_Intercomm_merge"):
+
+    def merge() -> MPI.Intracomm:
         made = inter.Merge(joins)
         inter.Free()
+        return made
+
+    made = yield from engine.outside(deadline, "MPI_Intercomm_merge", merge)
     yield from greet(made, deadline, "spawn" if not joins else "parent_group")
     return made
 

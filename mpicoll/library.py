@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from itertools import starmap
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,11 @@ class Abandoned(BaseException):
     """Thrown into steps that nobody will take any further, where they wait."""
 
 
+def post(into: list[MPI.Request], start: Callable[..., MPI.Request], *arguments: object) -> None:
+    """Start a request and keep it, without a bytecode in between after which it could be lost."""
+    into.extend(starmap(start, (arguments,)))
+
+
 pending: list[MPI.Request] = []
 """What abandoned steps were waiting for.  MPI can't be finalized before all of it is complete."""
 
@@ -128,13 +134,13 @@ def until(request: MPI.Request, mood: int = KEEN) -> Steps:
 
     `mood` is IDLE where it may take long because a peer comes late.
     """
-    if request.Test():
-        return
     try:
+        if request.Test():
+            return
         yield MOVED
         while not request.Test():
             yield mood
-    except Abandoned:
+    except BaseException:
         pending.append(request)
         raise
 

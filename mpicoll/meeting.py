@@ -22,7 +22,7 @@ import numpy as np
 from . import launch
 from .alive import identity
 from .config import daemon, environment
-from .errors import MpicollError
+from .errors import MpicollError, interrupts
 from .library import MPI, Steps, pause, until
 from .rendezvous import STRANGER, Plan, host_mark, world_ranks
 from .stores import Store
@@ -193,6 +193,8 @@ def meet(store: Store, mine: Entry, deadline: float) -> Generator[int, None, Pla
     except MpicollError as error:
         return {"wrong": f"the store failed: {error}"}
     except Exception as error:
+        if interrupts(error):
+            raise
         return {"wrong": f"the store failed: {error!r}"}
     nonces = [one["nonce"] for one in plan["groups"]]
     return {**plan, "place": nonces.index(mine["nonce"])} if nonces else plan

@@ -19,6 +19,12 @@ Its rules:
   die.  What an abandoned call was using is kept for ever: MPI may still write there.
 - One lock.  A signal handler that interrupts its holder finds the engine at work: what it
   launches is put on a list that the engine drains.  Callbacks run unlocked.
+- Nothing blocks inside MPI under the lock: a call that does is made by the thread that waits for
+  its task, between two passes.
+- An exception from a signal handler may strike between any two bytecodes, and goes to the user as
+  itself.  A receive in whose step it struck is cancelled, any other call breaks its group.  What it
+  left half done is mended when the lock is taken next: everything that is done under the lock can
+  be done twice, a task stays in its lane until it is done, and the claims are derived from those.
 
 How the process ends is told in leaving.py.
 """
@@ -33,14 +39,19 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import weakref
+from _thread import start_new_thread
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from queue import Empty, SimpleQueue
+from types import CodeType, FrameType, FunctionType, GeneratorType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .alive import watch
 from .claims import Claims
 from .config import has_cores_for, survives_deaths
 from .errors import (
+    CallInterruptedError,
     CollectiveTimeoutError,
     GroupBrokenError,
     InvalidCallError,
@@ -48,6 +59,7 @@ from .errors import (
     RankFailedError,
     RemoteRankError,
     TransportError,
+    interrupts,
     translate,
 )
 from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
@@ -72,11 +84,27 @@ BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is lef
 
 
 class Expired(Exception):
-    """Thrown into the steps of a task that can be cancelled when its deadline passes."""
+    """Thrown into the steps of a task that can be cancelled when its deadline passes.
+
+    They raise it where they are cancelled; also where a signal handler's exception struck, as the
+    cause.
+    """
 
 
 class Uncancelled(Exception):
-    """Raised by steps in which `Expired` was thrown, and that can't let go of the task's memory."""
+    """Raised in its place by steps that can't let go of the task's memory."""
+
+
+class Completed(Exception):
+    """Raised by a receive that was complete already when a signal handler's exception struck.
+
+    Args:
+        error: what is wrong with its message, or None.
+    """
+
+    def __init__(self, error: MpicollError | None) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Task:
@@ -91,9 +119,13 @@ class Task:
         "deadline",
         "done",
         "error",
+        "failure",
         "fetched",
         "lane",
+        "left",
+        "outside",
         "queued",
+        "released",
         "seq",
         "steps",
         "timeout",
@@ -110,9 +142,13 @@ class Task:
         self.deadline = self.called + timeout
         self.queued = call.kind not in ("send", "recv")  # or it goes on beside its lane's queue
         self.done = False
-        self.error: BaseException | None = None
-        self.fetched = False
+        self.error: MpicollError | None = None
+        self.fetched = False  # the user has heard of the error
+        self.failure: Failure | None = None
         self.asked = False
+        self.released = False  # its memory may be used otherwise
+        self.left = False  # an exception ended the user's wait for it
+        self.outside: Blocking[Any] | None = None  # what is to be done without the lock
         self.callbacks: list[Callable[[], None]] = []
 
     @property
@@ -120,8 +156,74 @@ class Task:
         """Whether it goes on in spite of the peers' failures, of which it makes the best."""
         return self.call.kind == "shrink_group"
 
+    @property
+    def blocked(self) -> bool:
+        """Whether a call is under way for it that blocks inside MPI, which has a guard."""
+        return self.outside is not None and self.outside.taken
+
+    def twin(self) -> Task:
+        """Return another of the same, to take its place."""
+        other: Task = object.__new__(type(self))
+        for kind in type(self).__mro__:
+            for name in getattr(kind, "__slots__", ()):
+                if name != "__weakref__" and hasattr(self, name):
+                    setattr(other, name, getattr(self, name))
+        return other
+
+    def fetch(self) -> None:
+        """Note that the user hears of the error."""
+        self.fetched = True
+        if self.failure is not None:
+            self.failure.fetched = True
+
     def ended(self) -> None:
         """Called under the lock when the task is done."""
+
+
+T = TypeVar("T")
+
+
+class Failure:
+    """How a task failed, and whether that has been asked for; it outlives the task."""
+
+    __slots__ = ("error", "fetched", "task")
+
+    def __init__(self, task: Task, error: MpicollError) -> None:
+        self.task = weakref.ref(task)  # without a callback: that would run anywhere
+        self.error = error
+        self.fetched = False
+
+
+class _Signal:
+    """An event to wait for.  Unlike `threading.Event`, no exception can leave it locked."""
+
+    def __init__(self) -> None:
+        self._news: SimpleQueue[None] = SimpleQueue()
+
+    def set(self) -> None:
+        """Wake who waits, or who waits next."""
+        if self._news.empty():
+            self._news.put(None)
+
+    def wait(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(Empty):
+            self._news.get(timeout=timeout)
+
+
+class Blocking(Generic[T]):
+    """A call that blocks inside MPI, for whoever waits for the task to make without the lock."""
+
+    __slots__ = ("deadline", "error", "function", "over", "taken", "value", "what")
+
+    value: T  # once it is over, without an error
+
+    def __init__(self, deadline: float, what: str, function: Callable[[], T]) -> None:
+        self.deadline = deadline
+        self.what = what
+        self.function = function
+        self.taken = False
+        self.over = False
+        self.error: Exception | None = None
 
 
 _NOWHERE = memoryview(bytearray(8)).cast("q")
@@ -139,14 +241,16 @@ class Lane:
         self.name = name
         self.queue: deque[Task] = deque()
         self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
-        self.beside: dict[Task, None] = {}  # sends and receives; those at the front wait longest
+        # Sends and receives; those at the front wait longest.
+        self.beside: OrderedDict[Task, None] = OrderedDict()
         self.due = math.inf  # when a deadline is to be looked at
         self.moved = 0.0  # when a pass last moved something
         self.broken: BaseException | None = None
         self.closed = ""
+        self.said = False  # the peers have been told that it is broken
         self.told = False  # the program has been given the error that broke it
         self.replaced = False  # shrink_group has made another group of its members
-        self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
+        self.failures: deque[Failure] = deque()  # that nobody has asked for, when last seen
         self.seq = 0
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
@@ -235,33 +339,34 @@ class Engine:
     """All tasks of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._inside = False  # whether the lock's holder is at work, not merely about to be
+        self._lock: Any = threading.RLock()
+        self._struck = False  # the lock's holder is at work, or was when an exception struck it
         self._active: dict[Lane, None] = {}
         self._claims: Claims[Task] = Claims()  # the memory that tasks use
         self._unclaimed: dict[Task, None] = {}  # theirs is entered when another call asks for it
-        self._lanes: dict[Lane, None] = {}  # all open groups; those at the front wait longest
+        # All open groups; those at the front wait longest to be heard.
+        self._lanes: OrderedDict[Lane, None] = OrderedDict()
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
-        self._calls: deque[Callable[[], None]] = deque()  # callbacks that are due
+        self._ended: deque[Task] = deque()  # whose callbacks are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self.broken: dict[Lane, None] = {}  # lanes whose members take leave of one another at exit
         self._ears: list[Callable[[], bool]] = []
         self._poll = Every(0.005)
         self._looked = self._looking = 0.0  # when the last pass was, and since when they have come
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._wake = _Signal()
+        self._thread = False  # whether there is a thread that progresses what is under way
         self._stay = False  # whether the thread outlives the work at hand
         self._stop = False
-        self._keeper: threading.Thread | None = None
+        self._keeper = False  # whether there is a thread that keeps deadlines
         self._parked = False  # the keeper waits until something is under way again
-        self._unpark = threading.Event()
+        self._unpark = _Signal()
         self._stepping: Task | None = None  # whose step is being taken
         self._steps = 0  # that were taken so far
         self.inside: Callable[[], None] | None = None  # frees the step that may block, as in NCCL
         self._freed: Task | None = None  # whose step was stuck, and was freed
         self._guarded: dict[int, tuple[float, str]] = {}  # calls that block: until when, and what
-        self._watchdog: threading.Thread | None = None
-        self._look = threading.Event()  # a call is guarded that the watchdog may not know of
+        self._watchdog = False  # whether there is a thread that watches over calls that block
+        self._look = _Signal()  # a call is guarded that the watchdog may not know of
 
     # ---- what groups call ----
 
@@ -276,43 +381,48 @@ class Engine:
         Not where anything else is under way, which would have to come first.  An attempt that
         returns False has done nothing that the task's steps don't do again.
         """
-        self._lock.acquire()
-        if self._active or self._inside:
-            self._lock.release()
+        if self._active or self._is_inside():
             return False
-        self._inside = True
-        try:
-            if not attempt(task.call, task.seq):
+        with self._lock:
+            if self._active or self._struck:
                 return False
-            self._settle(task, None)
-            if task.called >= self._poll.next:
-                self._hear(task.called)  # who never waits answers its peers' questions, too
-            return True
-        except Exception as error:
-            self._end(task, self._fault(task, error))
-            return True
-        except BaseException as error:
-            self._end(task, _interrupted(error, task))
-            raise
-        finally:
-            self._exit()
+            self._struck = True
+            self._stepping = task
+            try:
+                if not attempt(task.call, task.seq):
+                    self._stepping, self._struck = None, False
+                    return False
+                self._settle(task, None)
+                if task.called >= self._poll.next:
+                    self._hear(task.called)  # who never waits answers its peers' questions, too
+            except Exception as error:
+                if interrupts(error):
+                    raise
+                self._end(task, self._fault(task, error))
+            self._stepping = None
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
+        return True
 
     def launch(self, task: Task, steps: Steps) -> None:
         """Enter a task, and take it as far as its first wait if it is its lane's head."""
         task.steps = steps
-        if not self._enter():
-            self._handed.append(lambda: self._admit(task))
+        if self._is_inside():
+            self._handed.append(lambda: self._admit_late(task))
             return
-        try:
+        with self._lock:
+            self._enter()
             self._admit(task)
             if not task.queued:
                 self._step(task)
                 self._rest(task.lane)
             elif task.lane.queue[0] is task:
                 self._advance(task.lane)
-        finally:
-            self._exit()
-        if self._thread is not None:
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
+        if self._thread:
             self._wake.set()
         if self._parked:
             self._unpark.set()
@@ -328,16 +438,80 @@ class Engine:
             self._shorten(task, timeout)
         pace = Pace()
         while not task.done and (on_host or task.call.enqueued is None):
-            if not self._enter():
+            if self._is_inside():
                 raise InvalidCallError(
                     "wait() was called by a signal handler that interrupted mpicoll itself: "
                     "launch there, and wait outside"
                 )
-            try:
+            with self._lock:
+                self._enter()
                 found = MOVED if task.done else self._pass(task)
-            finally:
-                self._exit()
+                self._leave()
+            if self._ended:
+                self._run_callbacks()
+            if task.outside is not None:
+                self._go_outside(task, task.outside)
             pace.after(found)
+
+    def outside(
+        self, deadline: float, what: str, function: Callable[[], T]
+    ) -> Generator[int, None, T]:
+        """Steps that have a call which blocks inside MPI made without the lock, under the guard.
+
+        The thread that waits for the task makes it: so others go on, such as one that makes the
+        call without which this one does not return.
+        """
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            yield MOVED
+            with self.guard(deadline, what):
+                return function()
+        task = self._stepping
+        assert task is not None
+        blocking: Blocking[T] = Blocking(deadline, what, function)
+        task.outside = blocking
+        while not blocking.over:
+            yield IDLE
+        task.outside = None
+        if blocking.error is not None:
+            raise blocking.error
+        return blocking.value
+
+    def _go_outside(self, task: Task, blocking: Blocking[Any]) -> None:
+        with self._lock:
+            if blocking.taken:
+                return
+            blocking.taken = True
+        try:
+            with self.guard(blocking.deadline, blocking.what):
+                blocking.value = blocking.function()
+        except Exception as error:
+            if interrupts(error):
+                raise
+            blocking.error = error
+        blocking.over = True
+
+    def forsake(self, task: Task, error: BaseException) -> None:
+        """End a task that nobody can wait for, as an exception struck before its call returned."""
+        if self._is_inside():
+            self._handed.append(lambda: self._forsake(task, error))
+            return
+        with self._lock:
+            self._enter()
+            self._forsake(task, error)
+            self._leave()
+
+    def _forsake(self, task: Task, error: BaseException) -> None:
+        cancelled = _interrupted(task, error, cancelled=True)
+        if task in task.lane.beside and task.call.kind == "recv":
+            lost = CallInterruptedError(
+                f"{cancelled} after its message had come: that is lost", breaks_group=False
+            )
+            task.fetched = True
+            self._cancel(task, cancelled, _interrupted(task, error), lost)
+            if task.error is lost:
+                task.lane.failures.append(Failure(task, lost))
+        elif not task.done:
+            self._forget(task, cancelled if task.call.kind == "recv" else _interrupted(task, error))
 
     def when_done(self, task: Task, callback: Callable[[], None]) -> None:
         """Have `callback` called, unlocked, when `task` is done; at once if it is."""
@@ -350,21 +524,26 @@ class Engine:
 
     def test(self) -> None:
         """Make one pass; who polls with this gets deadlines kept as well."""
-        if self._enter():
-            try:
-                self._pass()
-            finally:
-                self._exit()
+        if self._is_inside():
+            return
+        with self._lock:
+            self._enter()
+            self._pass()
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
 
     def fail_all(self, lane: Lane, error: BaseException, said: str = "") -> None:
         """Give up everything that a lane has under way; tell the peers so, in these words."""
-        if not self._enter():
+        if self._is_inside():
             self._handed.append(lambda: self._give_up(lane, error, said))
             return
-        try:
+        with self._lock:
+            self._enter()
             self._give_up(lane, error, said)
-        finally:
-            self._exit()
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
 
     def listen(self, ear: Callable[[], bool]) -> None:
         """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
@@ -389,26 +568,89 @@ class Engine:
         for lane in list(self._active):
             yield from lane.tasks()
 
-    def conflicting(self, call: Call) -> Task | None:
-        """Return a task that writes what a call is to read, or uses what it is to write."""
+    def make_room(self, call: Call, lane: Lane) -> Task | None:
+        """Return a task that writes what a call is to read, or uses what it is to write.
+
+        None, if there is none.  What nobody waits for any more, as an exception has ended the wait,
+        is out of the way: a receive is cancelled, and a collective of the same lane comes before
+        the new call anyway.  The same receive is ended, for the new one to go on with its steps, so
+        that what has come for it is not lost: then that is returned, and it is done.
+        """
+        if self._is_inside():  # what a signal handler interrupted may have been the claims
+            return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
         with self._lock:
-            for task in self._unclaimed:
-                self._claims.add(*task.call.spans(), task)
+            self._enter()
+            self._entered(self._claims, self._unclaimed)
             self._unclaimed.clear()
-            return self._claims.conflicting(*call.spans())
+            while (task := self._in_the_way(call)) is not None:
+                if not task.left or task.blocked:
+                    break
+                if task.call.kind == "recv":
+                    task.fetched = True
+                    if task.lane is lane and _same(task.call, call):
+                        self._end(task, _gone(task))
+                        break
+                    self._cancel(task, _gone(task), _interrupted(task))
+                elif task.queued and task.lane is lane:
+                    task.released = True
+                    self._disclaim(task)
+                else:
+                    break
+            self._leave()
+        return task
+
+    @staticmethod
+    def _entered(claims: Claims[Task], tasks: Iterable[Task]) -> Claims[Task]:
+        for task in tasks:
+            claims.add(*task.call.spans(), task)
+        return claims
+
+    def _in_the_way(self, call: Call) -> Task | None:
+        """Return a task whose memory a call wants; a receive that the program dropped as `left`.
+
+        An exception that strikes when `recv` has just returned leaves its Work with nobody.
+        Whether the program has it is seen by letting go of it.
+        """
+        task = self._claims.conflicting(*call.spans())
+        if task is None or task.left or task.call.kind != "recv" or task.callbacks:
+            return task
+        twin, seen = task.twin(), weakref.ref(task)
+        self._replace(task, twin)
+        del task
+        task = seen()
+        if task is not None:
+            self._replace(twin, task)
+            return task
+        twin.left = True
+        return twin
+
+    def _replace(self, task: Task, twin: Task) -> None:
+        self._claims.discard(*task.call.spans(), task)
+        task.lane.beside[twin] = None
+        task.lane.drop(task)
+        self._claims.add(*twin.call.spans(), twin)
+
+    def _claimants(self) -> Iterator[Task]:
+        """Yield the tasks whose memory may not be used otherwise."""
+        for task in self.unfinished():
+            if not (task.done or task.released):
+                yield task
 
     def release(self, task: Task) -> None:
         """Note that a task's memory may be used otherwise, as the user's streams wait for it."""
         with self._lock:
+            self._enter()
+            task.released = True
             self._disclaim(task)
+            self._leave()
 
     def background(self, *, stay: bool = False) -> None:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
         self._stay = self._stay or stay
-        if self._thread is None:
+        if not self._thread:
             _check_threads()
-            self._thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
-            self._thread.start()
+            self._thread = True  # nothing strikes before the next call returns
+            start_new_thread(self._work, ())
         self._wake.set()
 
     def keep_deadlines(self) -> None:
@@ -419,11 +661,11 @@ class Engine:
         watches over calls that block watches over the steps, too: one that is stuck inside NCCL
         past its deadline it frees, whichever thread took it.
         """
-        if self._keeper is None:
+        if not self._keeper:
             _check_threads()
             self._watch_over()
-            self._keeper = threading.Thread(target=self._keep, name="mpicoll keeper", daemon=True)
-            self._keeper.start()
+            self._keeper = True  # nothing strikes before the next call returns
+            start_new_thread(self._keep, ())
             self._look.set()
 
     def _keep(self) -> None:
@@ -431,16 +673,11 @@ class Engine:
         while not self._stop:
             if self._active:
                 quiet = 0.0
-                self._enter()  # (no signal handler runs in this thread)
-                try:
-                    self._pass()
-                finally:
-                    self._exit()
+                self.test()
             elif quiet >= PARKED:
                 self._parked = True
                 if not self._active:  # or it was launched before it could see that we are parked
                     self._unpark.wait()
-                    self._unpark.clear()
                 self._parked, quiet = False, 0.0
                 self._look.set()
             time.sleep(KEEPING)
@@ -478,17 +715,16 @@ class Engine:
             del self._guarded[key]
 
     def _watch_over(self) -> None:
-        if self._watchdog is None:
+        if not self._watchdog:
             # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
-            self._watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
-            self._watchdog.start()
+            self._watchdog = True  # nothing strikes before the next call returns
+            start_new_thread(self._watch, ())
 
     def _watch(self) -> None:
         while True:
             self._look.wait()
-            self._look.clear()
             lost, steps = len(watch.lost), -1
-            while self._guarded or (self._keeper is not None and not self._parked):
+            while self._guarded or (self._keeper and not self._parked):
                 steps = self._free_a_stuck_step(steps)
                 if not self._guarded:
                     self._look.wait(LOOK_OUT)
@@ -500,36 +736,74 @@ class Engine:
                     if time.monotonic() >= until:
                         end_job(1, f"{what} never returned")
                 self._look.wait(LOOK_OUT)
-                self._look.clear()
 
     # ---- one pass; all of this under the lock ----
 
-    def _enter(self) -> bool:
-        """Take the lock; False, without it, if this thread is at work in the engine already."""
-        self._lock.acquire()
-        if self._inside:  # we are a signal handler that interrupted a step
-            self._lock.release()
-            return False
-        self._inside = True
-        return True
+    def _is_inside(self) -> bool:
+        """Return whether this thread holds the lock: it is in a signal handler that interrupted it.
 
-    def _exit(self) -> None:
+        If the lock is this thread's, and no function that takes it is under way, an exception has
+        struck just when it was taken.  It is released then.
+        """
+        if not self._lock._is_owned():
+            return False
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code in _HOLDERS:
+                return True
+            frame = frame.f_back
+        while self._lock._is_owned():
+            self._lock.release()
+        return False
+
+    def _enter(self) -> None:
+        """Begin to work, with the lock just taken."""
+        if self._struck:
+            self._mend()
+        self._struck = True
+
+    def _leave(self) -> None:
+        """End the work: all that was begun since `_enter` is done."""
         while self._handed:
-            self._handed.popleft()()
-        self._inside = False
-        self._lock.release()
-        if self._calls:
-            self._run_callbacks()
+            self._handed[0]()
+            self._handed.popleft()
+        self._struck = False
+
+    def _mend(self) -> None:
+        """Put right what an exception left half done that struck the last holder of the lock."""
+        task = self._stepping
+        if task is not None and not task.done:
+            self._forget(task, _interrupted(task))
+        self._stepping = None
+        for lane in dict.fromkeys([*self._lanes, *self._active]):
+            if lane.broken is not None and not lane.said:
+                self._give_up(lane, lane.broken, "")
+            steps: set[int] = set()
+            for task in lane.tasks():
+                if task.done or id(task.steps) in steps:
+                    lane.drop(task)
+                steps.add(id(task.steps))
+            if lane.queue and lane.enqueued and lane.queue[0] is lane.enqueued[-1]:
+                lane.queue.popleft()
+            lane.due = 0.0
+            self._rest(lane)
+        self._claims = Claims()
+        self._unclaimed = dict.fromkeys(self._claimants())
+
+    def _admit_late(self, task: Task) -> None:
+        """Enter what a signal handler has launched; once, if it is done twice."""
+        if not task.done and task not in task.lane.tasks():
+            self._admit(task)
 
     def _admit(self, task: Task) -> None:
         lane = task.lane
+        self._active[lane] = None
         if task.queued:
             lane.queue.append(task)
         else:
             lane.beside[task] = None
         lane.due = min(lane.due, _due(task))
         self._unclaimed[task] = None
-        self._active[lane] = None
 
     def _pass(self, wanted: Task | None = None) -> int:
         now, found = time.monotonic(), IDLE
@@ -573,7 +847,7 @@ class Engine:
         """Return the lanes to listen to now: the active ones, and some others in turn."""
         turn = list(itertools.islice(self._lanes, IDLE_LANES))
         for lane in turn:
-            self._lanes[lane] = self._lanes.pop(lane)
+            self._lanes.move_to_end(lane)
         return list(dict.fromkeys([*self._active, *turn]))
 
     def _advance(self, lane: Lane) -> int:
@@ -586,15 +860,17 @@ class Engine:
             if head.call.enqueued is None:
                 break
             head.queued = False
-            lane.enqueued.append(lane.queue.popleft())
+            lane.enqueued.append(head)
+            lane.queue.popleft()
         while lane.enqueued:
             oldest = lane.enqueued[0]
             found = max(found, self._step(oldest))
             if not oldest.done:
                 break
         for task in list(itertools.islice(lane.beside, MESSAGES)):
-            lane.beside[task] = lane.beside.pop(task)  # to the end: the others have their turn
-            found = max(found, self._step(task))
+            if not task.done:
+                lane.beside.move_to_end(task)  # the others have their turn
+                found = max(found, self._step(task))
         self._rest(lane)
         return found
 
@@ -610,18 +886,66 @@ class Engine:
         try:
             mood = next(task.steps)
             if task is not self._freed:
+                self._stepping = None
                 return mood
             self._end(task, self._stuck(task))
         except StopIteration:
             self._end(task, self._stuck(task) if task is self._freed else None)
-        except Exception as error:
-            self._end(task, self._fault(task, error))
-        except BaseException as error:  # KeyboardInterrupt and the like: the step is half done
-            self._end(task, _interrupted(error, task))
-            raise
-        finally:
-            self._stepping = None
+        except BaseException as error:
+            struck = self._ended_by(task, error)
+            if struck is error:
+                raise
+            if struck is not None:
+                raise struck from struck.__cause__
+        self._stepping = None
         return MOVED
+
+    def _ended_by(self, task: Task, error: BaseException) -> BaseException | None:
+        """End a task by what its steps raised; return what of it came from a signal handler."""
+        wrapped = isinstance(error, (Expired, Uncancelled, Completed))
+        struck = error.__cause__ if wrapped else error
+        if struck is None or not interrupts(struck):
+            assert isinstance(error, Exception)
+            self._end(task, self._fault(task, error))
+            return None
+        if isinstance(error, Completed):
+            self._end(task, error.error)
+        elif isinstance(error, Expired):
+            self._forget(task, _interrupted(task, struck, cancelled=True))
+        elif (
+            cast("GeneratorType[int, None, None]", task.steps).gi_frame is None
+        ):  # else it struck when the step was taken already
+            self._abandoned.append(error.__traceback__)  # its frames hold what MPI may still use
+            self._forget(task, _interrupted(task, struck))
+        self._stepping = None
+        return struck
+
+    def _forget(self, task: Task, error: MpicollError | None) -> None:
+        """End a task by what the user has heard of already."""
+        task.fetched = True
+        self._end(task, error)
+
+    def _cancel(
+        self,
+        task: Task,
+        cancelled: MpicollError,
+        stuck: MpicollError,
+        too_late: MpicollError | None = None,
+    ) -> None:
+        """End a receive, according to whether it can be cancelled, or its message has come."""
+        try:
+            task.steps.throw(Expired())
+        except StopIteration:
+            self._end(task, too_late)
+        except Expired:
+            self._end(task, cancelled)
+        except Uncancelled as thrown:
+            self._abandoned.append(thrown)  # its frames hold what MPI may still write to
+            self._end(task, stuck)
+        except Exception as failed:
+            if interrupts(failed):
+                raise
+            self._end(task, self._fault(task, failed))
 
     def _fault(self, task: Task, error: Exception) -> MpicollError:
         """Turn what a step raised into our error: a peer's death, if that was behind it."""
@@ -645,20 +969,14 @@ class Engine:
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
-        lane.drop(task)
         if error is None or not error.breaks_group:
             self._settle(task, error)
-            return
-        task.error = error
-        try:
-            self._disclaim(task)
-            task.ended()
+        else:
+            task.error = error
             own = task.seq if task.queued else lane.queue[0].seq if lane.queue else 0
             self._break(lane, error, own or lane.seq + 1, arrived=task.queued and bool(own))
-            self._abandon(task)
-        finally:
-            task.done = True  # last: a thread that sees it finds the group broken, the GPU free
-            self._calls.extend(task.callbacks)
+            self._give(task, error)
+        lane.drop(task)
 
     def _settle(self, task: Task, error: MpicollError | None) -> None:
         task.error = error
@@ -671,10 +989,16 @@ class Engine:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         if self._active:  # else it was done at once, and has claimed nothing
             self._disclaim(task)
-        task.ended()
-        task.done = True  # last: another thread may look, without the lock
+        self._conclude(task)
         if task.callbacks:
-            self._calls.extend(task.callbacks)
+            self._ended.append(task)
+        task.done = True  # last: another thread may look, without the lock
+
+    def _conclude(self, task: Task) -> None:
+        if task.error is not None and task.failure is None and not task.fetched:
+            task.failure = Failure(task, task.error)
+            task.lane.failures.append(task.failure)
+        task.ended()
 
     def _disclaim(self, task: Task) -> None:
         if task in self._unclaimed:
@@ -695,6 +1019,8 @@ class Engine:
         except Abandoned as thrown:
             self._abandoned.append(thrown)
         except Exception as error:
+            if interrupts(error):
+                raise
             self._abandoned.append(error)
         self._abandoned.append(task)
 
@@ -708,6 +1034,7 @@ class Engine:
         """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
         if lane.broken is None:
             lane.broken = error
+        if not lane.said:
             if lane.peers.size > 1 and not MPI.Is_finalized():
                 self.broken[lane] = None
                 with contextlib.suppress(MPI.Exception):
@@ -718,27 +1045,39 @@ class Engine:
                     else:
                         lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
             if lane.abort is not None:
-                with contextlib.suppress(Exception):  # of NCCL, or for want of threads
+                try:
                     lane.abort()
-        while tasks := lane.tasks():
-            task = tasks[0]
+                except Exception as failed:  # of NCCL, or for want of threads
+                    if interrupts(failed):
+                        raise
+            lane.said = True
+        for task in lane.tasks():
+            self._give(task, error)
             lane.drop(task)
-            task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
-            task.error.__cause__ = error
-            task.fetched = True  # the cause is what gets reported
-            try:
-                self._disclaim(task)
-                self._abandon(task)
-                task.ended()
-            finally:
-                task.done = True
-                self._calls.extend(task.callbacks)
         self._active.pop(lane, None)
         if lane.broken is error:
             leave_trace()
 
+    def _give(self, task: Task, error: BaseException) -> None:
+        """Give a task up, because its group is broken; by its own error, if it has one."""
+        if task.done:
+            return
+        if task.error is None:
+            task.fetched = True  # the cause is what gets reported
+            task.error = GroupBrokenError(f"{task.call.kind} given up, because: {error}")
+            task.error.__cause__ = error
+        try:
+            self._disclaim(task)
+            self._abandon(task)
+            self._conclude(task)
+        finally:
+            self._ended.append(task)
+            task.done = True  # last: a thread that sees it finds the group broken, the GPU free
+
     def _listen(self, lane: Lane) -> bool:
         """Read a lane's notices; fail its head if a peer has left that call."""
+        if lane.queue and lane.queue[0].blocked:
+            return False  # its communicator may be on the way to be freed
         with contextlib.suppress(MPI.Exception):
             lane.peers.poll()
         if not (lane.peers.left or lane.peers.dead) or not lane.busy:
@@ -767,7 +1106,7 @@ class Engine:
             lane.due = min(map(_due, tasks), default=math.inf)
             asked = False
             for task in tasks:
-                if task.done or now < _due(task):
+                if task.done or now < _due(task) or task.blocked:
                     continue
                 if not task.asked and task.call.kind != "recv":
                     task.asked = True
@@ -784,17 +1123,8 @@ class Engine:
                 return
         elapsed = now - task.called
         if task.call.kind == "recv":
-            try:
-                task.steps.throw(Expired())
-            except StopIteration:
-                self._end(task, None)
-            except Expired:
-                self._end(task, _too_late(task, elapsed, {}))
-            except Uncancelled as thrown:
-                self._abandoned.append(thrown)  # its frames hold what MPI may still write to
-                self._end(task, _too_late(task, elapsed, {}, cancelled=False))
-            except Exception as error:
-                self._end(task, self._fault(task, error))
+            stuck = _too_late(task, elapsed, {}, cancelled=False)
+            self._cancel(task, _too_late(task, elapsed, {}), stuck)
             return
         peers = task.lane.peers
         with contextlib.suppress(MPI.Exception):
@@ -815,34 +1145,42 @@ class Engine:
     # ---- callbacks and the thread ----
 
     def _run_callbacks(self) -> None:
-        while self._calls:
+        while self._ended:
             try:
-                callback = self._calls.popleft()
-            except IndexError:
-                return
-            try:
-                callback()
-            except Exception:  # it is nobody's fault who waits here
-                traceback.print_exc()
+                task = self._ended[0]
+                while task.callbacks:
+                    callback = task.callbacks[0]
+                    try:
+                        callback()
+                    except Exception as error:  # it is nobody's fault who waits here
+                        if interrupts(error):
+                            raise
+                        traceback.print_exc()
+                    task.callbacks.remove(callback)
+                self._ended.remove(task)
+            except (IndexError, ValueError):
+                continue  # another thread was faster
 
     def _work(self) -> None:
         pace = Pace(background=True)
         while not self._stop:
-            self._enter()  # (no signal handler runs in this thread)
-            try:
-                if not (self._active or self._stay):
-                    self._thread = None
-                    return
-                found = self._pass()
-                self._wake.clear()
+            with self._lock:
+                self._enter()
+                working = bool(self._active or self._stay)
+                found = self._pass() if working else IDLE
                 idle = not self._active
-            finally:
-                self._exit()
+                self._thread = working
+                self._leave()
+            if self._ended:
+                self._run_callbacks()
+            if not working:
+                return
             if idle and not self._stop:
                 self._wake.wait()
                 pace.moved()
             else:
                 pace.after(found)
+        self._thread = False
 
     # ---- the end of the process ----
 
@@ -851,9 +1189,9 @@ class Engine:
         self._stop = True
         self._wake.set()
         self._unpark.set()
-        thread = self._thread
-        if thread is not None:
-            thread.join(1.0)
+        until = time.monotonic() + 1.0
+        while self._thread and time.monotonic() < until:
+            time.sleep(1e-3)
 
     def say_farewell(self, seconds: float) -> None:
         """Finish what is under way, and arrive one last time in every open group.
@@ -882,11 +1220,12 @@ class Engine:
         while self._active:
             if time.monotonic() > until and not all(t.call.leaving for t in self.unfinished()):
                 return
-            self._enter()
-            try:
+            with self._lock:
+                self._enter()
                 found = self._pass()
-            finally:
-                self._exit()
+                self._leave()
+            if self._ended:
+                self._run_callbacks()
             pace.after(found)
 
 
@@ -910,8 +1249,26 @@ def _check_threads() -> None:
         )
 
 
-def _interrupted(error: BaseException, task: Task) -> GroupBrokenError:
-    return GroupBrokenError(f"{type(error).__name__} interrupted {task.call.kind}")
+def _interrupted(
+    task: Task, error: BaseException | None = None, *, cancelled: bool = False
+) -> CallInterruptedError:
+    by = "an exception from a signal handler" if error is None else type(error).__name__
+    text = f"{by} interrupted {task.call.describe()}"
+    if cancelled:
+        text += ", which was cancelled"
+    return CallInterruptedError(text, breaks_group=not cancelled)
+
+
+def _gone(task: Task) -> CallInterruptedError:
+    return CallInterruptedError(
+        f"the wait for {task.call.describe()} was interrupted, and its array given to another call",
+        breaks_group=False,
+    )
+
+
+def _same(a: Call, b: Call) -> bool:
+    """Return whether two receives would take the same message into the same array."""
+    return (a.peer, a.tag, a.spans(), a.dtype) == (b.peer, b.tag, b.spans(), b.dtype)
 
 
 def _died(rank: int, how: str) -> RankFailedError:
@@ -975,5 +1332,11 @@ def share_machine(ranks: int) -> None:
     global _CROWDED
     _CROWDED = not has_cores_for(ranks)
 
+
+_HOLDERS: frozenset[CodeType] = frozenset(
+    function.__code__
+    for function in vars(Engine).values()
+    if isinstance(function, FunctionType) and "_lock" in function.__code__.co_names
+)  # the functions that take the engine's lock
 
 engine = Engine()

@@ -1,7 +1,7 @@
 """What becomes of groups that were merely dropped.
 
 To free a communicator is collective, and garbage collection is not: it strikes each rank at another
-time.  So a group that is collected leaves a mark only.  The next call that makes a group out of the
+time.  So nothing happens when a group is collected.  The next call that makes a group out of the
 same parent, where all ranks of the parent meet anyway, finds with one allreduce of a byte per child
 those that all ranks have dropped, and frees them.  Groups made by merges have members outside the
 parent, and broken groups may have something pending: those stay.
@@ -9,6 +9,7 @@ parent, and broken groups may have something pending: those stay.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,28 +25,30 @@ class Child:
     """One group as its parent remembers it on this rank.
 
     Args:
+        group: the user's object; it is gone when the program has dropped it.
         comms: the group's communicators.
         nccl: that of NCCL, if there is one: the collector must not destroy it, either.
         lane, recorder: its own.
         children: those of the group itself.
     """
 
-    __slots__ = ("_children", "_comms", "_lane", "_nccl", "_recorder", "dropped")
+    __slots__ = ("_children", "_comms", "_group", "_lane", "_nccl", "_recorder")
 
     def __init__(
         self,
+        group: object,
         comms: Sequence[MPI.Intracomm],
         nccl: Nccl | None,
         lane: Lane,
         recorder: Recorder,
         children: Children,
     ) -> None:
+        self._group = weakref.ref(group)
         self._comms = comms
         self._nccl = nccl
         self._lane = lane
         self._recorder = recorder
         self._children = children
-        self.dropped = False
 
     @property
     def done(self) -> bool:
@@ -53,7 +56,7 @@ class Child:
         lane = self._lane
         if lane.broken is not None or lane.busy:
             return False
-        return bool(lane.closed) or (self.dropped and self._children.done)
+        return bool(lane.closed) or (self._group() is None and self._children.done)
 
     def free(self, deadline: float) -> Steps:
         """Give the communicators back, unless `shutdown` did.  All members do so now."""

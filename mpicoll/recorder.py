@@ -29,6 +29,7 @@ from typing import Any
 
 from .calls import Call
 from .config import trace_folder
+from .errors import interrupts
 
 CAPACITY = 1000  # calls of a group
 CLOSED = 16  # groups that are kept after they were closed
@@ -234,6 +235,8 @@ def write(folder: str) -> None:
         if recorders:
             _put(folder, recorders)
     except Exception as error:
+        if interrupts(error):
+            raise
         if not _complained:
             _complained = True
             with contextlib.suppress(Exception):  # standard error may be closed

@@ -25,7 +25,7 @@ from .errors import (
     CollectiveTimeoutError,
     UnsupportedError,
 )
-from .library import IDLE, MOVED, MPI, Steps, shrink_tag, until
+from .library import IDLE, MPI, Steps, shrink_tag, until
 from .memory import whereabouts
 from .nodes import Nodes
 from .peers import Peers
@@ -51,9 +51,8 @@ def duplicate(comm: MPI.Intracomm) -> MakesComm:
 
 def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> MakesComm:
     """Split a communicator; `color` None is in no part.  All ranks have arrived."""
-    yield MOVED
-    with engine.guard(deadline, "MPI_Comm_split"):
-        made = comm.Split(MPI.UNDEFINED if color is None else color, key)
+    place = MPI.UNDEFINED if color is None else color
+    made = yield from engine.outside(deadline, "MPI_Comm_split", lambda: comm.Split(place, key))
     assert isinstance(made, MPI.Intracomm)
     return None if color is None else made
 
@@ -118,10 +117,12 @@ def nodes_of(
 
 def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
     """Give communicators back.  All ranks have arrived.  The steps end with it."""
-    yield MOVED
-    with engine.guard(deadline, "MPI_Comm_free"):
+
+    def give_back() -> None:
         for comm in comms:
             comm.Free()
+
+    yield from engine.outside(deadline, "MPI_Comm_free", give_back)
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:
@@ -169,29 +170,27 @@ def shrink(
                 "live, are excluded: after a death all that live must stay. Have them call "
                 "shrink_group too, then split the group"
             )
-        yield MOVED
-        return survivors(comm, deadline)
-    yield MOVED
+        return (yield from survivors(comm, deadline))
     everyone = comm.Get_group()
     members = everyone.Excl(out)
-    with engine.guard(deadline, "MPI_Comm_create_group"):
-        made = comm.Create_group(members, shrink_tag())
+    made = yield from engine.outside(
+        deadline, "MPI_Comm_create_group", lambda: comm.Create_group(members, shrink_tag())
+    )
     everyone.Free()
     members.Free()
     assert isinstance(made, MPI.Intracomm)
     return made
 
 
-def survivors(comm: MPI.Intracomm, deadline: float) -> MPI.Intracomm:
+def survivors(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, MPI.Intracomm]:
     """Make a communicator of those who live, who all call.  It takes MPI's fault tolerance."""
     comm.Revoke()
-    with engine.guard(deadline, "MPIX_Comm_shrink"):
-        made = comm.Shrink()
+    made = yield from engine.outside(deadline, "MPIX_Comm_shrink", comm.Shrink)
     assert isinstance(made, MPI.Intracomm)
     return made
 
 
-def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> bool:
+def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> Generator[int, None, bool]:
     """Return whether all ranks of a communicator live, and what they made of it is `fine`.
 
     The answer is the same on all that live.  It takes MPI's fault tolerance.
@@ -200,8 +199,10 @@ def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> bool:
         if not fine:
             comm.Revoke()  # or others would wait for this rank
         comm.Ack_failed()
-        with engine.guard(deadline, "MPIX_Comm_agree"):
-            return bool(comm.Agree(int(fine)))
+        agreed = yield from engine.outside(
+            deadline, "MPIX_Comm_agree", lambda: comm.Agree(int(fine))
+        )
+        return bool(agreed)
     except MPI.Exception:
         return False
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .calls import Call, Peer
 from .config import seconds
-from .errors import InvalidCallError
+from .errors import InvalidCallError, MpicollError
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder, end, number
 
@@ -32,11 +32,6 @@ class Work(Task):
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
-
-    def __del__(self) -> None:
-        # Runs anywhere, in the collector too: it only leaves a note.
-        if self.error is not None and not self.fetched:
-            self.lane.unfetched = self.error
 
     def take_number(self, seq: int) -> None:
         """Give the call its number, if that was not known when it was made."""
@@ -63,26 +58,35 @@ class Work(Task):
         Raises:
             MpicollError: what became of the call; its class says in which state the group is.
         """
-        if timeout is not None and not self.call.captured:
-            engine.wait(self, seconds(timeout, 0.0))
-        elif not self.done:
-            engine.wait(self, on_host=False)
-            if not self.done:
-                self.call.enqueued.hold()
-                engine.release(self)
-                return True
-        return self._ended_well()
+        try:
+            if timeout is not None and not self.call.captured:
+                engine.wait(self, seconds(timeout, 0.0))
+            elif not self.done:
+                engine.wait(self, on_host=False)
+                if not self.done:
+                    self.call.enqueued.hold()
+                    engine.release(self)
+                    return True
+            return self._ended_well()
+        except BaseException:
+            self.left = True
+            raise
 
     def _ended_well(self) -> bool:
         if self.error is not None:
-            self.fetched = self.lane.told = True
+            self.lane.told = True
+            self.fetch()
             raise self.error
         return True
 
     def is_completed(self) -> bool:
         """Return whether the call is over, well or not.  Makes one pass of progress."""
         if not self.done:
-            engine.test()
+            try:
+                engine.test()
+            except BaseException:
+                self.left = True
+                raise
         return self.done
 
     def is_success(self) -> bool:
@@ -91,7 +95,8 @@ class Work(Task):
 
     def exception(self) -> BaseException | None:
         """Return the call's error, if it is over and failed."""
-        self.fetched = self.error is not None
+        if self.error is not None:
+            self.fetch()
         return self.error
 
     def result(self) -> list[object]:
@@ -139,8 +144,10 @@ class Work(Task):
         """Return a future of `result()`.  It completes without wait(), from a thread."""
         future = Future()
 
-        def settle() -> None:
-            if not future.set_running_or_notify_cancel():
+        def settle() -> None:  # once more, if an exception struck here
+            if future.done() and not future.cancelled():
+                return
+            if not (future.running() or future.set_running_or_notify_cancel()):
                 return  # whoever asked for it has cancelled it; the call is what it is
             error = self.exception()
             if error is not None:
@@ -189,12 +196,12 @@ def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
 
     All of them are waited for; then the first error, in the order given, is raised.
     """
-    errors: list[BaseException] = []
+    errors: list[MpicollError] = []
     listed: Sequence[Work] = list(works)
     for work in listed:
         try:
             work.wait(timeout)
-        except Exception as error:
+        except MpicollError as error:
             errors.append(error)
     if errors:
         raise errors[0]

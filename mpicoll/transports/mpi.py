@@ -20,7 +20,7 @@ import numpy as np
 from ..buffers import Blocks
 from ..calls import ANY, UNEVEN, Call
 from ..dtypes import BY_CODE, Reduction
-from ..errors import CollectiveMismatchError
+from ..errors import CollectiveMismatchError, interrupts
 from ..library import (
     IDLE,
     KEEN,
@@ -30,10 +30,11 @@ from ..library import (
     Steps,
     exchange_tag,
     pending,
+    post,
     until,
     until_all,
 )
-from ..progress import Expired, Uncancelled
+from ..progress import Completed, Expired, Uncancelled
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
@@ -235,14 +236,24 @@ class MpiTransport(Transport):
             yield from self._recv_from(call)
             return
         status = MPI.Status()
-        while call.tag in self._taking or not self.comm.Iprobe(MPI.ANY_SOURCE, call.tag, status):
-            yield IDLE
+        try:
+            while call.tag in self._taking or not self._probe(call.tag, status):
+                yield IDLE
+        except (Abandoned, GeneratorExit):
+            raise
+        except BaseException as error:
+            if interrupts(error):
+                raise Expired from error  # nothing has begun
+            raise
         call.peer = status.Get_source()
         self._taking.add(call.tag)
         try:
             yield from self._recv_from(call)
         finally:
             self._taking.discard(call.tag)
+
+    def _probe(self, tag: int, status: MPI.Status) -> bool:
+        return bool(self.comm.Iprobe(MPI.ANY_SOURCE, tag, status))
 
     def _recv_from(self, call: Call) -> Steps:
         """Receive one message; when the deadline passes, cancel (`Expired` is thrown in).
@@ -251,30 +262,18 @@ class MpiTransport(Transport):
         be to wait for its sender.
         """
         assert call.recv is not None
-        payload = call.recv.flat()
-        header = np.zeros(_HEADER.size, dtype=np.uint8)
-        message = _message(header, payload)
-        mood = KEEN if payload.nbytes > EAGER else IDLE
-        status = MPI.Status()
+        requests: list[MPI.Request] = []
+        message: MPI.Datatype | None = None
         try:
-            request = self.comm.Irecv([MPI.BOTTOM, 1, message], call.peer, call.tag)
-            try:
-                yield MOVED
-                while not request.Test(status):
-                    yield mood
-            except Expired:
-                request.Cancel()
-                until_then = time.monotonic() + CANCELLING
-                while not request.Test(status):
-                    if time.monotonic() > until_then:
-                        pending.append(request)
-                        raise Uncancelled from None
-                if status.Is_cancelled():
-                    raise
-            except Abandoned:
-                request.Cancel()
-                pending.append(request)
-                raise
+            status = MPI.Status()
+            payload = call.recv.flat()
+            header = np.zeros(_HEADER.size, dtype=np.uint8)
+            message = _message(header, payload)
+            mood = KEEN if payload.nbytes > EAGER else IDLE
+            post(requests, self.comm.Irecv, [MPI.BOTTOM, 1, message], call.peer, call.tag)
+            yield MOVED
+            while not requests[0].Test(status):
+                yield mood
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
@@ -282,10 +281,23 @@ class MpiTransport(Transport):
                 f"{call.describe()}: the message that came is longer than the array. "
                 "Receive into an array of the sender's size; the message is lost"
             ) from error
+        except (Abandoned, GeneratorExit):
+            requests[0].Cancel()
+            pending.append(requests[0])
+            raise
+        except BaseException as error:  # `Expired`, or a signal handler's
+            if not requests or _cancelled(requests[0], status, error):
+                raise Expired from error
+            if not isinstance(error, Expired):
+                call.result = status.Get_source()
+                raise Completed(_wrong(call, header, status.Get_source())) from error
         finally:
-            message.Free()
+            if message is not None:
+                message.Free()
         call.result = status.Get_source()
-        _check_header(call, header, status.Get_source())
+        wrong = _wrong(call, header, status.Get_source())
+        if wrong is not None:
+            raise wrong
 
 
 def _wire(call: Call) -> tuple[Reduction, Array, Array]:
@@ -370,21 +382,41 @@ def _header(blocks: Blocks) -> bytes:
     return _HEADER.pack(_MAGIC, 0, blocks.dtype.code, blocks.total)
 
 
-def _check_header(call: Call, header: Array, source: int) -> None:
-    """Refuse a message that isn't of the array's dtype and size.  The group stays usable."""
+def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | None:
+    """Return what is wrong with a message, if it isn't of the array's dtype and size.
+
+    The group stays usable.
+    """
     assert call.recv is not None
     magic, _, code, count = _HEADER.unpack(header.tobytes())
     if magic != _MAGIC:
-        raise CollectiveMismatchError(
+        return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
             "Use another tag for your own messages on pg.comm"
         )
-    if code != call.recv.dtype.code or count != call.recv.total:
-        sent = BY_CODE[code].name
-        raise CollectiveMismatchError(
-            f"{call.describe()}: rank {source} sent {sent}[{count}], but the array is "
-            f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost"
-        )
+    if code == call.recv.dtype.code and count == call.recv.total:
+        return None
+    return CollectiveMismatchError(
+        f"{call.describe()}: rank {source} sent {BY_CODE[code].name}[{count}], but the array is "
+        f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost"
+    )
+
+
+def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException) -> bool:
+    """Cancel a receive; return whether it is, or else its message has come.
+
+    Raises:
+        Uncancelled: neither is the case within a moment.
+    """
+    if request == MPI.REQUEST_NULL:  # it was found complete just before
+        return bool(status.Is_cancelled())
+    request.Cancel()
+    until_then = time.monotonic() + CANCELLING
+    while not request.Test(status):
+        if time.monotonic() > until_then:
+            pending.append(request)
+            raise Uncancelled from because
+    return bool(status.Is_cancelled())
 
 
 def _message(header: Array, payload: Array) -> MPI.Datatype:

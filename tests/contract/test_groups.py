@@ -190,6 +190,43 @@ def test_one_split_per_thread(pg):
         group.shutdown()
 
 
+MAKERS = {
+    "split": lambda g: g.split(0),
+    "split_group": lambda g: g.split_group(list(range(g.size()))),
+    "local_group": lambda g: g.local_group(),
+    "cross_node_group": lambda g: g.cross_node_group(),
+    "shrink_group": lambda g: g.split(0).shrink_group(),
+    "new_group": lambda g: mc.new_group(comm=g.comm),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_threads_make_groups_in_any_order(pg, make):
+    """None waits inside MPI for another thread's call; each has a group of its own."""
+    groups = [pg.split(0), pg.split(0)]
+    failures = []
+
+    def use(group):
+        try:
+            for _ in range(soak(200, 8)):
+                made = MAKERS[make](group)
+                total(made)
+                made.shutdown()
+        except BaseException as error:
+            failures.append(error)
+
+    order = groups if pg.rank() % 2 else groups[::-1]
+    threads = [threading.Thread(target=use, args=(group,)) for group in order]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)  # so that the ranks come to their first calls in opposite orders
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    for group in groups:
+        group.shutdown()
+
+
 def test_with_statement_closes():
     with mc.new_group(timeout=20) as pg:
         total(pg)
