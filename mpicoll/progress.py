@@ -606,13 +606,13 @@ class Engine:
         return claims
 
     def _in_the_way(self, call: Call) -> Task | None:
-        """Return a task whose memory a call wants; a receive that the program dropped as `left`.
+        """Return a task whose memory a call wants; a receive that it repeats as `left`, if dropped.
 
         An exception that strikes when `recv` has just returned leaves its Work with nobody.
         Whether the program has it is seen by letting go of it.
         """
         task = self._claims.conflicting(*call.spans())
-        if task is None or task.left or task.call.kind != "recv" or task.callbacks:
+        if task is None or task.left or task.callbacks or not _same(task.call, call):
             return task
         twin, seen = task.twin(), weakref.ref(task)
         self._replace(task, twin)
@@ -1267,8 +1267,13 @@ def _gone(task: Task) -> CallInterruptedError:
 
 
 def _same(a: Call, b: Call) -> bool:
-    """Return whether two receives would take the same message into the same array."""
-    return (a.peer, a.tag, a.spans(), a.dtype) == (b.peer, b.tag, b.spans(), b.dtype)
+    """Return whether two calls are receives of the same message into the same array."""
+    return a.kind == b.kind == "recv" and (a.peer, a.tag, a.spans(), a.dtype) == (
+        b.peer,
+        b.tag,
+        b.spans(),
+        b.dtype,
+    )
 
 
 def _died(rank: int, how: str) -> RankFailedError:

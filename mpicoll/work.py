@@ -9,7 +9,7 @@ from typing import Any
 
 from .calls import Call, Peer
 from .config import seconds
-from .errors import InvalidCallError, MpicollError
+from .errors import InvalidCallError, MpicollError, interrupts
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder, end, number
 
@@ -68,8 +68,8 @@ class Work(Task):
                     engine.release(self)
                     return True
             return self._ended_well()
-        except BaseException:
-            self.left = True
+        except BaseException as error:
+            self.left = interrupts(error)
             raise
 
     def _ended_well(self) -> bool:
@@ -84,8 +84,8 @@ class Work(Task):
         if not self.done:
             try:
                 engine.test()
-            except BaseException:
-                self.left = True
+            except BaseException as error:
+                self.left = interrupts(error)
                 raise
         return self.done
 
