@@ -1268,12 +1268,9 @@ def _gone(task: Task) -> CallInterruptedError:
 
 def _same(a: Call, b: Call) -> bool:
     """Return whether two calls are receives of the same message into the same array."""
-    return a.kind == b.kind == "recv" and (a.peer, a.tag, a.spans(), a.dtype) == (
-        b.peer,
-        b.tag,
-        b.spans(),
-        b.dtype,
-    )
+    if not a.kind == b.kind == "recv":
+        return False
+    return (a.peer, a.tag, a.spans(), a.dtype) == (b.peer, b.tag, b.spans(), b.dtype)
 
 
 def _died(rank: int, how: str) -> RankFailedError:
