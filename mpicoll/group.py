@@ -427,7 +427,7 @@ class ProcessGroup:
                 calls.allgather(rank, size, outs, x)
                 for outs, x in zip(by_input, inputs, strict=True)
             ]
-            return calls.coalesced("allgather_coalesced", parts, "output_lists")
+            return calls.coalesced("allgather_coalesced", parts, "output_lists", "input_list")
 
         return self._call("allgather_coalesced", timeout, check)
 
@@ -439,7 +439,7 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             found = calls.pairs(outputs, inputs, "outputs", "inputs")
             parts = [calls.all_gather_single(rank, size, out, x) for out, x in found]
-            return calls.coalesced("all_gather_single_coalesced", parts, "outputs")
+            return calls.coalesced("all_gather_single_coalesced", parts, "outputs", "inputs")
 
         return self._call("all_gather_single_coalesced", timeout, check)
 
@@ -455,7 +455,7 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             found = calls.pairs(outputs, inputs, "outputs", "inputs")
             parts = [calls.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
-            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs")
+            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs", "inputs")
 
         return self._call("reduce_scatter_single_coalesced", timeout, check)
 
@@ -868,9 +868,13 @@ class ProcessGroup:
                 raise
         self._close("shut down")
 
-    def abort(self) -> None:
-        """Give up everything under way, at once and on this rank alone; peers hear of it."""
-        self._abort("aborted the group")
+    def abort(self, reason: str = "") -> None:
+        """Give up everything under way, at once and on this rank alone.
+
+        Args:
+            reason: why; the peers' `RemoteRankError` holds it.
+        """
+        self._abort(f"aborted the group: {reason}" if reason else "aborted the group")
 
     def _abort(self, why: str) -> None:
         lane = self._lane
