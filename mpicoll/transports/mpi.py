@@ -287,6 +287,8 @@ class MpiTransport(Transport):
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
+            if header[0]:  # as much came as there was room for
+                _check_header(call, header, call.peer)
             raise CollectiveMismatchError(
                 f"{call.describe()}: the message that came is longer than the array. "
                 "Receive into an array of the sender's size; the message is lost"
