@@ -4,7 +4,9 @@ A public method checks, starts and returns.  Unless said otherwise, every rank o
 must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
 from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous: NumPy, torch
 tensors, or anything with the buffer protocol or DLPack; on a group made with ``device="cuda"``
-also arrays in GPU memory.  A list of one array is accepted where an array is.
+also arrays in GPU memory.  A list of one array is accepted where an array is; a NumPy array or a
+tensor with a row per rank where a list of arrays is.  What a rank gives to itself may lie exactly
+where it is to come: the call is in place there.
 
 What a `Work` may raise, besides the errors that a method names:
 

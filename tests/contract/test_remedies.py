@@ -188,9 +188,9 @@ ARRAYS = {
     "swapped structure": Case(
         "pg.recv(tensor, me)",
         ("y = tensor.astype(tensor.dtype.newbyteorder('='))", BACK),
-        "pg.send(np.full(3, me + 1, [('a', '=f4'), ('b', '=i2')]), me).wait()\n"
+        "sent = pg.send(np.full(3, me + 1, [('a', '=f4'), ('b', '=i2')]), me)\n"
         "y = tensor.astype(tensor.dtype.newbyteorder('='))\n"
-        "pg.recv(y, me).wait()\ntensor[...] = y",
+        "pg.recv(y, me).wait()\nsent.wait()\ntensor[...] = y",
         "tensor['a'].tolist() == tensor['b'].tolist() == [me + 1] * 3",
         "tensor = np.zeros(3, [('a', '>f4'), ('b', '>i2')])",
     ),
@@ -519,7 +519,8 @@ CALLS = {
     "an array in use": Case(
         "pg.allreduce(x)",
         ("wait()",),
-        "pg.send(np.full(3, me + 1), me, tag=3).wait()\npending.wait()\npg.allreduce(x).wait()",
+        "sent = pg.send(np.full(3, me + 1), me, tag=3)\npending.wait()\nsent.wait()\n"
+        "pg.allreduce(x).wait()",
         "(x == total).all()",
         "x = np.zeros(3, int); pending = pg.recv(x, me, tag=3)",
     ),
