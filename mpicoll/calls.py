@@ -327,15 +327,18 @@ def _list(value: object, name: str, length: int) -> Sequence[object]:
 
 def _rows(value: object, name: str, length: int) -> Sequence[object]:
     """Return views of an array's rows, which stand for a list of arrays."""
-    torch: Any = sys.modules.get("torch")
-    tensor = torch is not None and isinstance(value, torch.Tensor)
     array: Any = value
-    if (isinstance(value, np.ndarray) or (tensor and array.layout is torch.strided)) and array.ndim:
+    if (isinstance(value, np.ndarray) or _is_tensor(value)) and array.ndim:
         return [array[i, ...] for i in range(len(array))]
     raise InvalidCallError(
         f"{name} must be a list of {length} arrays, one per rank, or a NumPy array or tensor of "
         f"{length} rows, but got {type(value).__name__}"
     )
+
+
+def _is_tensor(value: object) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buffer]:
@@ -368,12 +371,14 @@ def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str, *, write: bool = Fals
 
 def _converted(a: Buffer, a_name: str, b: Buffer, b_name: str, write: bool) -> str:
     """Write down how to give `b` the dtype of `a`."""
-    if type(b.owner).__module__ == "torch":
-        back = f", pass y, and copy the result back: {b_name}.copy_(y)" if write else ""
+    if _is_tensor(b.owner):
         made = f"{b_name}.to(torch.{a.dtype.name})"
-        return f"make y = {made}{back}" if write else f"pass {made}"
+        if not write:
+            return f"pass {made}"
+        back = f"{b_name}.detach().copy_(y)"
+        return f"make y = {made}, pass y, and copy the result back: {back}"
     kind = f"{a_name}.dtype" if isinstance(a.owner, np.ndarray) else f'"{a.dtype.name}"'
-    if isinstance(b.owner, np.ndarray):
+    if hasattr(b.owner, "astype"):
         return instead(b_name, f"{b_name}.astype({kind})", write)
     return instead(b_name, f"np.array({b_name}, dtype={kind})", write)
 
@@ -432,14 +437,20 @@ def _separate(call: Call, rank: int, writes: Named, reads: Named) -> Call:
 
 
 def _used(named: Named, *, write: bool) -> Used:
-    return [(b.address, b.address + b.nbytes, name, write) for name, b in named if b.nbytes]
+    used = []
+    for name, b in named:
+        if b.nbytes:
+            start = b.address
+            used.append((start, start + b.nbytes, name, write))
+    return used
 
 
 def _overlap(used: Used) -> list[tuple[str, bool]]:
     """Return two arguments that overlap where one of them is written, and whether each is."""
     reach, reach_name = -1, ""  # the furthest byte used so far
     written, written_name = -1, ""  # the furthest byte written so far
-    for start, end, name, write in sorted(used):
+    used.sort()
+    for start, end, name, write in used:
         if start < written:
             return [(written_name, True), (name, write)]
         if write and start < reach:
@@ -454,7 +465,9 @@ def _overlap(used: Used) -> list[tuple[str, bool]]:
 def _overlapping(found: list[tuple[str, bool]], named: Named) -> InvalidCallError:
     (a, _), (b, write) = found
     owner = next(buffer.owner for name, buffer in named if name == b)
-    copied = f"{b}.clone()" if type(owner).__module__ == "torch" else f"np.array({b})"
+    copied = f"{b}.copy()" if hasattr(owner, "copy") else f"np.array({b})"
+    if _is_tensor(owner):
+        copied = f"{b}.clone()"
     if write:
         return InvalidCallError(
             f"{a} and {b} overlap in memory, and both are written: make y = {copied}, pass y, and "

@@ -397,30 +397,37 @@ REDUCTIONS = {
 CALLS = {
     "input that overlaps": Case(
         "pg.all_gather_single(output, input)",
-        ("np.array(input)",),
-        "pg.all_gather_single(output, np.array(input)).wait()",
+        ("input.copy()",),
+        "pg.all_gather_single(output, input.copy()).wait()",
         "output.tolist() == [v for r in range(n) for v in (r, r)]",
         "x = np.full(2 * n + 1, float(me)); output, input = x[:-1], x[1:3]",
     ),
     "output that overlaps": Case(
         "pg.reduce_scatter_single(output, input)",
-        ("np.array(input)",),
-        "pg.reduce_scatter_single(output, np.array(input)).wait()",
+        ("input.copy()",),
+        "pg.reduce_scatter_single(output, input.copy()).wait()",
         "(output == total).all()",
         "x = np.full(2 * n + 1, me + 1.0); output, input = x[1:3], x[:-1]",
     ),
     "outputs that overlap": Case(
         "pg.allreduce_coalesced(tensors)",
-        ("y = np.array(tensors[1])",),
-        "y = np.array(tensors[1])\npg.allreduce_coalesced([tensors[0], y]).wait()",
+        ("y = tensors[1].copy()",),
+        "y = tensors[1].copy()\npg.allreduce_coalesced([tensors[0], y]).wait()",
         "(tensors[0] == total).all() and (y == total).all()",
         "x = np.full(5, me + 1.0); tensors = [x[:3], x[2:]]",
         ("take the result from y",),
     ),
+    "memoryview that overlaps": Case(
+        "pg.all_gather_single(output, input)",
+        ("np.array(input)",),
+        "pg.all_gather_single(output, np.array(input)).wait()",
+        "list(output) == [v for r in range(n) for v in (r, r)]",
+        "x = memoryview(bytearray([me] * (2 * n + 1))); output, input = x[:-1], x[1:3]",
+    ),
     "coalesced input that overlaps another's output": Case(
         "pg.all_gather_single_coalesced(outputs, inputs)",
-        ("np.array(inputs[0])",),
-        "pg.all_gather_single_coalesced(outputs, [np.array(inputs[0]), inputs[1]]).wait()",
+        ("inputs[0].copy()",),
+        "pg.all_gather_single_coalesced(outputs, [inputs[0].copy(), inputs[1]]).wait()",
         "[x.tolist() for x in outputs] == [[v for r in range(n) for v in (r, r)]] * 2",
         "x, y, z = (np.full(2 * n, float(me)) for _ in range(3)); "
         "outputs, inputs = [x, y], [y[:2], z[:2]]",
@@ -499,21 +506,24 @@ CALLS = {
         "(tensor == (me - 1) % n).all()",
         "tensor = np.full(3, 5)",
     ),
+    # Of sizes such that no rank's call is right by itself.
     "inputs of several sizes": Case(
         "pg.all_gather_single(output, input)",
         ("allgather",),
-        "output_tensors = np.split(output, np.cumsum(range(1, n)))\n"
+        "output_tensors = np.split(output, np.cumsum(sizes[:-1]))\n"
         "pg.allgather(output_tensors, input).wait()",
-        "output.tolist() == [r for r in range(n) for _ in range(r + 1)]",
-        "output, input = np.zeros(n * (n + 1) // 2), np.full(me + 1, float(me))",
+        "output.tolist() == [r for r in range(n) for _ in range(sizes[r])]",
+        "sizes = [r * r + 1 for r in range(n)]; "
+        "output, input = np.zeros(sum(sizes)), np.full(sizes[me], float(me))",
         ranks=2,
     ),
     "outputs of several sizes": Case(
         "pg.reduce_scatter_single(output, input)",
         ("reduce_scatter",),
-        "pg.reduce_scatter(output, np.split(input, np.cumsum(range(1, n)))).wait()",
-        "output.tolist() == [n * me] * (me + 1)",
-        "output = np.zeros(me + 1); input = np.repeat(np.arange(float(n)), range(1, n + 1))",
+        "pg.reduce_scatter(output, np.split(input, np.cumsum(sizes[:-1]))).wait()",
+        "output.tolist() == [n * me] * sizes[me]",
+        "sizes = [r * r + 1 for r in range(n)]; "
+        "output, input = np.zeros(sizes[me]), np.repeat(np.arange(float(n)), sizes)",
         ranks=2,
     ),
     "an array in use": Case(
@@ -648,10 +658,10 @@ TENSORS = {
     ),
     "outputs of two dtypes": Case(
         "pg.allgather(output_tensors, input_tensor)",
-        ("y = output_tensors[1].to(torch.float32)", "output_tensors[1].copy_(y)"),
+        ("y = output_tensors[1].to(torch.float32)", "output_tensors[1].detach().copy_(y)"),
         "y = output_tensors[1].to(torch.float32)\n"
         "pg.allgather([output_tensors[0], y, *output_tensors[2:]], input_tensor).wait()\n"
-        "output_tensors[1].copy_(y)",
+        "output_tensors[1].detach().copy_(y)",
         "[x.tolist() for x in output_tensors] == [[r] for r in range(n)]",
         "output_tensors = [torch.zeros(1, dtype=(torch.float32, torch.int64)[r == 1]) "
         "for r in range(n)]; input_tensor = torch.full((1,), float(me))",
@@ -663,6 +673,14 @@ TENSORS = {
         "pg.all_gather_single(output, input.clone()).wait()",
         "output.tolist() == [v for r in range(n) for v in (r, r)]",
         "x = torch.full((2 * n + 1,), float(me)); output, input = x[:-1], x[1:3]",
+    ),
+    "parameter that overlaps": Case(
+        "pg.all_gather_single(output, input)",
+        ("input.clone()",),
+        "pg.all_gather_single(output, input.clone()).wait()",
+        "output.tolist() == [v for r in range(n) for v in (r, r)]",
+        "x = torch.full((2 * n + 1,), float(me)); output = x[:-1]; "
+        "input = torch.nn.Parameter(x[1:3])",
     ),
     "outputs that overlap": Case(
         "pg.allreduce_coalesced(tensors)",
