@@ -468,7 +468,18 @@ def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], l
         odd = sorted(set(callers) - set(largest))
         head += f" ({listed(odd)} against the rest)" if odd else ""
     tail = f"{lost}{_BROKEN}" if lost else "No data was moved; the group is still usable"
+    kinds, counts = {row[_KIND] for row in rows}, {row[_COUNT] for row in rows}
+    if not lost and len(kinds) == 1 and len(counts) > 1:
+        (code,) = kinds
+        assert isinstance(code, int)
+        tail += _UNEVEN_FORMS.get(KINDS[code], "")
     return f"{head}: {'; '.join(sentences)}. {tail}"
+
+
+_UNEVEN_FORMS = {
+    "all_gather_single": ". Arrays of several sizes are gathered by allgather, into a list",
+    "reduce_scatter_single": ". Parts of several sizes are taken by reduce_scatter, from a list",
+}
 
 
 def listed(ranks: Sequence[int]) -> str:

@@ -18,10 +18,13 @@ import numpy as np
 
 from . import cuda_arrays
 from .cuda_arrays import Described
-from .dtypes import LAST_NATIVE, Array, DType, from_name, from_numpy
+from .dtypes import LAST_NATIVE, Array, DType, from_name, from_numpy, instead
 from .errors import InvalidCallError, UnsupportedError
 
 _ACCEPTED = "a NumPy array, a tensor, or an object with DLPack or the buffer protocol"
+_OBJECTS = (
+    "use broadcast_object, allgather_object, gather_object or scatter_object, which return objects"
+)
 _HOST_DEVICES = (1, 3, 11)  # DLPack's kDLCPU, kDLCUDAHost, kDLROCMHost
 
 
@@ -109,68 +112,104 @@ def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:
         if len(obj) != 1 or isinstance(obj[0], (list, tuple)):
             raise InvalidCallError(
                 f"{name} must be one array, but got a {type(obj).__name__} of {len(obj)}: "
-                f"pass np.asarray({name}), or one array per call"
+                + _made_of(obj, name, write)
             )
         return as_buffer(obj[0], name, write=write)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(obj, getattr(torch, "Tensor", ())):
-        return _from_tensor(obj, torch, name)
+        return _from_tensor(obj, torch, name, write)
     said = None if isinstance(obj, np.ndarray) else cuda_arrays.describe(obj, name)
     if said is not None:
         return _on_device(obj, said, name, write)
-    return _from_array(obj, _as_array(obj, name), name, write)
+    return _from_array(obj, _as_array(obj, name, write), name, write)
 
 
 def _on_device(obj: object, said: Described, name: str, write: bool) -> Buffer:
     if write and not said.writable:
-        raise InvalidCallError(_read_only(obj, name))
+        raise InvalidCallError(_read_only(obj, name, f"cupy.array({name})"))
     return DeviceBuffer(obj, name, said)
 
 
 def _from_array(owner: object, array: Array, name: str, write: bool) -> Buffer:
-    dtype = from_numpy(array.dtype, name)
+    dtype = from_numpy(array.dtype, name, write)
     flags = array.flags
-    if not flags.c_contiguous:
-        raise InvalidCallError(_not_contiguous(array, name, write))
     writable = flags.writeable
     if write and not writable:
-        raise InvalidCallError(_read_only(owner, name))
+        raise InvalidCallError(_read_only(owner, name, _copied(owner, name)))
+    if not flags.c_contiguous:
+        raise InvalidCallError(_not_contiguous(owner, array, name, write))
     flat = array if array.ndim == 1 else array.ravel()
     if flat.dtype is not dtype.storage:
         flat = flat.view(dtype.storage)
     return Buffer(owner, flat, dtype, array.shape, writable)
 
 
-def _read_only(owner: object, name: str) -> str:
+def _read_only(owner: object, name: str, copied: str) -> str:
     return (
         f"{name} must be writable, as the result lands in it, but got a read-only "
-        f"{type(owner).__name__}: pass a copy, such as np.array({name})"
+        f"{type(owner).__name__}: make y = {copied}, pass y, and take the result from y"
     )
 
 
-def _not_contiguous(array: Array, name: str, write: bool) -> str:
+def _copied(owner: object, name: str) -> str:
+    """Write down how to copy a host array into new memory, which is writable and C-contiguous."""
+    if isinstance(owner, bytes):
+        return f"bytearray({name})"
+    return f'np.array({_viewed(owner, name)}, order="C")'
+
+
+def _viewed(owner: object, name: str) -> str:
+    """Write down how to get a NumPy array over a host array's memory."""
+    if isinstance(owner, np.ndarray):
+        return name
+    if hasattr(owner, "__dlpack__") and not hasattr(owner, "__array_interface__"):
+        return f"np.from_dlpack({name})"
+    return f"np.asarray({name})"
+
+
+def _not_contiguous(owner: object, array: Array, name: str, write: bool) -> str:
     got = f"{name} must be C-contiguous, but got "
     shape = f"of shape {array.shape} with strides {array.strides}"
-    then = f", then copy the result back into {name}" if write else ""
+    view = _viewed(owner, name)
+    remedy = instead(view, f"np.ascontiguousarray({view})", write)
     if array.flags.f_contiguous:
         return (
-            f"{got}a Fortran-ordered array {shape}: pass np.ascontiguousarray({name}){then}; "
-            f"or pass {name}.T if every rank's array is laid out so"
+            f"{got}a Fortran-ordered array {shape}: {remedy}; "
+            f"or pass {view}.T if every rank's array is laid out so"
         )
-    return f"{got}a strided array {shape}: pass np.ascontiguousarray({name}){then}"
+    return f"{got}a strided array {shape}: {remedy}"
 
 
-def _as_array(obj: Any, name: str) -> Array:
+def _made_of(obj: object, name: str, write: bool) -> str:
+    """Say what to pass in place of what is no array."""
+    if obj is None:
+        return (
+            "make an array of the shape and dtype that the other ranks give, such as "
+            f"y = np.empty(shape, dtype), and pass y; for other things {_OBJECTS}"
+        )
+    try:
+        numbers = np.asarray(obj).dtype.kind in "biufc"
+    except (TypeError, ValueError, RuntimeError):  # such as lists of several lengths
+        numbers = False
+    if not numbers:
+        return _OBJECTS
+    if write:
+        return f"make y = np.array({name}), pass y, and take the result from y"
+    return f"pass np.array({name})"
+
+
+def _as_array(obj: Any, name: str, write: bool) -> Array:
     """Return a NumPy array over the memory of `obj`, which is neither ndarray nor tensor."""
     if isinstance(obj, np.ma.MaskedArray):
         raise InvalidCallError(
             f"{name} must not be a masked array, as masks would be lost: "
-            f"pass {name}.filled(value), or {name}.data and {name}.mask in a call each"
+            + instead(name, f"{name}.filled(value)", write)
+            + f"; or pass {name}.data, of which the masked elements take part, too"
         )
     if isinstance(obj, np.ndarray):
         return obj.view(np.ndarray)
     if obj is None or isinstance(obj, (np.generic, str, int, float, complex)):
-        raise _no_array(obj, name)
+        raise _no_array(obj, name, write)
     try:
         if hasattr(obj, "__array_interface__"):
             return np.asarray(obj)
@@ -183,25 +222,27 @@ def _as_array(obj: Any, name: str) -> Array:
     except TypeError as error:
         if isinstance(error, UnsupportedError):
             raise
-        raise _no_array(obj, name) from error
+        raise _no_array(obj, name, write) from error
     except (BufferError, RuntimeError, ValueError) as error:
         raise UnsupportedError(
             f"{name} is a {type(obj).__name__} whose memory NumPy can't view ({error}): "
-            f"pass a NumPy array"
+            f"pass a NumPy array that holds the same"
+            + (", and take the result from that" if write else "")
         ) from error
 
 
-def _no_array(obj: object, name: str) -> InvalidCallError:
+def _no_array(obj: object, name: str, write: bool) -> InvalidCallError:
     return InvalidCallError(
         f"{name} must be {_ACCEPTED}, but got {reprlib.repr(obj)} ({type(obj).__name__}): "
-        f"pass np.asarray({name}) or an array that holds it"
+        + _made_of(obj, name, write)
     )
 
 
 def _elsewhere(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{name} must lie in the memory of the host or of a CUDA device, but got {what}: copy it "
-        f"to the host first (.cpu() in PyTorch, np.asarray in JAX)"
+        f"{name} must lie in the memory of the host or of a CUDA device, but got {what}: make a "
+        f"copy on the host (.cpu() in PyTorch, np.array in JAX), pass that, and copy back what "
+        "lands in it"
     )
 
 
@@ -210,27 +251,35 @@ def refuse_device(buffers: Sequence[Buffer]) -> UnsupportedError:
     found = next(buffer for buffer in buffers if isinstance(buffer, DeviceBuffer))
     return UnsupportedError(
         f"{found.name} must lie in host memory, but got a {type(found.owner).__name__} in GPU "
-        'memory: make the group with new_group(device="cuda"), or copy it to the host first '
-        "(.cpu() in PyTorch, .get() in CuPy, np.asarray in JAX)"
+        'memory: make the group with new_group(device="cuda"); or make a copy on the host (.cpu() '
+        "in PyTorch, .get() in CuPy, np.array in JAX), pass that, and copy back what lands in it"
     )
 
 
-def _from_tensor(tensor: Any, torch: Any, name: str) -> Buffer:
+def _from_tensor(tensor: Any, torch: Any, name: str, write: bool) -> Buffer:
     if not (tensor.is_cpu or tensor.is_cuda):
         if tensor.is_meta:
-            raise InvalidCallError(f"{name} is a meta tensor, which holds no data: materialize it")
+            raise InvalidCallError(
+                f"{name} is a meta tensor, which holds no data: make "
+                f'y = torch.empty_like({name}, device="cpu"), and pass y'
+            )
         raise _elsewhere(name, f"a tensor on {tensor.device}")
     if tensor.layout is not torch.strided:
-        raise _refused_tensor(name, f"a tensor of layout {tensor.layout}", "to_dense()")
+        got = f"a tensor of layout {tensor.layout}"
+        raise _refused_tensor(name, got, "to_dense()", write)
     if tensor.is_quantized:
-        raise _refused_tensor(name, "a quantized tensor", "int_repr() or .dequantize()")
+        raise _refused_tensor(name, "a quantized tensor", "dequantize()", write)
+    # Into what follows a result can be copied back, unless elements of it share their memory.
+    back = f"{name}.detach().copy_(y)"
     if tensor.is_conj():
-        raise _refused_tensor(name, "a lazily conjugated tensor", "resolve_conj()")
+        got = "a lazily conjugated tensor"
+        raise _refused_tensor(name, got, "resolve_conj()", write, back)
     if tensor.is_neg():
-        raise _refused_tensor(name, "a lazily negated tensor", "resolve_neg()")
+        raise _refused_tensor(name, "a lazily negated tensor", "resolve_neg()", write, back)
     if not tensor.is_contiguous():
         got = f"a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-        raise _refused_tensor(name, got, "contiguous()")
+        apart = 0 not in tensor.stride()
+        raise _refused_tensor(name, got, "contiguous()", write, back if apart else "")
     if tensor.is_cuda:
         return DeviceBuffer(tensor, name, cuda_arrays.describe_tensor(tensor, torch, name))
     dtype = from_name(str(tensor.dtype), name)
@@ -242,16 +291,20 @@ def _from_tensor(tensor: Any, torch: Any, name: str) -> Buffer:
     except (RuntimeError, TypeError) as error:
         raise UnsupportedError(
             f"{name} is a {type(tensor).__name__} without plain memory ({error}): "
-            f"pass a plain tensor, such as its .to_local()"
+            f"pass a plain tensor with memory, such as a DTensor's .to_local()"
         ) from error
     flat = array.ravel().view(dtype.storage)
     return Buffer(tensor, flat, dtype, tuple(tensor.shape), True)
 
 
-def _refused_tensor(name: str, got: str, remedy: str) -> InvalidCallError:
-    return InvalidCallError(
-        f"{name} must be a plain contiguous tensor, but got {got}: pass {name}.{remedy}"
-    )
+def _refused_tensor(
+    name: str, got: str, remedy: str, write: bool, back: str = ""
+) -> InvalidCallError:
+    text = f"{name} must be a plain contiguous tensor, but got {got}: "
+    if not write:
+        return InvalidCallError(f"{text}pass {name}.{remedy}")
+    then = f"copy the result back: {back}" if back else "take the result from y"
+    return InvalidCallError(f"{text}make y = {name}.{remedy}, pass y, and {then}")
 
 
 class Blocks:
@@ -328,6 +381,13 @@ class Blocks:
         if len(self.counts) == 1:
             return self._whole
         return self._whole[self.displs[i] : self.displs[i] + self.counts[i]]
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Return where block `i` begins in memory, and its bytes."""
+        size = self.dtype.itemsize
+        if self._whole is None:
+            return self.buffers[i].address, self.counts[i] * size
+        return self.buffers[0].address + self.displs[i] * size, self.counts[i] * size
 
     def flat(self) -> Array:
         """Return all blocks in a row, for reading: the array itself, else a packed copy."""

@@ -12,16 +12,17 @@ import math
 import operator
 import pickle
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from . import config
 from .buffers import Blocks, Buffer, as_buffer
 from .cuda_arrays import UNKNOWN
-from .dtypes import DType, Reduction, from_numpy, reduction
+from .dtypes import DType, Reduction, from_numpy, instead, reduction
 from .errors import InvalidCallError, UnsupportedError, interrupts
 from .ops import ReduceOp, as_reduce_op
 
@@ -115,6 +116,7 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        in_place: this rank's own block lies where it is to come, so it stays where it is.
         captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
         since, chain: what was not compared since the last call that was, in words and condensed;
             "" and 0 if nothing.
@@ -138,6 +140,7 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    in_place: bool = False
     captured: bool = False
     since: str = ""
     chain: int = 0
@@ -260,8 +263,13 @@ def rank_in(value: object, name: str, size: int) -> int:
     """Return a rank argument as an int inside the group."""
     rank = integer(value, name)
     if not 0 <= rank < size:
-        raise InvalidCallError(f"{name} must be a rank in [0, {size}), but got {rank}")
+        raise InvalidCallError(
+            f"{name} must be a rank of this group, in [0, {size}), but got {rank}{_OF_THE_WORLD}"
+        )
     return rank
+
+
+_OF_THE_WORLD = ": pg.ranks.index(i) is the one that the world's rank i has in group pg"
 
 
 def _peer(value: object, name: str, size: int) -> int:
@@ -274,8 +282,8 @@ def _peer(value: object, name: str, size: int) -> int:
     if not 0 <= rank < size:
         other = "mpicoll.ANY_SOURCE for any rank, " if name == "src" else ""
         raise InvalidCallError(
-            f"{name} must be a rank in [0, {size}), {other}or mpicoll.PROC_NULL for none, "
-            f"but got {rank}"
+            f"{name} must be a rank of this group, in [0, {size}), {other}or mpicoll.PROC_NULL for "
+            f"none, but got {rank}{_OF_THE_WORLD}"
         )
     return rank
 
@@ -307,10 +315,7 @@ def _tag(value: object, highest: int) -> int:
 
 def _list(value: object, name: str, length: int) -> Sequence[object]:
     if not isinstance(value, (list, tuple)):
-        raise InvalidCallError(
-            f"{name} must be a list of {length} arrays, one per rank, "
-            f"but got {type(value).__name__}"
-        )
+        value = _rows(value, name, length)
     if len(value) == 1 and length != 1 and isinstance(value[0], (list, tuple)):
         value = value[0]  # c10d's list-of-lists form
     if len(value) != length:
@@ -320,28 +325,62 @@ def _list(value: object, name: str, length: int) -> Sequence[object]:
     return value
 
 
+def _rows(value: object, name: str, length: int) -> Sequence[object]:
+    """Return views of an array's rows, which stand for a list of arrays."""
+    array: Any = value
+    if (isinstance(value, np.ndarray) or _is_tensor(value)) and array.ndim:
+        return [array[i, ...] for i in range(len(array))]
+    raise InvalidCallError(
+        f"{name} must be a list of {length} arrays, one per rank, or a NumPy array or tensor of "
+        f"{length} rows, but got {type(value).__name__}"
+    )
+
+
+def _is_tensor(value: object) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buffer]:
     arrays = _list(value, name, length)
     if length == 1 and isinstance(arrays[0], (list, tuple)):
         arrays = _list(arrays[0], name, 1)
     found = [as_buffer(x, f"{name}[{i}]", write=write) for i, x in enumerate(arrays)]
     for i, buffer in enumerate(found):
-        _alike(found[0], f"{name}[0]", buffer, f"{name}[{i}]")
+        _alike(found[0], f"{name}[0]", buffer, f"{name}[{i}]", write=write)
     return found
 
 
-def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str) -> None:
-    """Refuse two arrays of one call that differ in dtype or in where they lie."""
+def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str, *, write: bool = False) -> None:
+    """Refuse two arrays of one call that differ in dtype or in where they lie.
+
+    `write` says that results land in `b`.
+    """
     if a.device != b.device and _apart(a.device, b.device):
         raise InvalidCallError(
             f"{a_name} and {b_name} must lie in the same memory, but are {_place(a.device)} and "
-            f"{_place(b.device)}: copy one of them"
+            f"{_place(b.device)}: make a copy of {b_name} there, and pass that"
+            + (", and copy the result back" if write else "")
         )
-    if a.dtype is not b.dtype and a.dtype != b.dtype:
+    if a.dtype is not b.dtype:
         raise InvalidCallError(
-            f"{a_name} and {b_name} must have one dtype, "
-            f"but are {a.dtype.name} and {b.dtype.name}: convert one of them"
+            f"{a_name} and {b_name} must have one dtype, but are {a.dtype.name} and "
+            f"{b.dtype.name}: {_converted(a, a_name, b, b_name, write)}"
         )
+
+
+def _converted(a: Buffer, a_name: str, b: Buffer, b_name: str, write: bool) -> str:
+    """Write down how to give `b` the dtype of `a`."""
+    if _is_tensor(b.owner):
+        made = f"{b_name}.to(torch.{a.dtype.name})"
+        if not write:
+            return f"pass {made}"
+        back = f"{b_name}.detach().copy_(y)"
+        return f"make y = {made}, pass y, and copy the result back: {back}"
+    kind = f"{a_name}.dtype" if isinstance(a.owner, np.ndarray) else f'"{a.dtype.name}"'
+    if hasattr(b.owner, "astype"):
+        return instead(b_name, f"{b_name}.astype({kind})", write)
+    return instead(b_name, f"np.array({b_name}, dtype={kind})", write)
 
 
 def _apart(a: int | None, b: int | None) -> bool:
@@ -357,34 +396,86 @@ def _place(device: int | None) -> str:
     return "in GPU memory" if device == UNKNOWN else f"on GPU {device}"
 
 
-def _disjoint(writes: Sequence[tuple[str, Buffer]], reads: Sequence[tuple[str, Buffer]]) -> None:
-    """Refuse memory that is written while something else of the call uses it."""
+Named: TypeAlias = "Sequence[tuple[str, Buffer]]"
+Used: TypeAlias = "list[tuple[int, int, str, bool]]"
+"""Memory: begin, end, the argument that it is a part of, and whether it is written."""
+
+
+def _separate(call: Call, rank: int, writes: Named, reads: Named) -> Call:
+    """Refuse memory that is written while something else of the call uses it.
+
+    What this rank gives to itself may lie where it is to come: there the call is in place.
+    """
     if (
         len(writes) == len(reads) == 1
         and writes[0][1].device is None
         and not np.may_share_memory(writes[0][1].array, reads[0][1].array)
     ):
-        return  # exact for contiguous arrays, and four times faster than what follows
+        return call  # exact for contiguous arrays, and four times faster than what follows
+    written, read = _used(writes, write=True), _used(reads, write=False)
+    found = _overlap(written + read)
+    if not found:
+        return call
+    assert call.send is not None and call.recv is not None
+    own = [blocks.place(rank if len(blocks.counts) > 1 else 0) for blocks in (call.send, call.recv)]
+    if own[0] == own[1] and own[0][1]:
+        call.in_place = True
+        start, end = own[0][0], sum(own[0])
+        name = reads[rank if len(reads) > 1 else 0][0]
+        rest = [use for use in read if use[2] != name]
+        rest += [
+            part
+            for first, last, given, _ in read
+            if given == name
+            for part in ((first, start, name, False), (end, last, name, False))
+            if part[0] < part[1]
+        ]
+        found = _overlap(written + rest)
+        if not found:
+            return call
+    raise _overlapping(found, [*writes, *reads])
+
+
+def _used(named: Named, *, write: bool) -> Used:
     used = []
-    for write, named in ((True, writes), (False, reads)):
-        for name, b in named:
-            if b.nbytes:
-                start = b.address
-                used.append((start, start + b.nbytes, name, write))
-    used.sort()
+    for name, b in named:
+        if b.nbytes:
+            start = b.address
+            used.append((start, start + b.nbytes, name, write))
+    return used
+
+
+def _overlap(used: Used) -> list[tuple[str, bool]]:
+    """Return two arguments that overlap where one of them is written, and whether each is."""
     reach, reach_name = -1, ""  # the furthest byte used so far
     written, written_name = -1, ""  # the furthest byte written so far
+    used.sort()
     for start, end, name, write in used:
-        if start < written or (write and start < reach):
-            other = written_name if start < written else reach_name
-            raise InvalidCallError(
-                f"{other} and {name} overlap in memory and one of them is written: "
-                "give them memory of their own, for instance by .copy()"
-            )
+        if start < written:
+            return [(written_name, True), (name, write)]
+        if write and start < reach:
+            return [(name, True), (reach_name, False)]
         if end > reach:
             reach, reach_name = end, name
         if write and end > written:
             written, written_name = end, name
+    return []
+
+
+def _overlapping(found: list[tuple[str, bool]], named: Named) -> InvalidCallError:
+    (a, _), (b, write) = found
+    owner = next(buffer.owner for name, buffer in named if name == b)
+    copied = f"{b}.copy()" if hasattr(owner, "copy") else f"np.array({b})"
+    if _is_tensor(owner):
+        copied = f"{b}.clone()"
+    if write:
+        return InvalidCallError(
+            f"{a} and {b} overlap in memory, and both are written: make y = {copied}, pass y, and "
+            "take the result from y"
+        )
+    return InvalidCallError(
+        f"{a} and {b} overlap in memory, and {a} is written: pass {copied} for {b}"
+    )
 
 
 def _named(name: str, buffers: Sequence[Buffer]) -> list[tuple[str, Buffer]]:
@@ -448,9 +539,8 @@ def allgather(rank: int, size: int, output_tensors: object, input_tensor: object
             f"output_tensors[{rank}] must have as many elements as this rank's input_tensor, "
             f"{source.count}, but has {outputs[rank].count}"
         )
-    _disjoint(_named("output_tensors", outputs), [("input_tensor", source)])
     recv = Blocks.each(outputs)
-    return Call(
+    call = Call(
         "allgather",
         Blocks.single(source),
         recv,
@@ -458,6 +548,7 @@ def allgather(rank: int, size: int, output_tensors: object, input_tensor: object
         digest=digest(*recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
+    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def all_gather_single(rank: int, size: int, output: object, source: object) -> Call:
@@ -467,16 +558,17 @@ def all_gather_single(rank: int, size: int, output: object, source: object) -> C
     if into.count != size * taken.count:
         raise InvalidCallError(
             f"output must have {size} x {taken.count} = {size * taken.count} elements "
-            f"(the group's size times input's), but has {into.count}"
+            f"(the group's size times input's), but has {into.count}; for inputs of several sizes "
+            "there is allgather"
         )
-    _disjoint([("output", into)], [("input", taken)])
-    return Call(
+    call = Call(
         "all_gather_single",
         Blocks.single(taken),
         Blocks.split(into, (taken.count,) * size),
         count=taken.count,
         outputs=(output,),
     )
+    return _separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def gather(
@@ -494,11 +586,10 @@ def gather(
             f"output_tensors[{rank}] must have as many elements as the root's own input_tensor, "
             f"{source.count}, but has {outputs[rank].count}"
         )
-    _disjoint(_named("output_tensors", outputs), [("input_tensor", source)])
     call.recv = Blocks.each(outputs)
     call.count = _even(call.recv.counts)
     call.outputs = tuple(b.owner for b in outputs)
-    return call
+    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def scatter(
@@ -517,28 +608,26 @@ def scatter(
     if rank != root:  # its list is not looked at
         return call
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
-    _alike(sources[0], "input_tensors[0]", into, "output_tensor")
+    _alike(into, "output_tensor", sources[0], "input_tensors[0]")
     if sources[rank].count != into.count:
         raise InvalidCallError(
             f"input_tensors[{rank}] must have as many elements as the root's own output_tensor, "
             f"{into.count}, but has {sources[rank].count}"
         )
-    _disjoint([("output_tensor", into)], _named("input_tensors", sources))
     call.send = Blocks.each(sources)
     call.count = _even(call.send.counts)
-    return call
+    return _separate(call, rank, [("output_tensor", into)], _named("input_tensors", sources))
 
 
 def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
     into = as_buffer(output, "output", write=True)
     sources = _buffers(source, "input", size, write=False)
-    _alike(sources[0], "input[0]", into, "output")
+    _alike(into, "output", sources[0], "input[0]")
     if sources[rank].count != into.count:
         raise InvalidCallError(
             f"input[{rank}] must have as many elements as this rank's output, {into.count}, "
             f"but has {sources[rank].count}"
         )
-    _disjoint([("output", into)], _named("input", sources))
     send = Blocks.each(sources)
     call = Call(
         "reduce_scatter",
@@ -548,6 +637,7 @@ def reduce_scatter(rank: int, size: int, output: object, source: object, op: obj
         digest=digest(*send.counts),
         outputs=(output,),
     )
+    _separate(call, rank, [("output", into)], _named("input", sources))
     return _reducing(call, op, size)
 
 
@@ -558,9 +648,9 @@ def reduce_scatter_single(rank: int, size: int, output: object, source: object, 
     if taken.count != size * into.count:
         raise InvalidCallError(
             f"input must have {size} x {into.count} = {size * into.count} elements "
-            f"(the group's size times output's), but has {taken.count}"
+            f"(the group's size times output's), but has {taken.count}; for outputs of several "
+            "sizes there is reduce_scatter"
         )
-    _disjoint([("output", into)], [("input", taken)])
     call = Call(
         "reduce_scatter_single",
         Blocks.split(taken, (into.count,) * size),
@@ -568,6 +658,7 @@ def reduce_scatter_single(rank: int, size: int, output: object, source: object, 
         count=into.count,
         outputs=(output,),
     )
+    _separate(call, rank, [("output", into)], [("input", taken)])
     return _reducing(call, op, size)
 
 
@@ -575,20 +666,21 @@ def alltoall(rank: int, size: int, output_tensors: object, input_tensors: object
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
     _alike(outputs[0], "output_tensors[0]", sources[0], "input_tensors[0]")
-    _disjoint(_named("output_tensors", outputs), _named("input_tensors", sources))
     send, recv = Blocks.each(sources), Blocks.each(outputs)
     if send.counts[rank] != recv.counts[rank]:
         raise InvalidCallError(
             f"output_tensors[{rank}] must have as many elements as input_tensors[{rank}], "
             f"{send.counts[rank]}, but has {recv.counts[rank]}"
         )
-    return Call(
+    call = Call(
         "alltoall",
         send,
         recv,
         count=_even(send.counts + recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
+    writes, reads = _named("output_tensors", outputs), _named("input_tensors", sources)
+    return _separate(call, rank, writes, reads)
 
 
 def all_to_all_single(
@@ -614,14 +706,14 @@ def all_to_all_single(
             f"output_split_sizes[{rank}] must equal input_split_sizes[{rank}], what this rank "
             f"sends itself: {in_counts[rank]} elements against {out_counts[rank]}"
         )
-    _disjoint([("output", into)], [("input", taken)])
-    return Call(
+    call = Call(
         "all_to_all_single",
         Blocks.split(taken, in_counts),
         Blocks.split(into, out_counts),
         count=_even(in_counts + out_counts),
         outputs=(output,),
     )
+    return _separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, tuple[int, ...]]:
@@ -656,19 +748,23 @@ def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, t
     return row, tuple(n * row for n in given)
 
 
-def coalesced(kind: str, parts: Sequence[Call], names: str) -> Call:
-    """Bundle checked calls of one kind into one."""
+def coalesced(kind: str, parts: Sequence[Call], names: str, in_names: str = "") -> Call:
+    """Bundle checked calls of one kind into one; `in_names` is the argument that they read."""
     if not parts:
         raise InvalidCallError(f"{names} must hold at least one array, but is empty")
     reads: list[tuple[str, Buffer]] = []
     writes: list[tuple[str, Buffer]] = []
     numbers: list[int] = []
     for i, part in enumerate(parts):
-        if part.recv is not None:
-            writes += [(f"{names}[{i}]", b) for b in part.recv.buffers]
-        if part.send is not None and part.send is not part.recv:
-            reads += [(f"{names}[{i}]", b) for b in part.send.buffers]
-        assert part.dtype is not None
+        assert part.dtype is not None and part.send is not None and part.recv is not None
+        sent, got = part.send, part.recv
+        if part.in_place:  # the one is a part of the other
+            whole = (in_names, sent) if sent.total > got.total else (names, got)
+            writes += [(f"{whole[0]}[{i}]", b) for b in whole[1].buffers]
+        else:
+            writes += [(f"{names}[{i}]", b) for b in got.buffers]
+            if sent is not got:
+                reads += [(f"{in_names}[{i}]", b) for b in sent.buffers]
         if _apart(parts[0].device, part.device):
             raise InvalidCallError(
                 f"{names}[0] and {names}[{i}] must lie in the same memory, but are "
@@ -676,7 +772,9 @@ def coalesced(kind: str, parts: Sequence[Call], names: str) -> Call:
                 "a call for each"
             )
         numbers += [part.dtype.code, part.count, part.digest]
-    _disjoint(writes, reads)
+    found = _overlap(_used(writes, write=True) + _used(reads, write=False))
+    if found:
+        raise _overlapping(found, writes + reads)
     return Call(
         kind,
         parts=tuple(parts),
@@ -690,7 +788,9 @@ def coalesced(kind: str, parts: Sequence[Call], names: str) -> Call:
 def several(value: object, name: str) -> Sequence[object]:
     """Return the list argument of a coalesced call."""
     if not isinstance(value, (list, tuple)):
-        raise InvalidCallError(f"{name} must be a list, but got {type(value).__name__}")
+        raise InvalidCallError(
+            f"{name} must be a list, but got {type(value).__name__}: for one array pass [{name}]"
+        )
     return value
 
 

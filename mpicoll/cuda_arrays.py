@@ -22,6 +22,8 @@ UNKNOWN = -1
 
 LEGACY_STREAM = 1  # CUDA's handle of the default stream, which waits for ordinary streams
 
+_WIDEST = 32  # bytes of an element: the rooms of staging are made for that
+
 _DLPACK_CUDA = (2, 13)  # DLPack's kDLCUDA, kDLCUDAManaged
 
 
@@ -119,13 +121,23 @@ _BY_TORCH: dict[Any, DType] = {}  # by torch's dtype, whose name is slow to come
 
 def _from_cupy(obj: Any, cupy: Any, name: str) -> Described:
     """Describe a CuPy array: as its interface does, in a third of the time."""
-    dtype = from_numpy(obj.dtype, name)
+    dtype = _known(obj.dtype, name)
     shape, memory = obj.shape, obj.data
     if not obj.flags.c_contiguous:
         _check_strides(shape, tuple(n // dtype.itemsize for n in obj.strides), name)
     stream = cupy.cuda.get_current_stream().ptr or LEGACY_STREAM
     array = DeviceArray(memory.ptr, obj.size, dtype.storage)
     return Described(array, dtype, shape, memory.device_id, stream, True)
+
+
+def _known(numpy_dtype: np.dtype[Any], name: str) -> DType:
+    dtype = from_numpy(numpy_dtype, name)
+    if dtype.itemsize > _WIDEST:
+        raise UnsupportedError(
+            f"{name} has dtype {numpy_dtype!r}, of more than {_WIDEST} bytes, which can't be sent "
+            f"from GPU memory: pass its bytes, {name}.view(np.uint8)"
+        )
+    return dtype
 
 
 def stream_of(obj: Any) -> int:
@@ -151,7 +163,7 @@ def _from_interface(obj: Any, face: dict[str, Any], name: str) -> Described:
     numpy_dtype = np.dtype(face["typestr"])
     if numpy_dtype.kind == "V" and isinstance(getattr(obj, "dtype", None), np.dtype):
         numpy_dtype = obj.dtype  # the interface has no letter for bfloat16
-    dtype = from_numpy(numpy_dtype, name)
+    dtype = _known(numpy_dtype, name)
     if face.get("strides") is not None:
         strides = tuple(n // dtype.itemsize for n in face["strides"])
         _check_strides(shape, strides, name)

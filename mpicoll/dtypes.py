@@ -1,6 +1,8 @@
 """Two tables: what can be moved (`DType`), and what can be reduced (`Reduction`).
 
 They are two because moving needs only an element's size, while reducing needs an exact rule.
+What is in no table (dates, strings, structures) moves by its description, which is the same text
+in every process.
 Each rank encodes its elements into the wire type, MPI reduces that, and each rank decodes once.
 What has no exact rule is refused, with the remedy; nothing is ever approximated.
 """
@@ -8,6 +10,7 @@ What has no exact rule is refused, with the remedy; nothing is ever approximated
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -29,8 +32,8 @@ class DType:
     """One kind of element.  There is one instance of each, so compare by `is` or `==`.
 
     Attributes:
-        name: such as ``"float32"`` or ``"bfloat16"``.
-        code: a small number, the same in every process.
+        name: such as ``"float32"``, ``"datetime64[s]"`` or ``"{id: int32, at: float64}"``.
+        code: a number, the same in every process: small, or made of the name (`_DESCRIBED`).
         storage: how the bits lie in the arrays that are passed around: the dtype itself where
             NumPy knows it, else an unsigned integer of its size.
     """
@@ -70,37 +73,95 @@ BY_CODE = {dtype.code: dtype for dtype in BY_NAME.values()}
 
 _BY_NUMPY = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.code <= LAST_NATIVE}
 
-_REMEDY_BY_KIND = {
-    "O": "use broadcast_object, allgather_object, gather_object or scatter_object",
-    "S": "pass its bytes, x.view(np.uint8), or use broadcast_object",
-    "U": "pass its code points, x.view(np.uint32), or use broadcast_object",
-    "T": "use broadcast_object",
-    "M": "pass x.view(np.int64)",
-    "m": "pass x.view(np.int64)",
-    "V": "pass one field at a time, or for moves its bytes, x.view(np.uint8)",
-}
+_DESCRIBED = 1 << 62  # from here on codes are made of names
+_LONGEST = 120  # characters of such a name
+
+_TYPES = (np.bytes_, np.str_, np.datetime64, np.timedelta64, np.void)  # of which there are many
 
 
-def from_numpy(dtype: np.dtype[Any], name: str) -> DType:
+def from_numpy(dtype: np.dtype[Any], name: str, write: bool = False) -> DType:
     """Return the `DType` of a NumPy dtype; `name` is the argument that errors speak of.
 
+    `write` says that results will land in the array.
+
     Raises:
-        UnsupportedError: strings, objects, dates, structures, swapped bytes, unknown extensions.
+        UnsupportedError: objects, swapped bytes, elements of no bytes, unknown extensions.
     """
     found = _BY_NUMPY.get(dtype)
     if found is not None:
         return found
+    if dtype.hasobject:
+        raise UnsupportedError(
+            f"{name} has dtype {dtype!r}, which holds objects of Python's: use broadcast_object, "
+            "allgather_object, gather_object or scatter_object, which take any object"
+        )
     if not dtype.isnative:
+        order = "dtype.newbyteorder('=')"
         raise UnsupportedError(
             f"{name} must have this machine's byte order, but its dtype is {dtype!r}: "
-            f"pass x.astype(x.dtype.newbyteorder('='))"
+            + instead(name, f"{name}.astype({name}.{order})", write)
         )
+    if issubclass(dtype.type, _TYPES):
+        if not dtype.itemsize:
+            raise UnsupportedError(
+                f"{name} has dtype {dtype!r}, whose elements have no bytes to send: leave it out"
+            )
+        return _BY_NUMPY.setdefault(dtype, described(dtype))
     # With metadata; then NumPy's second names (longlong), and the types of ml_dtypes.
     found = _BY_NUMPY.get(np.dtype(dtype.type)) or BY_NAME.get(dtype.name)
     if found is not None and found.itemsize == dtype.itemsize:
         return found
-    remedy = _REMEDY_BY_KIND.get(dtype.kind, "convert it, or for moves pass x.view(np.uint8)")
-    raise UnsupportedError(f"{name} has dtype {dtype!r}, which can't be sent: {remedy}")
+    raise UnsupportedError(
+        f"{name} has dtype {dtype!r}, which is not known: convert it, or for moves pass its bytes, "
+        f"{name}.view(np.uint8)"
+    )
+
+
+def instead(name: str, made: str, write: bool) -> str:
+    """Say what to pass in place of an argument, so that the result is not lost with a copy."""
+    if not write:
+        return f"pass {made}"
+    return f"make y = {made}, pass y, and copy the result back: {name}[...] = y"
+
+
+def described(dtype: np.dtype[Any]) -> DType:
+    """Return the `DType` of a NumPy dtype that is in no table: it is known by its description."""
+    name = _description(dtype)
+    whole = name.encode(errors="backslashreplace")
+    code = int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+    code = code % _DESCRIBED + _DESCRIBED
+    if len(name) > _LONGEST:  # it must fit into messages, and differ where the whole does
+        name = f"{name[: _LONGEST // 2]}... of {dtype.itemsize} bytes, {code:x}}}"
+    storage: np.dtype[Any]
+    if dtype.kind in "mM":
+        storage = np.dtype(np.int64)
+    elif dtype.itemsize in (1, 2, 4, 8):
+        storage = np.dtype(f"u{dtype.itemsize}")
+    else:
+        storage = np.dtype((np.void, dtype.itemsize))
+    return _described.setdefault(code, DType(name, code, storage))
+
+
+_described: dict[int, DType] = {}
+
+
+def _description(dtype: np.dtype[Any]) -> str:
+    """Write a dtype down: two with one text have their bits at the same places, and alike."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return f"{_description(base)}({', '.join(map(str, shape))})"
+    if dtype.names is None or dtype.fields is None:
+        return str(dtype).lstrip("<>|=")
+    parts, end = [], 0
+    for field in dtype.names:
+        kind, start = dtype.fields[field][:2]
+        place = "" if start == end else f" at {start}"
+        shown = field if field.isidentifier() and field.isascii() else ascii(field)
+        parts.append(f"{shown}: {_description(kind)}{place}")
+        end = start + kind.itemsize
+    if end != dtype.itemsize:
+        parts.append(f"{dtype.itemsize} bytes")
+    return f"{{{', '.join(parts)}}}"
 
 
 def from_name(text: str, name: str) -> DType:
@@ -111,10 +172,12 @@ def from_name(text: str, name: str) -> DType:
     """
     found = BY_NAME.get(text.removeprefix("torch."))
     if found is None:
-        remedy = "view_as_real" if text.endswith("complex32") else "view(torch.uint8)"
+        bits = f"{name}.view(torch.uint8)"
+        if text.endswith("complex32"):
+            bits = f"torch.view_as_real({name})"
         raise UnsupportedError(
             f"{name} has dtype {text}, which can't be sent: convert it, or for moves pass "
-            f"its bits (torch's {remedy})"
+            f"its bits, {bits}"
         )
     return found
 
@@ -169,22 +232,33 @@ def reduction(dtype: DType, op: ReduceOp, size: int) -> Reduction:
 
 
 def _plan(dtype: DType, op: ReduceOp, size: int) -> Reduction:
+    if dtype.code >= _DESCRIBED:
+        return _of_dates(dtype, op)
     if dtype.code > BY_NAME["bfloat16"].code:
-        raise _refused(dtype, op, "it can only be moved; cast to float32 and reduce that")
-    if dtype.name == "bool" or (dtype.storage.kind in "iu" and dtype.name not in _HALF):
-        mpi_op = (_LOGICAL if dtype.name == "bool" else _INTEGER).get(op.name)
-        if mpi_op is None:
-            raise _refused(dtype, op, "cast to a float dtype, or use SUM and scale the result")
-        return Reduction(dtype.storage, mpi_op, True, _fresh, _copy)
+        raise _refused(dtype, op, "it only moves; cast to float32, reduce that, and cast back")
+    if dtype.name == "bool":
+        if op.name not in _LOGICAL:
+            raise _refused(dtype, op, "cast to a float dtype first, as SUM of bool is a logical or")
+        return Reduction(dtype.storage, _LOGICAL[op.name], True, _fresh, _copy)
+    if dtype.storage.kind in "iu" and dtype.name not in _HALF:
+        if op.name == "AVG":
+            raise _refused(dtype, op, "cast to a float dtype, or use SUM and divide by the ranks")
+        if op.name not in _INTEGER:
+            raise _refused(dtype, op, "cast to a float dtype, or multiply first and use SUM")
+        return Reduction(dtype.storage, _INTEGER[op.name], True, _fresh, _copy)
     if op.name in _ARITHMETIC:
         return _arithmetic(dtype, op, size)
     if op.name in _BITWISE:
-        raise _refused(dtype, op, "view the bits as integers of the same width, or cast to int64")
+        raise _refused(dtype, op, "pass a view as integers, of which uint8 fits any dtype")
     if dtype.name in _ORDERED:
         return _ordered(dtype, op)
     if dtype.storage.kind == "c":
-        raise _refused(dtype, op, "complex numbers have no order; reduce abs(x), or x.real, x.imag")
-    raise _refused(dtype, op, "cast to float64, for which NaN give one answer on every rank")
+        raise _refused(
+            dtype,
+            op,
+            "complex numbers have no order; reduce abs(x), or copies of x.real and x.imag",
+        )
+    raise _refused(dtype, op, "cast to float64, reduce that, and cast back")
 
 
 _kept: dict[tuple[int, int, int], Reduction] = {}
@@ -344,6 +418,30 @@ _ORDERED = {  # dtype -> (integer of its width, bits of +inf, bits of the quiet 
     "float32": (np.int32, 0x7F800000, 0x7FC00000),
     "float64": (np.int64, 0x7FF0000000000000, 0x7FF8000000000000),
 }
+
+
+def _of_dates(dtype: DType, op: ReduceOp) -> Reduction:
+    """MIN and MAX of dates and durations: NaT wins, as in NumPy.
+
+    It is the lowest integer, so it wins the minimum by itself; less one it is the highest.
+    """
+    wire, one = np.dtype(np.int64), np.array(1, np.int64)
+    if not dtype.name.startswith(("datetime64", "timedelta64")):
+        raise _refused(dtype, op, "it only moves; allgather the arrays, and reduce them by NumPy")
+    if op.name == "MIN":
+        return Reduction(wire, "MIN", True, _fresh, _copy)
+    if op.name != "MAX":
+        raise _refused(
+            dtype, op, "MIN and MAX can; for others allgather the arrays, and reduce them by NumPy"
+        )
+
+    def encode(src: Array, keys: Array) -> None:
+        np.subtract(src, one, out=keys)
+
+    def decode(keys: Array, dst: Array) -> None:
+        np.add(keys, one, out=dst)
+
+    return Reduction(wire, "MAX", False, _encoder(encode, wire), _in_pieces(decode))
 
 
 def _ordered(dtype: DType, op: ReduceOp) -> Reduction:

@@ -4,7 +4,9 @@ A public method checks, starts and returns.  Unless said otherwise, every rank o
 must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
 from the call; None: the group's) and returns a `Work`.  Arrays are C-contiguous: NumPy, torch
 tensors, or anything with the buffer protocol or DLPack; on a group made with ``device="cuda"``
-also arrays in GPU memory.  A list of one array is accepted where an array is.
+also arrays in GPU memory.  A list of one array is accepted where an array is; a NumPy array or a
+tensor with a row per rank where a list of arrays is.  What a rank gives to itself may lie exactly
+where it is to come: the call is in place there.
 
 What a `Work` may raise, besides the errors that a method names:
 
@@ -426,7 +428,7 @@ class ProcessGroup:
                 calls.allgather(rank, size, outs, x)
                 for outs, x in zip(by_input, inputs, strict=True)
             ]
-            return calls.coalesced("allgather_coalesced", parts, "output_lists")
+            return calls.coalesced("allgather_coalesced", parts, "output_lists", "input_list")
 
         return self._call("allgather_coalesced", timeout, check)
 
@@ -438,7 +440,7 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             found = calls.pairs(outputs, inputs, "outputs", "inputs")
             parts = [calls.all_gather_single(rank, size, out, x) for out, x in found]
-            return calls.coalesced("all_gather_single_coalesced", parts, "outputs")
+            return calls.coalesced("all_gather_single_coalesced", parts, "outputs", "inputs")
 
         return self._call("all_gather_single_coalesced", timeout, check)
 
@@ -454,7 +456,7 @@ class ProcessGroup:
         def check(rank: int, size: int) -> Call:
             found = calls.pairs(outputs, inputs, "outputs", "inputs")
             parts = [calls.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
-            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs")
+            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs", "inputs")
 
         return self._call("reduce_scatter_single_coalesced", timeout, check)
 
@@ -872,9 +874,13 @@ class ProcessGroup:
                 raise
         self._close("shut down")
 
-    def abort(self) -> None:
-        """Give up everything under way, at once and on this rank alone; peers hear of it."""
-        self._abort("aborted the group")
+    def abort(self, reason: str = "") -> None:
+        """Give up everything under way, at once and on this rank alone.
+
+        Args:
+            reason: why; the peers' `RemoteRankError` holds it.
+        """
+        self._abort(f"aborted the group: {reason}" if reason else "aborted the group")
 
     def _abort(self, why: str) -> None:
         lane = self._lane

@@ -168,10 +168,11 @@ class NodeMemory:
 
     def _view(self, dtype: np.dtype[Any]) -> tuple[list[list[Array]], list[list[Array]]]:
         # Kept, because slicing and viewing all of them takes longer than a small call.
-        def rooms(first: int, length: int) -> list[list[Array]]:
+        def rooms(first: int, room: int) -> list[list[Array]]:
+            length = room - room % dtype.itemsize
             return [
                 [self._whole[r * _STRIDE + at :][:length].view(dtype) for r in range(self.size)]
-                for at in (first, first + length)
+                for at in (first, first + room)
             ]
 
         views = rooms(_PAGE, PAYLOAD), rooms(_PAGE + 2 * PAYLOAD, SLOT)

@@ -134,7 +134,9 @@ class AwareTransport(StagedTransport):
         """Send and receive; copy this rank's own block, if it has one."""
         tag, requests, copies = exchange_tag(), [], []
         own, place = outgoing.get(self.rank), incoming.get(self.rank)
-        if own is not None and place is not None and own.nbytes:
+        if own is None or place is None or own.address == place.address:
+            pass  # it has none, or it is in place
+        elif own.nbytes:
             copies.append(self._gpu.within(own, place))
         for rank in self._from_here(incoming):
             for piece in _pieces(incoming[rank]):

@@ -10,6 +10,7 @@ MPI's counts and displacements are C ints.  A call in which any rank touches mor
 
 from __future__ import annotations
 
+import functools
 import struct
 import time
 from collections.abc import Iterator
@@ -44,8 +45,8 @@ MAX_COUNT = 2**30  # elements that one MPI call is given at most
 EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
 CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
-_HEADER = struct.Struct("<4sIqq8x")  # magic, (unused), dtype code, elements
-_MAGIC = b"mpc1"
+_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype in words
+_MAGIC = b"mpc2"
 
 
 class MpiTransport(Transport):
@@ -85,7 +86,8 @@ class MpiTransport(Transport):
         send, recv = _two(call)
         wire = send.flat() if plan.direct else plan.encode(send.flat())
         array = recv.flat()
-        out = array if plan.direct else np.empty(array.size, dtype=plan.wire)
+        apart = plan.direct and not call.in_place
+        out = array if apart else np.empty(array.size, dtype=plan.wire)
         if call.largest > MAX_COUNT:
             yield from self._reduce_to_each(wire, out, send, plan)
         elif call.count == UNEVEN:
@@ -102,7 +104,7 @@ class MpiTransport(Transport):
                     _op(plan),
                 )
             )
-        if not plan.direct:
+        if not apart:
             plan.decode(out, array)
 
     def _reduce_to_each(self, wire: Array, out: Array, send: Blocks, plan: Reduction) -> Steps:
@@ -146,7 +148,7 @@ class MpiTransport(Transport):
         send, recv = _two(call)
         if call.largest > MAX_COUNT:
             mine = send.flat()
-            yield from self._exchange([mine] * self.size, _each(recv))
+            yield from self._exchange([mine] * self.size, _each(recv), call.in_place)
             return
         into = recv.landing()
         wire = _apart(send.flat(), into)
@@ -160,7 +162,8 @@ class MpiTransport(Transport):
         if call.largest > MAX_COUNT:
             outgoing = none.copy()
             outgoing[call.root] = wire
-            yield from self._exchange(outgoing, _each(call.recv) if call.recv else none)
+            incoming = _each(call.recv) if call.recv else none
+            yield from self._exchange(outgoing, incoming, call.in_place)
         elif call.recv is None:
             yield from until(self.comm.Igatherv([wire, _element(wire)], None, call.root))
         else:
@@ -178,26 +181,32 @@ class MpiTransport(Transport):
         if call.largest > MAX_COUNT:
             incoming = none.copy()
             incoming[call.root] = into
-            yield from self._exchange(_each(call.send) if call.send else none, incoming)
+            outgoing = _each(call.send) if call.send else none
+            yield from self._exchange(outgoing, incoming, call.in_place)
             return
         wire = None if call.send is None else _spread(call.send.flat(), call.send)
-        yield from until(self.comm.Iscatterv(wire, [into, _element(into)], call.root))
+        target = MPI.IN_PLACE if call.in_place else [into, _element(into)]
+        yield from until(self.comm.Iscatterv(wire, target, call.root))
 
     def alltoall(self, call: Call) -> Steps:
         send, recv = _two(call)
         if call.largest > MAX_COUNT:
-            yield from self._exchange(_each(send), _each(recv))
+            yield from self._exchange(_each(send), _each(recv), call.in_place)
             return
-        wire, into = send.flat(), recv.landing()
+        into = recv.landing()
+        wire = _apart(send.flat(), into) if call.in_place else send.flat()
         yield from until(self.comm.Ialltoallv(_spread(wire, send), _spread(into, recv)))
         recv.unpack(into)
 
     def _exchange(
-        self, outgoing: list[Array | None] | list[Array], incoming: list[Array | None] | list[Array]
+        self,
+        outgoing: list[Array | None] | list[Array],
+        incoming: list[Array | None] | list[Array],
+        in_place: bool,
     ) -> Steps:
         """Move one block to and from each rank, point to point; None: no such block."""
         mine, yours = outgoing[self.rank], incoming[self.rank]
-        if mine is not None and yours is not None:
+        if mine is not None and yours is not None and not in_place:
             yours[...] = mine
         requests = []
         tag = exchange_tag()
@@ -211,7 +220,7 @@ class MpiTransport(Transport):
                 requests.append(self.comm.Isend([piece, _element(piece)], rank, tag))
         yield from until_all(requests)
 
-    # ---- point to point: a header of 32 bytes and the payload, in one message ----
+    # ---- point to point: a header and the payload, in one message ----
 
     def send(self, call: Call) -> Steps:
         assert call.send is not None
@@ -277,7 +286,9 @@ class MpiTransport(Transport):
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
-            raise CollectiveMismatchError(
+            # As much came as there was room for.
+            wrong = _wrong(call, header, call.peer) if header[0] else None
+            raise wrong or CollectiveMismatchError(
                 f"{call.describe()}: the message that came is longer than the array. "
                 "Receive into an array of the sender's size; the message is lost"
             ) from error
@@ -327,9 +338,10 @@ _WIDER = Reduction(
 
 
 def _apart(send: Array, into: Array) -> Array:
-    """Return what to send: a copy where it is a part of what is received into.
+    """Return what to send: a copy where it is a part of what is received into: MPI refuses that.
 
-    Users' arrays never are; the stripes of a call across nodes are.  MPI refuses that.
+    Users' arrays are where the call is in place; so are the stripes of one across nodes.  MPI has
+    a word for it, which all ranks must say or none; but each rank decides for itself.
     """
     return send.copy() if np.may_share_memory(send, into) else send
 
@@ -355,7 +367,14 @@ def _spread(array: Array, blocks: Blocks) -> list[Any]:
 
 def _element(array: Array) -> MPI.Datatype:
     """Return an MPI type of the right width: what only moves needs no more."""
-    return _ELEMENTS[array.itemsize]()
+    found = _ELEMENTS.get(array.itemsize)
+    return _bytes(array.itemsize) if found is None else found()
+
+
+@functools.cache
+def _bytes(count: int) -> MPI.Datatype:
+    """Return a type of so many bytes; it stays until the end, as there are few such widths."""
+    return MPI.BYTE.Create_contiguous(count).Commit()
 
 
 _ELEMENTS = {
@@ -379,7 +398,9 @@ def _op(plan: Reduction) -> MPI.Op:
 
 
 def _header(blocks: Blocks) -> bytes:
-    return _HEADER.pack(_MAGIC, 0, blocks.dtype.code, blocks.total)
+    dtype = blocks.dtype
+    said = b"" if dtype.code in BY_CODE else dtype.name.encode()
+    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, said)
 
 
 def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | None:
@@ -388,7 +409,7 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     The group stays usable.
     """
     assert call.recv is not None
-    magic, _, code, count = _HEADER.unpack(header.tobytes())
+    magic, code, count, said = _HEADER.unpack(header.tobytes())
     if magic != _MAGIC:
         return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
@@ -396,8 +417,9 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
         )
     if code == call.recv.dtype.code and count == call.recv.total:
         return None
+    sent = BY_CODE[code].name if code in BY_CODE else said.rstrip(b"\0").decode(errors="replace")
     return CollectiveMismatchError(
-        f"{call.describe()}: rank {source} sent {BY_CODE[code].name}[{count}], but the array is "
+        f"{call.describe()}: rank {source} sent {sent}[{count}], but the array is "
         f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost"
     )
 

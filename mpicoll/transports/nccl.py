@@ -385,7 +385,11 @@ class NcclTransport(StagedTransport):
     def _exchange(
         self, outgoing: dict[int, DeviceArray], incoming: dict[int, DeviceArray]
     ) -> list[Operation]:
-        """Send a block to each rank, and receive one, this rank's own among them."""
+        """Send a block to each rank, and receive one, this rank's own unless it is in place."""
+        own, place = outgoing.get(self.rank), incoming.get(self.rank)
+        if own is not None and place is not None and own.address == place.address:
+            outgoing = {peer: block for peer, block in outgoing.items() if peer != self.rank}
+            incoming = {peer: block for peer, block in incoming.items() if peer != self.rank}
         return [
             partial(move, block.address, block.nbytes, BYTES, peer, self._gpu.queue)
             for move, blocks in ((self._nccl.send, outgoing), (self._nccl.recv, incoming))

@@ -282,7 +282,8 @@ class ShmTransport(Transport):
             piece = mine[c * SLOT : (c + 1) * SLOT]
             slots[self.rank][: piece.size] = piece
             self._announce(c + 1)
-            blocks[self.rank][c * SLOT : (c + 1) * SLOT] = piece
+            if not call.in_place:
+                blocks[self.rank][c * SLOT : (c + 1) * SLOT] = piece
             for r in self._memory.peers:
                 into = blocks[r][c * SLOT : (c + 1) * SLOT]
                 yield from self._seen(r, c + 1)
@@ -304,7 +305,8 @@ class ShmTransport(Transport):
                 self._announce(c + 1)
         else:
             blocks = _octets(call.recv)
-            blocks[self.rank][...] = mine
+            if not call.in_place:
+                blocks[self.rank][...] = mine
             for c in range(_rounds(max(b.size for b in blocks), SLOT)):
                 slots = self._memory.slots(c, mine.dtype)
                 for r in self._memory.peers:
@@ -331,7 +333,8 @@ class ShmTransport(Transport):
                 self._announce(c + 1)
         else:
             blocks = _octets(call.send)
-            into[...] = blocks[self.rank]
+            if not call.in_place:
+                into[...] = blocks[self.rank]
             for c in range(_rounds(max(b.size for b in blocks), room)):
                 slot = self._memory.slots(c, into.dtype)[self.rank]
                 for r in self._memory.peers:
@@ -351,7 +354,8 @@ class ShmTransport(Transport):
         sends, recvs = _octets(call.send), _octets(call.recv)
         room = SLOT // self.size
         longest = max(b.size for r in self._memory.peers for b in (sends[r], recvs[r]))
-        recvs[self.rank][...] = sends[self.rank]
+        if not call.in_place:
+            recvs[self.rank][...] = sends[self.rank]
         yield from self._begin()
         for c in range(_rounds(longest, room)):
             slots = self._memory.slots(c, recvs[0].dtype)
@@ -420,6 +424,8 @@ class ShmTransport(Transport):
             if not into.size or (r == self.rank and call.kind == "broadcast"):
                 continue
             if r == self.rank:
+                if call.in_place:
+                    continue
                 into[...] = gives[r if len(gives) > 1 else 0]
                 continue
             yield from self._seen(r, 1)

@@ -27,4 +27,18 @@ from tests.contract.test_collectives import (  # noqa: F401
     test_shapes_of_any_number_of_dimensions,
 )
 from tests.contract.test_dtypes import test_every_dtype_moves  # noqa: F401
+from tests.contract.test_in_place import (  # noqa: F401
+    length,
+    odd,
+    test_all_gather_single_in_place,
+    test_all_to_all_single_with_ones_own_in_place,
+    test_allgather_in_place,
+    test_alltoall_with_ones_own_in_place,
+    test_coalesced_calls_in_place,
+    test_every_other_overlap_is_refused,
+    test_gather_in_place,
+    test_reduce_scatter_in_place,
+    test_reduce_scatter_single_in_place,
+    test_scatter_in_place,
+)
 from tests.contract.test_p2p import test_ring  # noqa: F401

@@ -41,6 +41,9 @@ class Elsewhere:
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, DEVICE
 
+    def __getitem__(self, part: Any) -> Elsewhere:
+        return Elsewhere(self.values[part])
+
 
 class ElsewhereKind(Kind):
     name = "elsewhere"

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -81,6 +82,14 @@ def test_what_only_moves_is_not_copied(fresh):
     assert [entry[0] for entry in device.log].count("within") == 2, "a rank's own blocks"
     fresh.allreduce(ELSEWHERE.full(5, 1)).wait()
     assert "to_host" in {entry[0] for entry in device.log}
+
+
+def test_what_is_in_place_is_not_copied_onto_itself(fresh):
+    device, n, me = device_of(fresh), fresh.size(), fresh.rank()
+    x = ELSEWHERE.full(5 * n, me)
+    fresh.all_gather_single(x, x[5 * me : 5 * me + 5]).wait()
+    assert {entry[0] for entry in device.log} == {"mark"}
+    assert NUMPY.same(x.values, np.repeat(np.arange(n, dtype="f4"), 5))
 
 
 def test_mpi_sees_no_address_before_its_stream_is_done(fresh):

@@ -42,6 +42,12 @@ def row(g, kind, *shape):
     return f4(kind, g.size(), *shape)
 
 
+def shifted(g, kind):
+    """An array, and a part of it that is no rank's own."""
+    x = f4(kind, 2 * g.size() + 1)
+    return x[:-1], x[1:3]
+
+
 class OnDevice:
     """What an array in GPU memory says of itself."""
 
@@ -64,12 +70,19 @@ ARRAYS = {
     "string": ("text", InvalidCallError),
     "swapped": (f4(NUMPY).astype(">f4"), UnsupportedError),
     "objects": (np.array([None, {}]), UnsupportedError),
-    "unicode": (np.array(["a", "bc"]), UnsupportedError),
-    "byte strings": (np.array([b"a", b"bc"]), UnsupportedError),
-    "dates": (np.zeros(3, "M8[s]"), UnsupportedError),
-    "durations": (np.zeros(3, "m8[s]"), UnsupportedError),
-    "structured": (np.zeros(3, [("a", "f4"), ("b", "i4")]), UnsupportedError),
+    "structured, with objects": (np.zeros(3, [("a", "f4"), ("b", "O")]), UnsupportedError),
+    "swapped structured": (np.zeros(3, [("a", ">f4")]), UnsupportedError),
+    "no bytes": (np.zeros(3, []), UnsupportedError),
     "in GPU memory": (OnDevice(), UnsupportedError),
+}
+# What moves, and is refused where it is reduced.
+MOVES = {
+    "unicode": np.array(["a", "bc"]),
+    "byte strings": np.array([b"a", b"bc"]),
+    "dates": np.zeros(3, "M8[s]"),
+    "durations": np.zeros(3, "m8[s]"),
+    "raw": np.zeros(3, "V7"),
+    "structured": np.zeros(3, [("a", "f4"), ("b", "i4")]),
 }
 # name: (the call, what it raises, the word that its message must hold).  The call gets the group
 # and the library whose arrays it is to use.
@@ -106,7 +119,7 @@ CASES |= {
         "input",
     ),
     "output overlaps input": (
-        lambda g, k: g.all_gather_single(*(lambda x: (x, x[:1]))(row(g, k))),
+        lambda g, k: g.all_gather_single(*shifted(g, k)),
         InvalidCallError,
         "overlap",
     ),
@@ -116,7 +129,7 @@ CASES |= {
         "overlap",
     ),
     "input in reduce_scatter's output": (
-        lambda g, k: g.reduce_scatter_single(*(lambda x: (x[:1], x))(row(g, k))),
+        lambda g, k: g.reduce_scatter_single(*shifted(g, k)[::-1]),
         InvalidCallError,
         "overlap",
     ),
@@ -166,9 +179,19 @@ CASES |= {
         "input",
     ),
     "an array for a list": (
-        lambda g, k: g.allgather(row(g, k, 4), f4(k)),
+        lambda g, k: g.allgather(memoryview(bytearray(g.size())), f4(k)),
         InvalidCallError,
         "output_tensors",
+    ),
+    "an array of too many rows for a list": (
+        lambda g, k: g.allgather(f4(k, g.size() + 1, 4), f4(k)),
+        InvalidCallError,
+        "output_tensors",
+    ),
+    "an array without rows for a list": (
+        lambda g, k: g.reduce_scatter(f4(k), f4(k, 1).reshape(())),
+        InvalidCallError,
+        "input",
     ),
     "a list for an array": (
         lambda g, k: g.all_gather_single([f4(k), f4(k)], f4(k)),
@@ -181,7 +204,7 @@ CASES |= {
         "input",
     ),
     "input in a list of outputs": (
-        lambda g, k: (lambda x: g.allgather([x] * g.size(), x))(f4(k)),
+        lambda g, k: (lambda x: g.allgather([x[:4], *each(g, k)[1:]], x[1:]))(f4(k, 5)),
         InvalidCallError,
         "overlap",
     ),
@@ -347,6 +370,10 @@ NO_ARRAYS = {
 NUMPYS = {
     f"{name} array": (lambda g, k, x=bad: g.allreduce(x), error, "tensor")
     for name, (bad, error) in ARRAYS.items()
+}
+NUMPYS |= {
+    f"SUM of {name}": (lambda g, k, x=x: g.allreduce(x), UnsupportedError, "op.*allgather")
+    for name, x in MOVES.items()
 }
 NUMPYS |= {
     "read-only output": (

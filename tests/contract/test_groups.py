@@ -14,7 +14,12 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.errors import CollectiveMismatchError, GroupClosedError, InvalidCallError
+from mpicoll.errors import (
+    CollectiveMismatchError,
+    GroupClosedError,
+    InvalidCallError,
+    RemoteRankError,
+)
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.contract.conftest import NODES
 from tests.soak import soak
@@ -261,6 +266,25 @@ def test_a_closed_group_says_so(close):
     pg.shutdown()
     pg.abort()
     assert {"shutdown": "shut down", "abort": "aborted"}[close] in repr(pg)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("reason", ["", "the disk is full", "x" * 10_000, 17])
+def test_an_abort_tells_its_reason(world, reason):
+    pg = mc.new_group(timeout=20)
+    total(pg)
+    if pg.rank() == 0:
+        pg.abort(reason)
+        with pytest.raises(GroupClosedError):
+            pg.barrier()
+    else:
+        with pytest.raises(RemoteRankError) as caught:
+            pg.barrier().wait()
+        assert caught.value.rank == 0
+        said = f"rank 0 aborted the group{': ' if reason else ''}{reason}"
+        assert said[:1000] in str(caught.value)
+    world.Barrier()
+    pg.abort()
 
 
 def test_shutdown_finishes_what_is_in_flight(fresh):

@@ -107,6 +107,16 @@ def test_streams_before_and_after_a_call(fresh):
     ]
 
 
+def test_what_is_in_place_is_not_sent_to_oneself(fresh):
+    n, me = fresh.size(), fresh.rank()
+    x, y = (ELSEWHERE.full(5 * n, 1) for _ in range(2))
+    inputs, outputs = ([a[5 * r : 5 * r + 5] for r in range(n)] for a in (x, y))
+    outputs[me] = inputs[me]
+    fresh.alltoall(outputs, inputs).wait()
+    moves = [entry[0] for entry in queue_of(fresh).log if entry[0] in ("send", "recv")]
+    assert sorted(moves) == ["recv"] * (n - 1) + ["send"] * (n - 1)
+
+
 def test_what_waits_for_a_call_is_the_stream_that_orders_the_array_by_then(fresh):
     """The one of the call may be gone; to make other streams wait would hold up what they do."""
     queue = queue_of(fresh)

@@ -174,3 +174,31 @@ def test_a_message_of_another_size(pg):
         pg.recv(ELSEWHERE.full(5, 1), left, tag=3).wait()
     work.wait()
     pg.barrier().wait()
+
+
+POINT = np.dtype([("id", "i4"), ("at", "f8", 2), ("seen", "M8[s]")])
+
+
+@pytest.mark.parametrize("dtype", ["M8[s]", "S5", POINT], ids=str)
+def test_what_is_in_no_table_of_dtypes_moves(pg, dtype):
+    n, me = pg.size(), pg.rank()
+    parts = [np.arange(r, r + 3000).astype("i8").astype("M8[s]") for r in range(n)]
+    if dtype == "S5":
+        parts = [part.astype("i8").astype("S5") for part in parts]
+    elif dtype is POINT:
+        parts = [np.rec.fromarrays([p.astype("i4"), np.ones((3000, 2)), p], POINT) for p in parts]
+        parts = [np.asarray(part).view(POINT) for part in parts]
+    outputs = [ELSEWHERE.array(np.zeros(3000, dtype)) for _ in range(n)]
+    pg.allgather(outputs, ELSEWHERE.array(parts[me])).wait()
+    assert all((out.values == part).all() for out, part in zip(outputs, parts, strict=True))
+    if dtype == "M8[s]":
+        x = ELSEWHERE.array(parts[me])
+        pg.allreduce(x, mc.ReduceOp.MAX).wait()
+        assert (x.values == parts[-1]).all()
+
+
+def test_wide_elements_are_refused(pg):
+    x = ELSEWHERE.array(np.zeros(3, "S33"))
+    with pytest.raises(UnsupportedError, match=r"more than 32 bytes.*tensor\.view\(np\.uint8\)"):
+        pg.broadcast(x, 0)
+    pg.broadcast(ELSEWHERE.array(x.values.view(np.uint8)), 0).wait()

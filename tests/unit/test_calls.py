@@ -55,6 +55,11 @@ CALLS = {
         UNEVEN,
     ),
     "send": (calls.send(3, 99, f4(), 2, 7), "send(float32[4], dst=2, tag=7)", 4),
+    "structures": (
+        calls.broadcast(1, 3, np.zeros(2, [("id", "i4"), ("at", "M8[s]")]), 0),
+        "broadcast({id: int32, at: datetime64[s]}[2], root=0)",
+        2,
+    ),
     "recv": (calls.recv(3, 99, f4(), ANY_SOURCE, 0), "recv(float32[4], src=ANY_SOURCE, tag=0)", 4),
 }
 
@@ -128,6 +133,43 @@ def test_overlap_is_found_however_the_arrays_lie():
     ]:
         with pytest.raises(InvalidCallError, match="overlap"):
             calls.alltoall(1, 3, outputs, inputs)
+
+
+def test_ones_own_part_is_in_place_and_the_rest_of_the_memory_is_not():
+    x = f4(12)
+    parts = [x[0:4], x[4:8], x[8:12]]
+    assert calls.all_gather_single(1, 3, x, x[4:8]).in_place
+    assert calls.allgather(2, 3, parts, parts[2]).in_place
+    assert calls.gather(0, 3, parts, parts[0], 0).in_place
+    assert calls.scatter(1, 3, parts[1], parts, 1).in_place
+    assert calls.reduce_scatter(2, 3, parts[2], parts, ReduceOp.SUM).in_place
+    assert calls.reduce_scatter_single(0, 3, x[:4], x, ReduceOp.MAX).in_place
+    assert calls.alltoall(1, 3, parts, [f4(), parts[1], f4()]).in_place
+    assert calls.all_to_all_single(0, 1, x, x, None, None).in_place
+    assert calls.all_to_all_single(1, 2, x, x[4:], [4, 8], [0, 8]).in_place
+    assert not calls.all_gather_single(1, 3, x, f4()).in_place
+    for refused in (
+        lambda: calls.all_gather_single(0, 3, x, x[4:8]),
+        lambda: calls.allgather(0, 3, parts, parts[2]),
+        lambda: calls.scatter(1, 3, parts[1], [parts[0], parts[1], parts[1]], 1),
+        lambda: calls.reduce_scatter(2, 3, parts[2], [parts[2], f4(), parts[2]], ReduceOp.SUM),
+        lambda: calls.alltoall(1, 3, parts, [parts[0], parts[1], f4()]),
+        lambda: calls.all_to_all_single(0, 2, x, x, None, None),
+        lambda: calls.all_to_all_single(1, 2, x[:8], x[2:10], [4, 4], [4, 4]),
+    ):
+        with pytest.raises(InvalidCallError, match="overlap"):
+            refused()
+
+
+def test_an_array_stands_for_the_list_of_its_rows():
+    x = np.zeros((3, 4), np.float32)
+    call = calls.allgather(1, 3, x, f4())
+    assert call.recv.counts == (4, 4, 4)
+    assert [b.address for b in call.recv.buffers] == [row.ctypes.data for row in x]
+    assert calls.scatter(1, 3, f4(1), np.zeros(3, np.float32), 1).send.counts == (1, 1, 1)
+    assert calls.reduce_scatter(1, 3, f4(2), x[:, 1:3], ReduceOp.SUM).send.counts == (2, 2, 2)
+    with pytest.raises(InvalidCallError, match="must have 4 arrays, one per rank"):
+        calls.allgather(1, 4, x, f4())
 
 
 def test_the_nested_lists_of_c10d_are_taken():

@@ -1,6 +1,8 @@
 """Every rule of the table, against NumPy and ml_dtypes; NumPy's ufuncs stand in for MPI."""
 
 import functools
+import subprocess
+import sys
 import warnings
 
 import ml_dtypes
@@ -140,12 +142,9 @@ def test_ml_dtypes(name):
         (">f4" if np.little_endian else "<f4", "newbyteorder"),
         (">i8" if np.little_endian else "<i8", "newbyteorder"),
         ("O", "broadcast_object"),
-        ("S3", "view"),
-        ("U3", "view"),
-        ("M8[s]", "np.int64"),
-        ("m8[ns]", "np.int64"),
-        ("V4", "np.uint8"),
-        ([("a", "f4"), ("b", "i4")], "field"),
+        ([("a", "f4"), ("b", "O")], "broadcast_object"),
+        ([("a", ">f4" if np.little_endian else "<f4")], "newbyteorder"),
+        ([], "leave it out"),
         (ml_dtypes.complex32, "view"),
     ],
 )
@@ -156,6 +155,78 @@ def test_refused_dtypes(dtype, remedy):
     assert message.startswith("input_tensors[1] ")
     assert repr(np.dtype(dtype)) in message
     assert remedy in message
+
+
+# dtype: what we call it, and how it is stored
+DESCRIBED = [
+    ("S3", "S3", "V3"),
+    ("S2", "S2", "u2"),
+    ("U3", "U3", "V12"),
+    ("V5", "V5", "V5"),
+    ("V1", "V1", "u1"),
+    ("M8[s]", "datetime64[s]", "i8"),
+    ("M8[25ms]", "datetime64[25ms]", "i8"),
+    ("m8", "timedelta64", "i8"),
+    ([("a", "f4"), ("b", "i4")], "{a: float32, b: int32}", "u8"),
+    ([("a", "?"), ("b c", "M8[D]")], "{a: bool, 'b c': datetime64[D]}", "V9"),
+    (np.dtype([("a", "i1"), ("b", "i4")], align=True), "{a: int8, b: int32 at 4}", "u8"),
+    (np.dtype([("b", "i4"), ("a", "i1")], align=True), "{b: int32, a: int8, 8 bytes}", "u8"),
+    ([("at", [("x", "f8", (2, 3))], 2), ("n", "S1")], "{at: {x: float64(2, 3)}(2), n: S1}", "V97"),
+    ([("half", ml_dtypes.bfloat16), ("x", "c8")], "{half: bfloat16, x: complex64}", "V10"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "name", "storage"), DESCRIBED, ids=[d[1] for d in DESCRIBED])
+def test_what_is_in_no_table_is_known_by_its_description(dtype, name, storage):
+    found = from_numpy(np.dtype(dtype), "x")
+    assert (found.name, found.storage) == (name, np.dtype(storage))
+    assert found.itemsize == np.dtype(dtype).itemsize
+    assert found is from_numpy(np.dtype(dtype), "y")
+    assert 2**62 <= found.code < 2**63
+
+
+def test_descriptions_have_one_code_each():
+    dtypes = [from_numpy(np.dtype(dtype), "x") for dtype, _, _ in DESCRIBED]
+    assert len({dtype.code for dtype in dtypes} | set(BY_CODE)) == len(DESCRIBED) + len(BY_CODE)
+    code = "import numpy, mpicoll.dtypes as d; print(d.from_numpy(numpy.dtype('M8[s]'), 'x').code)"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert int(said) == from_numpy(np.dtype("M8[s]"), "x").code
+
+
+def test_records_are_structures():
+    plain = np.dtype([("a", "f4"), ("b", "i4")])
+    record = np.dtype((np.record, plain))
+    titled = np.dtype([(("title", "a"), "f4"), ("b", "i4")])
+    assert from_numpy(record, "x") is from_numpy(plain, "x") is from_numpy(titled, "x")
+
+
+def test_long_descriptions_are_cut_and_still_differ():
+    one, other = (np.dtype([(f"field{i}", "f4") for i in range(n)]) for n in (99, 100))
+    names = {from_numpy(dtype, "x").name for dtype in (one, other)}
+    assert len(names) == 2 and max(map(len, names)) <= 120
+
+
+@pytest.mark.parametrize("op", [ReduceOp.MIN, ReduceOp.MAX], ids=repr)
+@pytest.mark.parametrize("name", ["M8[s]", "m8[ns]", "M8"])
+def test_dates_have_an_order_in_which_nat_wins(name, op):
+    limits = np.iinfo(np.int64)
+    values = [limits.min, limits.min + 1, -1, 0, 1, limits.max - 1, limits.max]
+    grid = np.array(np.meshgrid(values, values)).reshape(2, -1).view(name)
+    plan = reduction(from_numpy(grid.dtype, "x"), op, 2)
+    wires = [plan.encode(array.view(np.int64)) for array in grid]
+    got = np.empty(grid.shape[1], np.int64)
+    plan.decode(MPI[plan.mpi_op](*wires), got)
+    expected = {"MIN": np.minimum, "MAX": np.maximum}[op.name](*grid)
+    assert got.tolist() == expected.view(np.int64).tolist()
+
+
+@pytest.mark.parametrize("op", ALL_OPS, ids=repr)
+@pytest.mark.parametrize("dtype", ["S3", "U2", "V8", "M8[s]", "m8[s]", [("a", "f4")]], ids=str)
+def test_nothing_else_of_them_is_reduced(dtype, op):
+    if np.dtype(dtype).kind in "mM" and op.name in ("MIN", "MAX"):
+        return
+    with pytest.raises(UnsupportedError, match="allgather"):
+        reduction(from_numpy(np.dtype(dtype), "x"), op, 2)
 
 
 def test_string_dtype_is_refused():
