@@ -115,6 +115,7 @@ class Call:
         payload: pickled objects, in the object collectives.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
+        met: every rank of the group is known to have arrived in it.
         captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
         since, chain: what was not compared since the last call that was, in words and condensed;
             "" and 0 if nothing.
@@ -138,6 +139,7 @@ class Call:
     payload: Any = None
     result: Any = None
     largest: int = 0
+    met: bool = False
     captured: bool = False
     since: str = ""
     chain: int = 0

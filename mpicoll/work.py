@@ -11,7 +11,7 @@ from .calls import Call, Peer
 from .config import seconds
 from .errors import InvalidCallError
 from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end, number
+from .recorder import Entry, Recorder, end, number, place
 
 
 class Work(Task):
@@ -37,6 +37,11 @@ class Work(Task):
         # Runs anywhere, in the collector too: it only leaves a note.
         if self.error is not None and not self.fetched:
             self.lane.unfetched = self.error
+
+    def where(self) -> str:
+        """Say which line of the user's made the call."""
+        file, line = place(self._entry)
+        return f" ({file}:{line})" if file else ""
 
     def take_number(self, seq: int) -> None:
         """Give the call its number, if that was not known when it was made."""
