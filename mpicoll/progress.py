@@ -843,8 +843,9 @@ class Engine:
         head = self._head(task)
         if task.call.kind in ("send", "recv"):
             peers = {task.call.peer} if task.call.peer >= 0 else set(range(lane.peers.size))
-            lane.peers.ask(sorted(peers - asked)[:SHOWN])
-            asked |= peers
+            some = sorted(peers - asked)[:SHOWN]
+            lane.peers.ask(some)
+            asked.update(some)
         elif head.seq and not head.recovers:
             lane.peers.call_roll(head.seq, task.deadline)
         elif lane.once is not None:
