@@ -88,8 +88,9 @@ class Arrival:
     def steps(self, call: Call, seq: int) -> Steps:
         """Wait until every rank has arrived at a call, and compare.
 
-        Fills in `call.largest`, so that what depends on size is decided alike everywhere, and
-        sets `call.count` to UNEVEN on all ranks where their counts differ.
+        Fills in `call.largest`, so that what depends on size is decided alike everywhere, notes
+        that the ranks have met, and sets `call.count` to UNEVEN on all ranks where their counts
+        differ.
 
         Raises:
             CollectiveMismatchError: the calls differ, or a rank's call was refused.
@@ -98,6 +99,7 @@ class Arrival:
         self._check_left_before(seq)
         record = _record(call, seq)
         highest, lowest, call.largest = yield from self._meet(record, call.extent)
+        call.met = self._asked is self._comm
         self.check_left(seq)
         if highest == lowest and highest[_STATE] != _REFUSED:
             if call.count == UNEVEN and call.kind in PAIRWISE:
@@ -348,6 +350,10 @@ class BoardArrival(Arrival):
         """Return whether a rank's record of call `seq` is seen to be there."""
         place = self.places.get(rank)
         return place is not None and self._memory.has_posted(place, seq)
+
+    def notice(self, rank: int, seq: int) -> str:
+        """Return what a rank of this node has left on the board about call `seq`."""
+        return self._memory.notice(self.places[rank], seq).decode()
 
     def last_seen(self, rank: int) -> str:
         """Say what a rank of this node is doing, as the board shows it."""

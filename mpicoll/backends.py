@@ -463,7 +463,8 @@ def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
             leaders=ground.across if place == 0 else None,
             everywhere=wanted.checks != "node",
         )
-    peers.has_arrived = board.has_arrived
+    peers.near, peers.has_arrived = board.places, board.has_arrived
+    peers.post_notice, peers.notice = shared.post_notice, board.notice
     peers.last_seen = board.last_seen
     peers.mark_left = shared.leave
     if shared.locked:

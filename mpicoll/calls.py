@@ -117,6 +117,7 @@ class Call:
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
         in_place: this rank's own block lies where it is to come, so it stays where it is.
+        met: every rank of the group is known to have arrived in it.
         captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
         since, chain: what was not compared since the last call that was, in words and condensed;
             "" and 0 if nothing.
@@ -141,6 +142,7 @@ class Call:
     result: Any = None
     largest: int = 0
     in_place: bool = False
+    met: bool = False
     captured: bool = False
     since: str = ""
     chain: int = 0

@@ -75,7 +75,8 @@ class CollectiveTimeoutError(MpicollError, TimeoutError):
         op: name of the call, such as ``"allreduce"``.
         seq: the call's number in its group.
         elapsed: seconds since the call.
-        missing: ranks of the group that had not arrived when the deadline passed.
+        missing: ranks of the group that had not arrived when the deadline passed; the same on all
+            ranks whose call timed out.
     """
 
     def __init__(

@@ -110,6 +110,7 @@ class ProcessGroup:
         self._once = self._lane.once = Once() if wanted.checks == "first" else None
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
+        self._lane.mark = self._recorder.mark
         if ground.shared is not None:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
@@ -1213,6 +1214,12 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
         ranks = rendezvous.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
         made = Lane("new_group", parent), recorder, Children()
+        # Between the makings of groups nobody listens there.
+        made[
+            0
+        ].peers.silence = (
+            "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
+        )
         parent.Set_attr(_creation_key, made)
     lane, recorder, children = made
     engine.enlist(lane)

@@ -7,7 +7,8 @@ stays behind, whatever becomes of the processes.
 Each rank owns a page of control words and two each of two kinds of room for data:
 
     page      two records that alternate (arrival.py), a flag, the call that the rank left, the
-              last call that it finished; on rank 0's two outcomes of arrivals across nodes
+              last call that it finished, a notice about a call; on rank 0's two outcomes of
+              arrivals across nodes
     payloads  `PAYLOAD` bytes each, one per record: data that is there when the record is
     slots     `SLOT` bytes each, in turn written by the owner and read by the others
 
@@ -43,6 +44,7 @@ _STRIDE = _PAGE + 2 * PAYLOAD + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
 _SAID = struct.Struct("8q")  # a record after its number, and the extent
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
+_NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
 _FOLDER = "/dev/shm"
 
 
@@ -206,6 +208,30 @@ class NodeMemory:
         """Return whether any rank has marked that it takes no part in call `seq`."""
         words = self.words
         return any([0 < words[word] <= seq for word in self._left])  # noqa: C419  (a list is faster)
+
+    def post_notice(self, seq: int, text: bytes) -> bool:
+        """Leave a notice about a call; return whether there was room for it."""
+        if len(text) > _NOTICE:
+            return False
+        at = self.rank * _STRIDE + _NOTICE_AT
+        words = self.words
+        words[at >> 3] = 0
+        self.fence()
+        self._map[at + 16 : at + 16 + len(text)] = text
+        words[(at >> 3) + 1] = len(text)
+        self.fence()
+        words[at >> 3] = seq
+        return True
+
+    def notice(self, rank: int, seq: int) -> bytes:
+        """Return a rank's notice about a call; nothing if there is none."""
+        at = rank * _STRIDE + _NOTICE_AT
+        if self.words[at >> 3] != seq:
+            return b""
+        self.fence()
+        text = self._map[at + 16 : at + 16 + self.words[(at >> 3) + 1]]
+        self.fence()
+        return text if self.words[at >> 3] == seq else b""
 
     def announce(self, flag: int) -> None:
         """Raise this rank's flag: all that was written before is there for who sees it."""

@@ -42,7 +42,7 @@ import traceback
 import weakref
 from _thread import start_new_thread
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from types import CodeType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -63,8 +63,9 @@ from .errors import (
     translate,
 )
 from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
-from .peers import Every, Peers
+from .peers import Every, Peers, State
 from .recorder import leave_trace
+from .rollcall import SHOWN, Said, Verdict
 
 if TYPE_CHECKING:
     from .arrival import Once
@@ -105,6 +106,9 @@ class Completed(Exception):
     def __init__(self, error: MpicollError | None) -> None:
         super().__init__(error)
         self.error = error
+
+
+_SEVERAL = 3  # calls that are named where a rank has many under way
 
 
 class Task:
@@ -179,6 +183,10 @@ class Task:
     def ended(self) -> None:
         """Called under the lock when the task is done."""
 
+    def where(self) -> str:
+        """Say where it was called, if that is known."""
+        return ""
+
 
 T = TypeVar("T")
 
@@ -252,12 +260,13 @@ class Lane:
         self.replaced = False  # shrink_group has made another group of its members
         self.failures: deque[Failure] = deque()  # that nobody has asked for, when last seen
         self.seq = 0
+        self.mark = ""  # by which its members tell the group from others
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
-        self.peers = Peers(comm, self._where)
+        self.peers = Peers(comm, self._state)
 
     @property
     def busy(self) -> bool:
@@ -288,15 +297,44 @@ class Lane:
         self.page, self.word = _NOWHERE, 0
         self.peers.forget_node()
 
-    def _where(self) -> tuple[int, bool, str]:
-        """Say what this rank is doing in this group, for a peer that asks."""
+    @property
+    def reached(self) -> int:
+        """The number of the last call in which this rank has arrived."""
+        return self.queue[0].seq or self.seq if self.queue else self.seq
+
+    def _state(self, seq: int) -> State:
+        """Say what this rank is doing, for a peer that asks because of call `seq`, or a message."""
+        if self.broken is not None and not self.queue:
+            return State(False, False, Said(f"has left the group: {self.broken}"))
+        waiting = any(task.seq == seq for task in (*self.queue, *self.enqueued))
+        arrived = 0 < seq <= self.reached and self.broken is None
+        return State(waiting, arrived, self._where())
+
+    def _where(self) -> Said:
         if self.queue:
-            head = self.queue[0]
-            number = f"call #{head.seq}, " if head.seq else ""
-            return head.seq, True, f"is in {number}{head.call.describe()}"
+            return Said(f"is in {_placed(self.queue[0])}")
+        others = [lane for lane in engine.active() if lane is not self and lane.peers.size > 1]
+        heads = [lane.queue[0] for lane in others if lane.queue]
+        found = [
+            _placed(task, " of this group") for task in itertools.islice(self.beside, _SEVERAL)
+        ]
+        messages = (task for lane in others for task in lane.beside)
+        for task in (*heads, *itertools.islice(messages, _SEVERAL)):
+            found.append(_placed(task, f" of group {task.lane.name!r}"))
         last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
         since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
-        return self.seq, False, f"is in no call of this group; last finished {last}{since}"
+        if found:
+            text = f"is in {' and in '.join(found[:_SEVERAL])}; last finished here {last}{since}"
+        else:
+            text = f"is in no call of this group; last finished {last}{since}"
+        calls = [(task.lane.mark, task.seq) for task in heads if task.seq and task.lane.mark]
+        return Said(text, tuple(calls[:_SEVERAL]))
+
+
+def _placed(task: Task, of: str = "") -> str:
+    """Say which call a task is, of which group, and where it was made."""
+    number = f"call #{task.seq}{of}, " if task.seq else ""
+    return f"{number}{task.call.describe()}{'' if number else of}{task.where()}"
 
 
 class Pace:
@@ -557,6 +595,10 @@ class Engine:
     def lanes(self) -> list[Lane]:
         """Return the lanes of all open groups."""
         return list(self._lanes)
+
+    def active(self) -> list[Lane]:
+        """Return the lanes that have a call under way."""
+        return list(self._active)
 
     @property
     def busy(self) -> bool:
@@ -965,7 +1007,7 @@ class Engine:
         return ours
 
     def _stuck(self, task: Task) -> MpicollError:
-        return _too_late(task, time.monotonic() - task.called, {})
+        return _too_late(task, time.monotonic() - task.called)
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         lane = task.lane
@@ -973,7 +1015,9 @@ class Engine:
             self._settle(task, error)
         else:
             task.error = error
-            own = task.seq if task.queued else lane.queue[0].seq if lane.queue else 0
+            own = lane.queue[0].seq if lane.queue else 0  # of all that it leaves, the first
+            if task.queued:
+                own = min(own or task.seq, task.seq)
             self._break(lane, error, own or lane.seq + 1, arrived=task.queued and bool(own))
             self._give(task, error)
         lane.drop(task)
@@ -1088,14 +1132,24 @@ class Engine:
         for rank, notice in lane.peers.left.items():
             if head.queued and head.seq and notice.seq > head.seq:
                 continue
-            if head.asked and head.deadline - time.monotonic() <= _look_ahead(head):
-                continue  # it is about to say by itself who is missing
+            if self._says_the_same(head, notice.verdict):
+                continue
             self._end(head, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
             return True
         for rank, how in lane.peers.dead.items():
             self._end(head, _died(rank, how))
             return True
         return False
+
+    @staticmethod
+    def _says_the_same(head: Task, verdict: Verdict | None) -> bool:
+        """Return whether a task is about to say by itself what one has left for who has left it."""
+        return (
+            verdict is not None
+            and verdict.seq == head.seq
+            and head.lane.peers.rank not in verdict.missing
+            and head.deadline - time.monotonic() <= _look_ahead(head)
+        )
 
     def _look_at_clock(self, now: float) -> None:
         for lane in list(self._active):
@@ -1104,17 +1158,37 @@ class Engine:
             quiet = now - max(self._looking, lane.moved) >= QUIET
             tasks = lane.tasks()
             lane.due = min(map(_due, tasks), default=math.inf)
-            asked = False
+            asked: set[int] = set()  # peers, about messages
             for task in tasks:
                 if task.done or now < _due(task) or task.blocked:
                     continue
-                if not task.asked and task.call.kind != "recv":
+                if not task.asked:
                     task.asked = True
-                    if not asked:
-                        lane.peers.ask()
-                    asked = True
+                    self._ask(task, asked)
                 if now >= task.deadline and quiet:
                     self._expire(task, now)
+
+    @staticmethod
+    def _head(task: Task) -> Task:
+        """Return the task for which a task waits, or itself."""
+        lane = task.lane
+        if task.queued:
+            return lane.queue[0]
+        return lane.enqueued[0] if task in lane.enqueued else task
+
+    def _ask(self, task: Task, asked: set[int]) -> None:
+        """Begin to find out, shortly before its deadline, what holds a task up."""
+        lane = task.lane
+        head = self._head(task)
+        if task.call.kind in ("send", "recv"):
+            peers = {task.call.peer} if task.call.peer >= 0 else set(range(lane.peers.size))
+            some = sorted(peers - asked)[:SHOWN]
+            lane.peers.ask(some)
+            asked.update(some)
+        elif head.seq and not head.recovers:
+            lane.peers.call_roll(head.seq, task.deadline)
+        elif lane.once is not None:
+            lane.peers.ask()
 
     def _expire(self, task: Task, now: float) -> None:
         if task in task.lane.beside:
@@ -1122,18 +1196,44 @@ class Engine:
             if task.done:
                 return
         elapsed = now - task.called
-        if task.call.kind == "recv":
-            stuck = _too_late(task, elapsed, {}, cancelled=False)
-            self._cancel(task, _too_late(task, elapsed, {}), stuck)
-            return
         peers = task.lane.peers
         with contextlib.suppress(MPI.Exception):
             peers.poll()
-        head = task.lane.queue[0] if task.queued else task
-        if task.lane.once is not None and not head.seq and head.call.kind != "send":
-            self._end(task, _too_late(task, elapsed, peers.answers(), compared=False))
+        if task.call.kind == "recv":
+            stuck = _late_message(task, elapsed, cancelled=False)
+            self._cancel(task, _late_message(task, elapsed), stuck)
+            return
+        head = self._head(task)
+        if task.call.kind == "send":
+            self._end(task, _late_message(task, elapsed))
+        elif task.recovers:
+            self._end(task, _too_late(task, elapsed))
+        elif not head.seq:
+            self._end(task, _not_compared(task, elapsed))
         else:
-            self._end(task, _too_late(task, elapsed, peers.missing(head.seq)))
+            verdict = peers.find_missing(head.seq, task.deadline)
+            if verdict is None:
+                return  # it is being found out
+            if peers.rank in verdict.missing:
+                self._end(task, _came_too_late(verdict))
+            else:
+                self._end(task, _too_late(task, elapsed, verdict, self._crossed(head, verdict)))
+
+    def _crossed(self, head: Task, verdict: Verdict) -> str:
+        """Say whether one that is missing waits in another group, for this rank."""
+        lane, me = head.lane, head.lane.peers.rank
+        lanes = {other.mark: other for other in self._lanes if other.mark and other is not lane}
+        for rank, said in (verdict.said or {}).items():
+            for mark, seq in said.calls:
+                other = lanes.get(mark)
+                if other is not None and other.seq < seq:
+                    return (
+                        f". Groups are called in opposite orders: rank {me} is in call #{head.seq} "
+                        f"of group {lane.name!r}{head.where()} and waits for rank {rank}, which is "
+                        f"in call #{seq} of group {other.name!r} and waits for rank {me}. Call "
+                        "groups in one order on all ranks"
+                    )
+        return ""
 
     def _shorten(self, task: Task, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -1283,50 +1383,91 @@ def _look_ahead(task: Task) -> float:
 
 def _due(task: Task) -> float:
     """Return when a task's deadline is to be looked at next."""
-    if task.asked or task.call.kind == "recv":
+    if task.asked:
         return task.deadline
     return task.deadline - _look_ahead(task)
 
 
-def _too_late(
-    task: Task,
-    elapsed: float,
-    missing: dict[int, str],
-    *,
-    compared: bool = True,
-    cancelled: bool = True,
-) -> CollectiveTimeoutError:
-    call = task.call
+def _was_late(task: Task, elapsed: float) -> str:
     number = f" (call #{task.seq})" if task.seq else ""
-    text = (
-        f"{call.describe()}{number} of group {task.lane.name!r} was not done after {elapsed:.3f} s"
+    name = task.lane.name
+    return f"{task.call.describe()}{number} of group {name!r} was not done after {elapsed:.3f} s"
+
+
+def _late(
+    task: Task, elapsed: float, text: str, missing: Sequence[int] = (), *, breaks_group: bool = True
+) -> CollectiveTimeoutError:
+    return CollectiveTimeoutError(
+        _was_late(task, elapsed) + text,
+        op=task.call.kind,
+        seq=task.seq,
+        elapsed=elapsed,
+        missing=missing,
+        breaks_group=breaks_group,
     )
-    if call.kind == "recv" and not cancelled:
-        text += (
+
+
+def _too_late(
+    task: Task, elapsed: float, verdict: Verdict | None = None, crossed: str = ""
+) -> CollectiveTimeoutError:
+    if verdict is None or not verdict.missing:
+        text = ", although all ranks have arrived: a peer is slow or stuck in moving the data"
+        return _late(task, elapsed, text)
+    missing = list(verdict.missing)
+    text = f": ranks {missing[:SHOWN]}{_more(len(missing))} have not arrived"
+    if task.call.met:
+        text += ", or can't be reached any more"
+    text += _in_words(task.lane.peers.describe(verdict)) + crossed
+    return _late(task, elapsed, text, missing)
+
+
+def _not_compared(task: Task, elapsed: float) -> CollectiveTimeoutError:
+    """Say where the peers are in a call of whose arrival nothing is known."""
+    text = ": it was not compared (checks='first'), and peers may have called something else"
+    return _late(task, elapsed, text + _answered(task.lane.peers))
+
+
+def _late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> CollectiveTimeoutError:
+    """Say what became of a message, and what its other end is doing."""
+    call, peers = task.call, task.lane.peers
+    if call.kind == "send":
+        text = ": the receiver did not take the message"
+    elif cancelled:
+        text = ": no matching message came. The receive was cancelled; the group is still usable"
+    else:
+        text = (
             ": its message has begun to come, and its sender goes no further. Such a receive can't "
             "be cancelled, so the group is broken, and the array may still be written"
         )
-    elif call.kind == "recv":
-        text += ": no matching message came. The receive was cancelled; the group is still usable"
-    elif call.kind == "send":
-        text += ": the receiver did not take the message"
-    elif not compared:
-        text += ": it was not compared (checks='first'), and peers may have called something else"
-        text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))
-        missing = {}
-    elif missing:
-        text += f": ranks {sorted(missing)} have not arrived"
-        text += "".join(f"; rank {rank} {said}" for rank, said in sorted(missing.items()))
-    else:
-        text += ", although all ranks have arrived: a peer is slow or stuck in moving the data"
-    return CollectiveTimeoutError(
-        text,
-        op=call.kind,
-        seq=task.seq,
-        elapsed=elapsed,
-        missing=sorted(missing) if call.kind != "send" else (),
-        breaks_group=call.kind != "recv" or not cancelled,
+    if call.peer < 0:
+        text += _answered(peers)
+    elif call.peer != peers.rank:
+        text += _in_words({call.peer: peers.whereabouts(call.peer)})
+    return _late(task, elapsed, text, breaks_group=call.kind == "send" or not cancelled)
+
+
+def _came_too_late(verdict: Verdict) -> RemoteRankError:
+    return RemoteRankError(
+        f"rank {verdict.by} gave up call #{verdict.seq} before this rank had arrived in it",
+        rank=verdict.by,
     )
+
+
+def _answered(peers: Peers) -> str:
+    """Say where those are that have answered."""
+    answers = peers.answers()
+    more = _more(len(answers))
+    text = _in_words({rank: answers[rank] for rank in sorted(answers)[:SHOWN]})
+    return f"{text};{more} have answered" if more else text
+
+
+def _in_words(said: dict[int, str]) -> str:
+    return "".join(f"; rank {rank} {words}" for rank, words in said.items())
+
+
+def _more(ranks: int) -> str:
+    """Count those of so many ranks that are not described."""
+    return f" and {ranks - SHOWN} more" if ranks > SHOWN else ""
 
 
 def share_machine(ranks: int) -> None:

@@ -89,6 +89,7 @@ class Recorder:
         self._up = frames + 1
         alike = blake2b(repr((name, *ranks)).encode(), digest_size=16).digest()
         self.ordinal = _made[alike]
+        self.mark = f"{alike.hex()}-{self.ordinal}"  # the same on all members
         _made[alike] += 1
         self.open()
 
@@ -179,13 +180,19 @@ def end(entry: Entry, error: BaseException | None) -> None:
     entry[_ENDED] = monotonic()
 
 
+def place(entry: Entry) -> tuple[str, int]:
+    """Return the file and line of the user's that made a call; "" and 0 if none is known."""
+    code: CodeType | None = entry[_CODE]
+    return ("", 0) if code is None else (code.co_filename, _line(code, entry[_AT]))
+
+
 def _epoch() -> float:
     return time.time() - monotonic()
 
 
 def _in_words(entry: Entry, epoch: float) -> dict[str, Any]:
     dtype, op, ended, error = entry[_DTYPE], entry[_OP], entry[_ENDED], entry[_ERROR]
-    code: CodeType | None = entry[_CODE]
+    file, line = place(entry)
     return {
         "seq": entry[_SEQ],
         "kind": entry[_KIND],
@@ -200,8 +207,8 @@ def _in_words(entry: Entry, epoch: float) -> dict[str, Any]:
         "called": entry[_CALLED] + epoch,
         "ended": None if ended is None else ended + epoch,
         "error": error,
-        "file": "" if code is None else code.co_filename,
-        "line": 0 if code is None else _line(code, entry[_AT]),
+        "file": file,
+        "line": line,
     }
 
 

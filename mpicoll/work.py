@@ -11,7 +11,7 @@ from .calls import Call, Peer
 from .config import seconds
 from .errors import InvalidCallError, MpicollError, interrupts
 from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end, number
+from .recorder import Entry, Recorder, end, number, place
 
 
 class Work(Task):
@@ -32,6 +32,11 @@ class Work(Task):
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
+
+    def where(self) -> str:
+        """Say which line of the user's made the call."""
+        file, line = place(self._entry)
+        return f" ({file}:{line})" if file else ""
 
     def take_number(self, seq: int) -> None:
         """Give the call its number, if that was not known when it was made."""

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.harness import installed_mpi, launch
+from tests.soak import soak
 
 SCRIPT = """
 pg = mc.new_group(timeout=20, checks="node")
@@ -51,3 +52,46 @@ report(got=got)
     job = launch(4, script, options=hosts, env={"MPIR_CVAR_CH4_NETMOD": network})
     assert job.code == 0 and not job.timed_out and not job.leftovers, job.output
     assert job["got"] == [[True] * 15] * 4
+
+
+@pytest.mark.parametrize("absent", [0, 5])
+@pytest.mark.parametrize("turn", range(soak(5, 1)))
+def test_all_ranks_of_many_name_the_one_that_did_not_come(absent, turn):
+    """With far more ranks than cores: who answers late is not missing."""
+    ranks, nodes = soak((64, 16), (12, 4))
+    script = f"""
+pg = mc.new_group(timeout=200)
+pg.barrier().wait()
+if RANK == {absent}:
+    time.sleep({soak(10, 4)})
+    sys.exit()
+try:
+    pg.allreduce(np.ones(3), timeout=1).wait()
+except CollectiveTimeoutError as error:
+    report(missing=error.missing, text=str(error))
+time.sleep({soak(8, 2)})
+"""
+    job = launch(ranks, script, soak(120, 40), env={"MPICOLL_NODES": str(nodes)})
+    assert not job.timed_out and not job.leftovers, job.output
+    told = [rank for rank in job.ranks if rank is not None]
+    assert [rank["missing"] for rank in told] == [[absent]] * (ranks - 1), job.output
+    assert all(f"ranks [{absent}] have not arrived" in rank["text"] for rank in told)
+
+
+def test_of_many_that_are_missing_a_few_are_described():
+    script = """
+pg = mc.new_group(timeout=200)
+pg.barrier().wait()
+if RANK:
+    time.sleep(4)
+    sys.exit()
+try:
+    pg.allreduce(np.ones(3), timeout=1).wait()
+except CollectiveTimeoutError as error:
+    report(missing=error.missing, text=str(error))
+"""
+    job = launch(12, script, 40, env={"MPICOLL_NODES": "4"})
+    told = job.ranks[0]
+    assert told and told["missing"] == list(range(1, 12)), (told, job.output)
+    assert "ranks [1, 2, 3, 4, 5, 6, 7, 8] and 3 more have not arrived" in told["text"]
+    assert told["text"].count("gave no answer") == 8

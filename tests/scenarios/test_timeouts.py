@@ -252,6 +252,25 @@ except MpicollError as error:
         assert told["text"].endswith("last finished barrier #2"), told
 
 
+def test_a_rank_that_waits_for_a_message_of_the_group_is_said_to_do_so(job):
+    script = """
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+try:
+    if RANK == 2:
+        pg.recv(np.ones(5), 1, tag=4).wait()
+    else:
+        pg.barrier(timeout=2).wait()
+except MpicollError as error:
+    report(text=str(error), missing=getattr(error, "missing", None))
+"""
+    ended = launch(3, script)
+    assert not ended.timed_out, ended.output
+    for told in ended.ranks[:2]:
+        assert told["missing"] == [2], told
+        assert "rank 2 is in recv(float64[5], src=1, tag=4) of this group (" in told["text"], told
+
+
 def test_a_late_rank_is_waited_for(job):
     script = """
 pg = mc.new_group(timeout=2)
@@ -347,6 +366,22 @@ else:
     assert told is not None, ended.output
     assert "send" in told["text"] and "1" in told["text"]
     on_time(told["took"], 0.5)
+
+
+def test_a_send_that_expires_says_what_the_receiver_is_doing(job):
+    script = """
+pg, other = mc.new_group(timeout=20), mc.new_group(timeout=20, group_name="other")
+pg.barrier().wait()
+if RANK == 0:
+    try:
+        pg.send(np.ones(1_000_000), 1, timeout=2).wait()
+    except CollectiveTimeoutError as error:
+        report(text=str(error), missing=error.missing)
+other.barrier().wait()
+"""
+    told = job(2, script, fails=True).ranks[0]
+    assert told is not None and told["missing"] == [], told
+    assert "rank 1 is in call #1 of group 'other', barrier() (" in told["text"], told
 
 
 @twice

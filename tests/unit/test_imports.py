@@ -30,6 +30,7 @@ ORDER = [
     ),
     *("nodes", "arrays"),
     *(
+        "rollcall",
         "peers",
         "arrival",
         "progress",
