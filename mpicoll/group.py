@@ -104,6 +104,7 @@ class ProcessGroup:
         self._transport = backends.transport(ground)
         self._lane.abort = self._transport.abort
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
+        self._lane.exchange = self._arrival.exchange
         self._once = self._lane.once = Once() if wanted.checks == "first" else None
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)

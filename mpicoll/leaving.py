@@ -184,31 +184,49 @@ class _Ending:
         if not lanes:
             return nothing_pending() or survives_deaths()
         _flush()
-        self._go(lanes, settled=False)
-        settled = False
-        start = start or time.monotonic()
+        for lane in lanes:
+            _go(lane, settled=False)
+        settled: list[Lane] = []
+        start = since = start or time.monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
+        seen: object = None
         while not until():
             engine.test()
-            if not settled and nothing_pending():
-                settled = True
-                self._go(lanes, settled=True)
             known, unknown = _still_there(lanes)
-            if settled and not (known or unknown) and _all_settled(lanes):
+            for lane in lanes:
+                if not lane.peers.there and lane not in settled and _settle(lane):
+                    settled.append(lane)
+                    _go(lane, settled=True)
+            if len(settled) == len(lanes) and _all_settled(lanes):
                 return True
             now = time.monotonic()
-            if now > for_aware:
+            if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in lanes))):
+                since = now  # those who were the last to come have their time, too
+            stuck = any(x.peers.is_stuck() for x in lanes)
+            if now > for_aware or (now > for_unaware and unknown and not known):
                 return False
-            if now > for_unaware and (not known or any(x.peers.is_stuck() for x in lanes)):
+            if now > max(for_unaware, since + grace()) and (stuck or not (known or unknown)):
                 return False
             time.sleep(1e-3)
         return False
 
-    @staticmethod
-    def _go(lanes: list[Lane], *, settled: bool) -> None:
-        for lane in lanes:
-            with contextlib.suppress(MPI.Exception):
-                lane.peers.go(settled=settled)
+
+def _go(lane: Lane, *, settled: bool) -> None:
+    met = 0 if lane.exchange is None else lane.exchange.count
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.go(met, settled=settled)
+
+
+def _settle(lane: Lane) -> bool:
+    """End what MPI has pending in a broken group, if that can be; return whether nothing is left.
+
+    All its members are at their ends: nobody there calls or receives anything any more.
+    """
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.drop_messages()
+        if lane.exchange is not None:
+            lane.exchange.catch_up(max(lane.peers.met.values(), default=0), lane.left)
+    return nothing_pending()
 
 
 def _still_there(lanes: list[Lane]) -> tuple[int, int]:

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from . import alive
 from .alive import Identity, watch
 from .config import survives_deaths
-from .library import MPI, notice_tag
+from .library import MPI, notice_tag, pending
 
 QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN = range(8)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
+_BEGINNING = 32  # bytes of a message that is dropped: what it is
 _TEXT = 3072  # bytes of text in a notice at most: no library waits for a receiver to send so much
 
 
@@ -43,6 +44,16 @@ class Notice:
     seq: int
     waiting: bool
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A message that nobody receives, of which only the beginning is kept."""
+
+    source: int
+    tag: int
+    head: bytearray
+    request: MPI.Request
 
 
 class Peers:
@@ -58,6 +69,7 @@ class Peers:
         aware: those who know that the group is broken.
         gone: those who are at the end of their process.
         settled: those of them with whom MPI has nothing pending.
+        met: how many meetings of records over MPI those at their ends have begun.
         joined: what was said by those who are in `shrink_group`.
         plan: what was decided there.
     """
@@ -71,6 +83,7 @@ class Peers:
         self.aware: set[int] = set()
         self.gone: set[int] = set()
         self.settled: set[int] = set()
+        self.met: dict[int, int] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.forget_node()
@@ -157,9 +170,13 @@ class Peers:
         """Tell every peer that this rank has heard of a failure, and sends no cause of its own."""
         self._tell_all(HEARD)
 
-    def go(self, *, settled: bool) -> None:
-        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here."""
-        self._tell_all(GONE, waiting=not settled)
+    def go(self, met: int, *, settled: bool) -> None:
+        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here.
+
+        Args:
+            met: meetings of records over MPI that this rank has begun in the group.
+        """
+        self._tell_all(GONE, met, waiting=not settled)
 
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
@@ -210,8 +227,37 @@ class Peers:
                 self.dead.setdefault(seq, text)
             elif what == GONE:
                 self.gone.add(source)
+                self.met[source] = seq
                 if not waiting:
                     self.settled.add(source)
+
+    def drop_messages(self) -> None:
+        """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
+        while found := self.unwanted():
+            pending.append(found.request)
+
+    def unwanted(
+        self, wanted: Callable[[int, int], bool] = lambda source, tag: False
+    ) -> Dropped | None:
+        """Begin to receive the next message that is not `wanted`, but for what is in it.
+
+        Args:
+            wanted: whether somebody is to receive one from this rank, with this tag.
+        """
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            source, tag = status.Get_source(), status.Get_tag()
+            if tag == self._tag:
+                self.poll()
+                continue
+            if wanted(source, tag):
+                return None
+            message = self.comm.Improbe(source, tag)
+            if message is None:
+                return None
+            head = bytearray(_BEGINNING)
+            return Dropped(source, tag, head, message.Irecv([head, MPI.BYTE]))
+        return None
 
     def answers(self) -> dict[int, str]:
         """Return what each peer has said of where it is; nothing of those that did not answer."""

@@ -55,7 +55,7 @@ from .peers import Every, Peers
 from .recorder import leave_trace
 
 if TYPE_CHECKING:
-    from .arrival import Once
+    from .arrival import Exchange, Once
     from .calls import Call
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
@@ -148,6 +148,8 @@ class Lane:
         self.replaced = False  # shrink_group has made another group of its members
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
         self.seq = 0
+        self.left = 0  # the call that it was broken in, or before
+        self.exchange: Exchange | None = None  # where its records meet over MPI
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
@@ -707,7 +709,7 @@ class Engine:
     ) -> None:
         """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
         if lane.broken is None:
-            lane.broken = error
+            lane.broken, lane.left = error, seq
             if lane.peers.size > 1 and not MPI.Is_finalized():
                 self.broken[lane] = None
                 with contextlib.suppress(MPI.Exception):
