@@ -61,6 +61,7 @@ from .progress import Lane, engine, share_machine
 from .reclaim import Child, Children
 from .recorder import Recorder
 from .stores import Store, TCPStore
+from .transports.base import Transport
 from .work import Work
 
 SUM = ReduceOp.SUM
@@ -111,9 +112,11 @@ class ProcessGroup:
         if ground.shared is not None:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
-        self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
+        self._lane.farewell = partial(
+            _farewell, self._lane, self._arrival, self._transport, self._recorder
+        )
         self._children = Children()
-        self._kin = Child(ground.comms, ground.nccl, self._lane, self._recorder, self._children)
+        self._kin = Child(ground.comms, self._transport, self._lane, self._recorder, self._children)
         engine.enlist(self._lane)
         if progress == "thread":
             engine.background(stay=True)
@@ -845,17 +848,23 @@ class ProcessGroup:
         broken group it only closes this rank's side.  The error of a Work that was dropped
         unasked is raised here at the latest; then, as where the peers call something else, no
         rank has shut the group down.
+
+        A receive for which no message has come when all ranks are here is cancelled, and a message
+        that no rank receives is dropped.  That error is raised here, too, if nobody has asked the
+        Work for it before; the group is shut down then.
         """
         lane = self._lane
         if lane.closed:
             return
         if lane.broken is None:
-            for work in [*lane.enqueued, *lane.beside]:
+            messages = list(lane.beside)
+            for work in list(lane.enqueued):
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
                 while lane.enqueued:
                     yield IDLE  # what was left to the GPU comes first
+                yield from self._transport.clear(lane)
                 engine.delist(lane)  # nobody may listen on it any more
                 yield from self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
@@ -867,6 +876,11 @@ class ProcessGroup:
                     raise  # no rank has shut it down
                 self._close("shut down")
                 raise
+            self._close("shut down")
+            for message in messages:
+                if message.error is not None and not message.fetched:
+                    message.fetched = True
+                    raise message.error
         self._close("shut down")
 
     def abort(self) -> None:
@@ -1034,12 +1048,17 @@ def _no_message(call: Call) -> Steps:
     yield from ()
 
 
-def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
+def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
     """Launch this rank's last arrival in a group, which waits for the others' for long."""
     lane.seq += 1
     call = Call("shutdown", leaving=True)
     work = Work(lane, call, lane.seq, default_timeout(), recorder)
-    engine.launch(work, arrival.steps(call, lane.seq))
+
+    def steps() -> Steps:
+        yield from arrival.steps(call, work.seq)
+        yield from transport.clear(lane)
+
+    engine.launch(work, steps())
 
 
 def _refuse_busy(call: Call) -> None:

@@ -33,7 +33,7 @@ from .library import MPI, nothing_pending
 from .progress import Lane, end_job, engine
 from .recorder import leave_trace
 
-UNFINISHED = 2.0  # seconds that calls which nobody waited for get at the end
+UNFINISHED = 2.0  # seconds that calls of no group which nobody waited for get at the end
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
 
 
@@ -157,12 +157,14 @@ class _Ending:
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
+            works = list(engine.unfinished())
             engine.say_farewell(UNFINISHED)
             for lane in {task.lane for task in engine.unfinished()}:
                 engine.fail_all(
                     lane, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
+            _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
         settled = self._take_leave(lambda: False, start)
         bereaved = [lane for lane in engine.broken if lane.peers.dead]
         if bereaved and settled and survives_deaths():
@@ -249,6 +251,18 @@ def _all_settled(lanes: list[Lane]) -> bool:
         and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
         for lane in lanes
     )
+
+
+def _warn(unasked: list[tuple[BaseException, str]]) -> None:
+    """Say what became of calls that nobody waited for, if they did not end well."""
+    if not unasked:
+        return
+    error, place = unasked[0]
+    said = str(error) if place in str(error) else f"{error} (called at {place})"
+    more = f" (and so {len(unasked) - 1} more)" if len(unasked) > 1 else ""
+    with contextlib.suppress(Exception):  # standard error may be closed
+        rank = MPI.COMM_WORLD.Get_rank()
+        print(f"mpicoll: rank {rank}: nobody waited for {said}{more}", file=sys.stderr, flush=True)
 
 
 def _flush() -> None:

@@ -24,6 +24,9 @@ import struct
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from . import alive
 from .alive import Identity, watch
@@ -33,7 +36,7 @@ from .library import MPI, notice_tag, pending
 QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN = range(8)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
-_BEGINNING = 32  # bytes of a message that is dropped: what it is
+_PIECE = 2**30  # bytes, of which MPI can count so many at a time
 _TEXT = 3072  # bytes of text in a notice at most: no library waits for a receiver to send so much
 
 
@@ -48,11 +51,11 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A message that nobody receives, of which only the beginning is kept."""
+    """A message that comes for nobody."""
 
     source: int
     tag: int
-    head: bytearray
+    data: np.ndarray[Any, Any]
     request: MPI.Request
 
 
@@ -239,7 +242,7 @@ class Peers:
     def unwanted(
         self, wanted: Callable[[int, int], bool] = lambda source, tag: False
     ) -> Dropped | None:
-        """Begin to receive the next message that is not `wanted`, but for what is in it.
+        """Begin to receive the next message that is not `wanted`.
 
         Args:
             wanted: whether somebody is to receive one from this rank, with this tag.
@@ -252,11 +255,17 @@ class Peers:
                 continue
             if wanted(source, tag):
                 return None
-            message = self.comm.Improbe(source, tag)
+            message = self.comm.Improbe(source, tag, status)
             if message is None:
                 return None
-            head = bytearray(_BEGINNING)
-            return Dropped(source, tag, head, message.Irecv([head, MPI.BYTE]))
+            # All of it: too small a buffer is overrun by Open MPI 5.0, and left empty by MPICH.
+            data = np.empty(status.Get_elements(MPI.BYTE), np.uint8)
+            starts = range(0, max(data.size, 1), _PIECE)
+            pieces = MPI.BYTE.Create_hindexed([data[s : s + _PIECE].size for s in starts], starts)
+            pieces.Commit()
+            request = message.Irecv([data, 1, pieces])
+            pieces.Free()
+            return Dropped(source, tag, data, request)
         return None
 
     def answers(self) -> dict[int, str]:

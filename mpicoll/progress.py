@@ -120,6 +120,10 @@ class Task:
         """Whether it goes on in spite of the peers' failures, of which it makes the best."""
         return self.call.kind == "shrink_group"
 
+    def place(self) -> str:
+        """Return the file and line of the user's that called, where that is known."""
+        return "?"
+
     def ended(self) -> None:
         """Called under the lock when the task is done."""
 
@@ -786,17 +790,8 @@ class Engine:
                 return
         elapsed = now - task.called
         if task.call.kind == "recv":
-            try:
-                task.steps.throw(Expired())
-            except StopIteration:
-                self._end(task, None)
-            except Expired:
-                self._end(task, _too_late(task, elapsed, {}))
-            except Uncancelled as thrown:
-                self._abandoned.append(thrown)  # its frames hold what MPI may still write to
-                self._end(task, _too_late(task, elapsed, {}, cancelled=False))
-            except Exception as error:
-                self._end(task, self._fault(task, error))
+            late = _too_late(task, elapsed, {})
+            self.cancel(task, late, _too_late(task, elapsed, {}, cancelled=False))
             return
         peers = task.lane.peers
         with contextlib.suppress(MPI.Exception):
@@ -806,6 +801,20 @@ class Engine:
             self._end(task, _too_late(task, elapsed, peers.answers(), compared=False))
         else:
             self._end(task, _too_late(task, elapsed, peers.missing(head.seq)))
+
+    def cancel(self, task: Task, error: MpicollError, stuck: MpicollError) -> None:
+        """Cancel a receive, which ends with `error`; `stuck`: its message has begun to come."""
+        try:
+            task.steps.throw(Expired())
+        except StopIteration:
+            self._end(task, None)
+        except Expired:
+            self._end(task, error)
+        except Uncancelled as thrown:
+            self._abandoned.append(thrown)  # its frames hold what MPI may still write to
+            self._end(task, stuck)
+        except Exception as fault:
+            self._end(task, self._fault(task, fault))
 
     def _shorten(self, task: Task, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -860,11 +869,11 @@ class Engine:
     def say_farewell(self, seconds: float) -> None:
         """Finish what is under way, and arrive one last time in every open group.
 
-        So peers that still wait for this rank raise at once.  Calls of the user's have `seconds`;
-        for the peers' farewells one waits, as MPI_Finalize would.
+        So peers that still wait for this rank raise at once.  For the peers' farewells one waits,
+        as MPI_Finalize would.  After that, what belongs to no group yet has `seconds`.
         """
-        until = time.monotonic() + seconds
-        lanes = [x for x in self._lanes if x.farewell and x.broken is None and x.peers.size > 1]
+        lanes = [x for x in self._lanes if x.farewell and x.broken is None]
+        lanes = [x for x in lanes if x.peers.size > 1 or x.beside]
         # Where somebody has left already, an arrival would never be complete.  MPI may not see at
         # once that a notice has come.
         heard = time.monotonic() + HEARD
@@ -880,9 +889,11 @@ class Engine:
             else:
                 assert lane.farewell is not None
                 lane.farewell()
-        pace = Pace()
+        pace, until = Pace(), math.inf
         while self._active:
-            if time.monotonic() > until and not all(t.call.leaving for t in self.unfinished()):
+            if any(lane.farewell for lane in self._active):
+                until = time.monotonic() + seconds
+            elif time.monotonic() > until:
                 return
             self._enter()
             try:

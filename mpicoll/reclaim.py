@@ -17,7 +17,7 @@ from . import rendezvous
 from .library import MPI, Steps, until
 from .progress import Lane, engine
 from .recorder import Recorder
-from .transports.nccl import Nccl
+from .transports.base import Transport
 
 
 class Child:
@@ -25,23 +25,23 @@ class Child:
 
     Args:
         comms: the group's communicators.
-        nccl: that of NCCL, if there is one: the collector must not destroy it, either.
+        transport: what moves its data; the collector must not destroy that of NCCL, either.
         lane, recorder: its own.
         children: those of the group itself.
     """
 
-    __slots__ = ("_children", "_comms", "_lane", "_nccl", "_recorder", "dropped")
+    __slots__ = ("_children", "_comms", "_lane", "_recorder", "_transport", "dropped")
 
     def __init__(
         self,
         comms: Sequence[MPI.Intracomm],
-        nccl: Nccl | None,
+        transport: Transport,
         lane: Lane,
         recorder: Recorder,
         children: Children,
     ) -> None:
         self._comms = comms
-        self._nccl = nccl
+        self._transport = transport
         self._lane = lane
         self._recorder = recorder
         self._children = children
@@ -62,8 +62,8 @@ class Child:
             engine.delist(self._lane)
             self._lane.close("reclaimed")
             self._recorder.close()
-            if self._nccl is not None:
-                yield from self._nccl.close()
+            yield from self._transport.clear(self._lane)
+            yield from self._transport.close()
             yield from rendezvous.free(self._comms, deadline)
 
 

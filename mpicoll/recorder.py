@@ -178,6 +178,12 @@ def end(entry: Entry, error: BaseException | None) -> None:
     entry[_ENDED] = monotonic()
 
 
+def place(entry: Entry) -> str:
+    """Return the file and line of the user's that called."""
+    code: CodeType | None = entry[_CODE]
+    return "?" if code is None else f"{code.co_filename}:{_line(code, entry[_AT])}"
+
+
 def _epoch() -> float:
     return time.time() - monotonic()
 

@@ -11,7 +11,7 @@ from .calls import Call, Peer
 from .config import seconds
 from .errors import InvalidCallError
 from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end, number
+from .recorder import Entry, Recorder, end, number, place
 
 
 class Work(Task):
@@ -42,6 +42,10 @@ class Work(Task):
         """Give the call its number, if that was not known when it was made."""
         self.seq = seq
         number(self._entry, seq)
+
+    def place(self) -> str:
+        """Return the file and line of the user's that called."""
+        return place(self._entry)
 
     def ended(self) -> None:
         """Enter the end in the flight recorder, and let those behind it have their turn."""

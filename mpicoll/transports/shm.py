@@ -23,6 +23,7 @@ from ..calls import Call
 from ..dtypes import Reduction
 from ..library import MOVED, MPI, Steps
 from ..memory import SLOT, NodeMemory
+from ..progress import Lane
 from . import direct, riding
 from .base import Transport
 from .folding import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
@@ -434,6 +435,9 @@ class ShmTransport(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self._mpi.recv(call)
+
+    def clear(self, lane: Lane) -> Steps:
+        return self._mpi.clear(lane)
 
     def _large(self, call: Call) -> bool:
         """Decide from what all ranks have said: `largest` is the same everywhere."""

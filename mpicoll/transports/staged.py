@@ -20,7 +20,7 @@ from ..cuda_arrays import UNKNOWN, DeviceArray
 from ..dtypes import DType
 from ..errors import InvalidCallError, TransportError, UnsupportedError
 from ..library import KEEN, Steps
-from ..progress import Expired
+from ..progress import Expired, Lane
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
@@ -308,6 +308,11 @@ class StagedTransport(Transport):
         yield from self._host.send(inner)
         if room is not None:
             self._spare.append(room)
+
+    def clear(self, lane: Lane) -> Steps:
+        while self._posted != self._sends:
+            yield KEEN
+        yield from self._host.clear(lane)
 
     def recv(self, call: Call) -> Steps:
         if call.device is None:

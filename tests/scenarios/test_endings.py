@@ -433,3 +433,95 @@ else:
 """
     ended = job(2, script)
     assert ended["codes"] == [[3, 0, 1, 0]] * 2 and ended["total"] == [3.0, 3.0]
+
+
+# What rank 1 never waits for, and what is said of it; "" if it ends well.
+UNASKED = {
+    "a receive": ("pg.recv(np.ones(3), 0)", "no message came for it"),
+    "a receive from anyone": ("pg.recv(np.ones(3), tag=7)", "no message came for it"),
+    "a large send": ("pg.send(np.ones(1_000_000), 0)", "was not received"),
+    "a large send to itself": ("pg.send(np.ones(1_000_000), 1)", "was not received"),
+    "a small send": ("pg.send(np.ones(3), 0)", ""),
+    "a thousand receives": ("[pg.recv(np.ones(1), i % 3) for i in range(1000)]", "999 more"),
+    "receives in several groups": (
+        "[group.recv(np.ones(1), 0) for group in (pg, more, last)]",
+        "2 more",
+    ),
+    "a receive in a dropped group": ("pg.split(0).recv(np.ones(1), 0)", "no message came for it"),
+    "a small collective": ("pg.allreduce(np.ones(3))", "left the program"),
+    "a large collective": ("pg.allreduce(np.ones(1_000_000))", "left the program"),
+    "a split of others": ("pg.split(0).barrier()", "left the program"),
+}
+
+
+@pytest.mark.parametrize("what", UNASKED)
+def test_what_nobody_waits_for_does_not_decide_how_the_job_ends(job, what):
+    call, said = UNASKED[what]
+    script = f"""
+pg = mc.new_group(timeout=60)
+more = pg.split(0)
+last = pg.split(0)
+if "pg.split" in {call!r} and RANK != 1:
+    pg.split(0)
+if RANK == 1:
+    {call}  # here
+report(wall=time.time())
+"""
+    ended = job(3, script)
+    assert ended.at - ended.ranks[1]["wall"] <= SOON
+    lines = [line for line in ended.output.splitlines() if line.strip()]
+    if not said:
+        assert not lines, ended.output
+    else:
+        assert len(lines) == 1 and said in lines[0] and "rank 1" in lines[0], ended.output
+        assert "/script.py:" in lines[0], ended.output
+
+
+def test_a_message_to_oneself_that_is_never_received(job):
+    """A group of one rank has nobody to take leave of."""
+    script = """
+from mpi4py import MPI
+pg = mc.new_group(comm=MPI.COMM_SELF)
+pg.recv(np.ones(3), 0)
+pg.send(np.ones(1_000_000), 0, tag=1)
+report(done=True)
+"""
+    ended = job(2, script)
+    assert ended["done"] == [True, True] and ended.output.count("and so 1 more") == 2, ended.output
+
+
+@pytest.mark.parametrize("call", ["allreduce(x)", "send(x, 1)", "recv(x, 1)"])
+def test_what_nobody_waits_for_waits_for_the_peer(job, call):
+    """As MPI_Finalize does: the peer may compute for longer than any grace period."""
+    other = {"allreduce(x)": call, "send(x, 1)": "recv(x, 0)", "recv(x, 1)": "send(x, 0)"}[call]
+    script = f"""
+pg = mc.new_group(timeout=60)
+x = np.full(1_000_000, RANK + 1.0)
+if RANK == 0:
+    pg.{call}
+    report(total=0)
+else:
+    time.sleep(4)
+    pg.{other}.wait()
+    report(total=x[-1])
+"""
+    ended = job(2, script, env={"MPICOLL_GRACE": "0.5"})
+    assert ended["total"][1] == {"a": 3, "s": 1, "r": 2}[call[0]] and not ended.output
+
+
+def test_pytest_ends_with_its_own_code_after_a_test_that_leaves_a_receive(job, tmp_path):
+    program = tmp_path / "test_it.py"
+    program.write_text(
+        "import numpy as np, mpicoll as mc\n"
+        "def test_it():\n"
+        "    pg = mc.new_group(timeout=60)\n"
+        "    if pg.rank() == 1: pg.recv(np.ones(3), 0)\n"
+    )
+    script = f"""
+import pytest
+code = pytest.main(["-q", "-p", "no:cacheprovider", {str(program)!r}])
+report(code=int(code))
+sys.exit(code)
+"""
+    ended = job(2, script)
+    assert ended["code"] == [0, 0] and "test_it.py:4" in ended.output, ended.output
