@@ -856,8 +856,8 @@ class ProcessGroup:
         lane = self._lane
         if lane.closed:
             return
+        messages = list(lane.beside)
         if lane.broken is None:
-            messages = list(lane.beside)
             for work in list(lane.enqueued):
                 engine.wait(work, seconds(timeout, self._timeout))
 
@@ -876,12 +876,11 @@ class ProcessGroup:
                     raise  # no rank has shut it down
                 self._close("shut down")
                 raise
-            self._close("shut down")
-            for message in messages:
-                if message.error is not None and not message.fetched:
-                    message.fetched = True
-                    raise message.error
         self._close("shut down")
+        for message in messages:
+            if message.error is not None and not message.fetched:
+                message.fetched = True
+                raise message.error
 
     def abort(self) -> None:
         """Give up everything under way, at once and on this rank alone; peers hear of it."""
@@ -898,6 +897,8 @@ class ProcessGroup:
         self._lane.close(how)
         engine.delist(self._lane)
         self._recorder.close()
+        together = self._lane.broken is None
+        engine.between_steps(lambda: self._transport.release(together=together))
 
     def __enter__(self) -> ProcessGroup:
         return self

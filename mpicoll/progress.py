@@ -51,6 +51,7 @@ from .errors import (
     translate,
 )
 from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
+from .memory import unlink_segments
 from .peers import Every, Peers
 from .recorder import leave_trace
 
@@ -375,6 +376,16 @@ class Engine:
     def listen(self, ear: Callable[[], bool]) -> None:
         """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
         self._ears.append(ear)
+
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Have something done while no step is being taken: now, or when the one at hand is."""
+        if not self._enter():
+            self._handed.append(act)
+            return
+        try:
+            act()
+        finally:
+            self._exit()
 
     def delist(self, lane: Lane) -> None:
         """Listen to a lane no more: its group is closed, or made."""
@@ -911,6 +922,7 @@ def end_job(code: int, why: str = "") -> None:
     sys.stderr.flush()
     if why:
         time.sleep(SAID)
+    unlink_segments()
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
 

@@ -60,10 +60,11 @@ class Child:
         if not self._lane.closed:
             yield from self._children.free(deadline)
             engine.delist(self._lane)
+            yield from self._transport.clear(self._lane)
             self._lane.close("reclaimed")
             self._recorder.close()
-            yield from self._transport.clear(self._lane)
             yield from self._transport.close()
+            self._transport.release(together=True)
             yield from rendezvous.free(self._comms, deadline)
 
 

@@ -38,6 +38,9 @@ class Transport(ABC):
     def abort(self) -> None:  # noqa: B027
         """Let go of the peers: the group is broken, and no call of it is taken any further."""
 
+    def release(self, *, together: bool) -> None:  # noqa: B027
+        """Let go of this rank's memory: the group is closed; `together`: by all ranks."""
+
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
         raise refuse_device(call.buffers())

@@ -65,6 +65,9 @@ class HierarchicalTransport(Transport):
         self._stripes = nodes.stripes
         self._served = nodes.by_stripe()
 
+    def release(self, *, together: bool) -> None:
+        self._near.release(together=together)
+
     # ---- what reduces ----
 
     def allreduce(self, call: Call) -> Steps:

@@ -55,6 +55,10 @@ class ShmTransport(Transport):
         self._comm = comm
         self._arrays = SharedArrays()
 
+    def release(self, *, together: bool) -> None:
+        self._memory.close(together=together)
+        self._arrays.close()
+
     # ---- what rides along with the records ----
 
     def prepare(self, call: Call, seq: int) -> bool:

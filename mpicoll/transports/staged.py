@@ -87,6 +87,11 @@ class StagedTransport(Transport):
         self._sends = 0  # messages that were to be sent
         self._posted = 0  # of these, how many the host transport has been given
 
+    def release(self, *, together: bool) -> None:
+        self._rooms.clear()
+        self._spare.clear()
+        self._host.release(together=together)
+
     # ---- what is seen at the call, and what goes to the host transport as it is ----
 
     def admit(self, call: Call) -> None:

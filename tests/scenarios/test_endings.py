@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.soak import soak
@@ -525,3 +527,20 @@ sys.exit(code)
 """
     ended = job(2, script)
     assert ended["code"] == [0, 0] and "test_it.py:4" in ended.output, ended.output
+
+
+def test_a_job_that_is_aborted_leaves_nothing_of_the_mpi_library_in_shared_memory(job):
+    script = """
+pg = mc.new_group(timeout=60)
+pg.barrier().wait()
+with open("/proc/self/maps") as maps:
+    files = {line.split()[-1] for line in maps if "/dev/shm/" in line}
+report(files=[file for file in files if "mpich_shm_" in file or "sm_segment." in file])
+pg.barrier().wait()
+if RANK == 1:
+    raise ValueError("boom")
+time.sleep(60)
+"""
+    ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "0.5"})
+    files = {file for files in ended["files"] for file in files}
+    assert files and not [file for file in files if os.path.exists(file)]
