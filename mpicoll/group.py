@@ -52,12 +52,13 @@ from .errors import (
     InvalidCallError,
     MpicollError,
     TransportError,
+    Unique,
     UnsupportedError,
 )
 from .leaving import check_process, ending
 from .library import IDLE, MPI, Steps, highest_tag
 from .ops import ReduceOp
-from .progress import Lane, engine, share_machine
+from .progress import Lane, check_threads, engine, share_machine
 from .reclaim import Child, Children
 from .recorder import Recorder
 from .stores import Store, TCPStore
@@ -70,7 +71,7 @@ _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
 _SLACK = 3.0  # the same, where it waited for others than the group's ranks
 
 
-class ProcessGroup:
+class ProcessGroup(Unique):
     """A group of ranks that call collectives together.  Made by `new_group` and its kin.
 
     ``with new_group() as pg:`` shuts the group down at the end, or aborts it if the body raises.
@@ -79,6 +80,11 @@ class ProcessGroup:
         comm: the group's mpi4py communicator.  It is private: mpicoll's own calls run on it,
             so use it while no Work is under way, or `Dup` it.
     """
+
+    _instead = (
+        "all that use it share the one object (set it aside in the __getstate__ of what holds it, "
+        "or call current_process_group() there); split(0) makes another group of the same ranks"
+    )
 
     def __init__(
         self,
@@ -1144,6 +1150,8 @@ def new_group(
         place = backends.check_device(device, backend) if factory is None else "cpu"
         if progress not in ("caller", "thread"):
             raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
+        if progress == "thread":
+            check_threads()
         if options and factory is None:
             raise InvalidCallError(
                 f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
@@ -1164,7 +1172,8 @@ def new_group(
     engine.when_done(work, made)
     if refusal is not None:
         if parent.Get_size() > 1:
-            engine.background()
+            with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
+                engine.background()
         raise refusal
     work.wait()
     name = group_name or ("world" if comm is None else "comm")

@@ -24,16 +24,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from .config import default_timeout, grace, survives_deaths
 from .errors import GroupBrokenError, GroupClosedError, RankFailedError, RemoteRankError
 from .library import MPI, nothing_pending
-from .progress import Lane, end_job, engine
+from .progress import Lane, end_job, engine, start
 from .recorder import leave_trace
 
 UNFINISHED = 2.0  # seconds that calls of no group which nobody waited for get at the end
+_MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
 
 
@@ -43,6 +44,7 @@ class _Ending:
     def __init__(self) -> None:
         self.hooked = False
         self.forked = False
+        self.over = False  # it has taken leave of its peers
         self.failure = ""  # why it ends, in words for the peers
         self.in_thread = False  # the failure: by itself it gives the process no bad exit code
         self.code = 0
@@ -56,34 +58,47 @@ class _Ending:
             return
         grace()  # a wrong MPICOLL_GRACE is refused now, not at the end
         self.hooked = True
-        uncaught, in_thread, leave = sys.excepthook, threading.excepthook, sys.exit
-
-        def excepthook(
-            kind: type[BaseException], error: BaseException, trace: TracebackType | None
-        ) -> None:
-            uncaught(kind, error, trace)
-            if not (hasattr(sys, "ps1") or sys.flags.inspect):  # at a prompt, the program goes on
-                self.code = _INTERRUPTED if kind is KeyboardInterrupt else 1
-                self.raised(kind, error, trace)
-
-        def thread_excepthook(args: threading.ExceptHookArgs) -> None:
-            in_thread(args)
-            ended = issubclass(args.exc_type, SystemExit)  # as a thread may
-            if args.exc_value is not None and not ended and self._has_peers():
-                self.in_thread, self.code = True, self.code or 1
-                name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
-                self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
-                threading.Thread(target=self._outlive, name="mpicoll end", daemon=True).start()
+        leave = sys.exit
 
         def exit_with(status: object = None, /) -> None:
             if threading.current_thread() is not threading.main_thread():
                 leave(status)  # type: ignore[arg-type]
             raise _Exit() if status is None else _Exit(status)
 
-        sys.excepthook, threading.excepthook = excepthook, thread_excepthook
         sys.exit = exit_with  # type: ignore[assignment]
+        _after_each_thread(self._thread_raised)
+        # Before threads are joined, which may wait for the peers.  (At the very end there is none.)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            vars(threading)["_register_atexit"](self._look_for_an_exception)
         atexit.register(self.leave)
         os.register_at_fork(after_in_child=self._note_fork)
+
+    def _look_for_an_exception(self) -> None:
+        """Tell the peers of the exception that ends the main program, whoever has printed it.
+
+        The interpreter leaves it where every `sys.excepthook` can be set without hiding it.  So do
+        prompts and pytest with exceptions that they have caught: those were raised further in.
+        """
+        error = getattr(sys, "last_value", None)
+        trace = getattr(sys, "last_traceback", None)
+        if not isinstance(error, BaseException) or trace is None:
+            return
+        if hasattr(sys, "ps1") or sys.flags.inspect:  # at a prompt, the program goes on
+            return
+        outermost = trace.tb_frame
+        if outermost.f_back is None and outermost.f_code.co_name in _MAINS:
+            self.code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+            self.raised(type(error), error, trace)
+
+    def _thread_raised(self, args: threading.ExceptHookArgs) -> None:
+        """Tell the peers of an exception that ended a thread."""
+        ended = issubclass(args.exc_type, SystemExit)  # as a thread may
+        if args.exc_value is None or ended or self.forked or not self._has_peers():
+            return
+        self.in_thread, self.code = True, self.code or 1
+        name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
+        self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
+        start(threading.Thread(target=self._outlive, name="mpicoll end", daemon=True))
 
     def _note_fork(self) -> None:
         self.forked = True
@@ -151,6 +166,7 @@ class _Ending:
         leave_trace()
         if MPI.Is_finalized():
             return
+        self._look_for_an_exception()
         self._leaving = True
         start = time.monotonic()
         engine.stop()
@@ -176,6 +192,9 @@ class _Ending:
             end_job(self.code or 1, f"rank {rank} of group {bereaved[0].name!r} {how}")
         if not settled or self.in_thread:
             end_job(self.code or 1)
+        self.over = True
+        for lane in engine.lanes():  # what runs later may shut them down
+            lane.close("closed")
 
     def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
         """Wait for the ends of those who share a broken group; return whether MPI may go, too.
@@ -253,6 +272,32 @@ def _all_settled(lanes: list[Lane]) -> bool:
     )
 
 
+def _after_each_thread(act: Callable[[threading.ExceptHookArgs], None]) -> None:
+    """Have a call made for each exception that ends a thread, after `threading.excepthook`.
+
+    Whoever sets that later, as pytest does, sets what is called before: the module itself finds
+    ours under this name.
+    """
+    current = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs, /) -> None:
+        try:
+            current(args)
+        finally:
+            act(args)
+
+    def get(module: ModuleType) -> Callable[[threading.ExceptHookArgs], object]:
+        return current
+
+    def put(module: ModuleType, value: Callable[[threading.ExceptHookArgs], object]) -> None:
+        nonlocal current
+        current = threading.__excepthook__ if value is hook else value
+
+    kind = type("Threading", (type(threading),), {"excepthook": property(get, put)})
+    vars(threading)["excepthook"] = hook
+    threading.__class__ = kind
+
+
 def _warn(unasked: list[tuple[BaseException, str]]) -> None:
     """Say what became of calls that nobody waited for, if they did not end well."""
     if not unasked:
@@ -310,6 +355,12 @@ def check_process() -> None:
         raise GroupClosedError(
             f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
             "use mpicoll in the parent only"
+        )
+    if ending.over:
+        raise GroupClosedError(
+            "this process is at its end, and has taken leave of its peers: make calls before, as "
+            "at the end of the program, or in a function that atexit calls and that is registered "
+            "after the first group was made"
         )
     if MPI.Is_finalized():
         raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")

@@ -423,9 +423,14 @@ class Engine:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
         self._stay = self._stay or stay
         if self._thread is None:
-            _check_threads()
-            self._thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
-            self._thread.start()
+            check_threads()
+            thread = threading.Thread(target=self._work, name="mpicoll", daemon=True)
+            if not start(thread):
+                raise InvalidCallError(
+                    "at the end of the interpreter no thread can be started, as progress from a "
+                    "thread needs: use wait() instead of futures there"
+                )
+            self._thread = thread
         self._wake.set()
 
     def keep_deadlines(self) -> None:
@@ -437,10 +442,10 @@ class Engine:
         past its deadline it frees, whichever thread took it.
         """
         if self._keeper is None:
-            _check_threads()
+            check_threads()
             self._watch_over()
-            self._keeper = threading.Thread(target=self._keep, name="mpicoll keeper", daemon=True)
-            self._keeper.start()
+            keeper = threading.Thread(target=self._keep, name="mpicoll keeper", daemon=True)
+            self._keeper = keeper if start(keeper) else None
             self._look.set()
 
     def _keep(self) -> None:
@@ -497,8 +502,9 @@ class Engine:
     def _watch_over(self) -> None:
         if self._watchdog is None:
             # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
-            self._watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
-            self._watchdog.start()
+            # (At the end of the interpreter none can be started: what blocks then is not bounded.)
+            watchdog = threading.Thread(target=self._watch, name="mpicoll guard", daemon=True)
+            self._watchdog = watchdog if start(watchdog) else None
 
     def _watch(self) -> None:
         while True:
@@ -927,12 +933,27 @@ def end_job(code: int, why: str = "") -> None:
     os._exit(code)
 
 
-def _check_threads() -> None:
+def check_threads() -> None:
+    """Refuse what needs a thread that calls MPI, where MPI allows none."""
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise GroupBrokenError(
-            "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
-            "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
+        raise InvalidCallError(
+            "progress from a thread (progress='thread', futures, await) needs "
+            "MPI_THREAD_MULTIPLE, but MPI was initialized with less: leave mpi4py.rc.thread_level "
+            "and mpi4py.rc.threads as they are, or ask for MPI.THREAD_MULTIPLE; or use wait()"
         )
+
+
+def start(thread: threading.Thread) -> bool:
+    """Start a thread; False: at the end of the interpreter, where none can be started any more."""
+    if sys.is_finalizing():  # Python 3.11 would wait for ever
+        return False
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # but for want of memory or of threads
+            raise
+        return False
+    return True
 
 
 def _interrupted(error: BaseException, task: Task) -> GroupBrokenError:

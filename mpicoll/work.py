@@ -9,12 +9,12 @@ from typing import Any
 
 from .calls import Call, Peer
 from .config import seconds
-from .errors import InvalidCallError
+from .errors import InvalidCallError, Unique
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder, end, number, place
 
 
-class Work(Task):
+class Work(Task, Unique):
     """One call under way.  It owns the arrays of the call until the call is done.
 
     Works of one group run in program order.  Dropping a Work drops nothing else: the call
@@ -22,6 +22,8 @@ class Work(Task):
     """
 
     __slots__ = ("_entry",)
+
+    _instead = "wait() for it, and copy the arrays that you gave to the call"
 
     def __init__(
         self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
@@ -152,8 +154,9 @@ class Work(Task):
             else:
                 future.set_result(self.result())
 
+        if not self.done:
+            engine.background()
         engine.when_done(self, settle)
-        engine.background()
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:

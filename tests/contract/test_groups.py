@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import time
 import weakref
@@ -422,3 +424,19 @@ def test_the_lists_of_those_who_are_not_the_root_are_not_looked_at(pg):
         into = np.zeros(3)
         pg.scatter(into, list(np.full((n, 3), 5.0)), root).wait()
         assert (into == 5).all()
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, pickle.dumps, lambda x: pickle.dumps([x], protocol=2)]
+)
+def test_groups_and_works_are_neither_copied_nor_pickled(pg, again):
+    work = pg.barrier()
+    for one in (pg, work):
+        for error in (TypeError, mc.InvalidCallError):
+            with pytest.raises(error, match="neither copied nor pickled"):
+                again(one)
+    work.wait()
+    with pytest.raises(mc.InvalidCallError, match="pickled"):
+        pg.allgather_object(pg)
+    gc.collect()
+    pg.barrier().wait()

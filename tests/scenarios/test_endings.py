@@ -544,3 +544,181 @@ time.sleep(60)
     ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "0.5"})
     files = {file for files in ended["files"] for file in files}
     assert files and not [file for file in files if os.path.exists(file)]
+
+
+HOOKS = """
+sys.excepthook = lambda *error: print("hooked", flush=True)
+threading.excepthook = lambda args: print("hooked in", args.thread.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["the main program", "a thread", "one that waits for a thread"])
+def test_hooks_that_the_program_sets_later_hide_no_cause(job, where):
+    """As rich.traceback.install() and pytest set theirs."""
+    script = f"""
+pg = mc.new_group(timeout=60)
+pg.barrier().wait()
+{HOOKS}
+def fail():
+    raise ValueError("boom")
+where = {where!r}
+if RANK == 1:
+    report(cause=time.time())
+    if where == "the main program":
+        fail()
+    if where == "a thread":
+        threading.Thread(target=fail, name="worker").start()
+        time.sleep(60)
+    threading.Thread(target=pg.barrier().wait).start()  # it ends when the others have come, or left
+    fail()
+if where == "one that waits for a thread":
+    time.sleep(1)
+try:
+    pg.allreduce(np.ones(3)).wait()
+except RemoteRankError as error:
+    report(rank=error.rank, text=str(error))
+"""
+    ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "1"})
+    assert "hooked in worker" if where == "a thread" else "hooked" in ended.output, ended.output
+    for told in (ended.ranks[0], ended.ranks[2]):
+        assert told["rank"] == 1 and "boom" in told["text"], told
+
+
+def test_the_hook_of_threads_can_be_read_set_and_put_back(job):
+    script = """
+from unittest import mock
+first = threading.excepthook
+pg = mc.new_group(timeout=20)
+said = [threading.excepthook is first]
+def other(args):
+    said.append("other")
+    raise KeyError("of the hook")
+with mock.patch.object(threading, "excepthook", other):
+    said.append(threading.excepthook is other)
+said.append(threading.excepthook in (first, threading.__excepthook__))
+pg.shutdown()
+threading.excepthook = other
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+report(said=said)
+"""
+    assert job(1, script)["said"] == [[True, True, True, "other"]]
+
+
+def test_exceptions_that_were_caught_are_not_the_end_of_the_program(job):
+    """Prompts and test runners leave them where the interpreter leaves the last one."""
+    script = """
+pg = mc.new_group(timeout=20)
+def caught():
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()
+caught()
+report(wall=time.time())
+if RANK == 1:
+    time.sleep(1)
+    x = np.ones(3)
+    pg.split(0).allreduce(x).wait()
+    report(total=x[0])
+else:
+    pg.split(0).allreduce(np.ones(3)).wait()
+"""
+    ended = job(2, script)
+    assert ended.ranks[1]["total"] == 2 and not ended.output, ended.output
+
+
+def test_what_runs_when_the_interpreter_ends(job):
+    """Functions registered with atexit before and after the group, and __del__ at the very end."""
+    script = """
+import atexit
+said = []
+def note(name, use):
+    try:
+        said.append([name, repr(use())])
+    except Exception as error:
+        said.append([name, type(error).__name__])
+    report(said=said)
+atexit.register(lambda: note("before", pg.barrier))
+atexit.register(lambda: note("before", pg.shutdown))
+atexit.register(lambda: note("before", lambda: mc.new_group(timeout=5)))
+pg = mc.new_group(timeout=20)
+side = pg.split(0)
+def after():
+    x = np.ones(70_001)
+    part = side.split(0)
+    part.allreduce(x).wait()
+    part.shutdown()
+    return float(x[0])
+atexit.register(lambda: note("after", after))
+class Last:
+    def __del__(self, side=side, x=np.ones(3), closed=GroupClosedError, write=os.write):
+        side.shutdown()
+        try:
+            side.allreduce(x)
+        except closed:
+            write(1, b"refused at last;")
+last = Last()
+"""
+    ended = job(2, script)
+    assert ended.output.count("refused at last;") == 2, ended.output
+    for said in ended["said"]:
+        assert said == [
+            ["after", "2.0"],
+            ["before", "GroupClosedError"],
+            ["before", "None"],
+            ["before", "GroupClosedError"],
+        ]
+
+
+LEVELS = ["rc.thread_level = 'serialized'", "rc.thread_level = 'single'", "rc.threads = False"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_threads_what_needs_none_works_and_the_rest_says_so(job, level):
+    script = f"""
+import asyncio, mpi4py
+mpi4py.{level}
+pg = mc.new_group(timeout=20)
+said = []
+def tried(use):
+    try:
+        use()
+        said.append("done")
+    except MpicollError as error:
+        said.append(type(error).__name__ + ": " + str(error))
+async def awaited(work):
+    await work
+def later(use):
+    work = pg.barrier() if RANK == 0 else time.sleep(0.3)
+    try:
+        if work:
+            use(work)
+    finally:
+        (work or pg.barrier()).wait()
+tried(lambda: later(lambda work: work.get_future()))
+tried(lambda: later(lambda work: asyncio.run(awaited(work))))
+tried(lambda: mc.new_group(timeout=20, progress="thread"))
+tried(lambda: mc.new_group("nonsense" if RANK == 0 else "auto", timeout=20))
+tried(lambda: pg.allreduce(np.ones(4)[::2] if RANK == 0 else np.ones(2)).wait())
+work = pg.barrier()
+work.wait()
+tried(lambda: work.get_future().result(1))
+for make in (lambda: mc.new_group(timeout=20), lambda: pg.split(0), pg.local_group):
+    with make() as group:
+        x = np.ones(70_001)
+        group.allreduce(x).wait()
+        assert x[-1] == 2
+sending = pg.send(np.ones(3), 1 - RANK)
+pg.recv(np.ones(3)).wait()
+sending.wait()
+report(said=said)
+"""
+    first, second = job(2, script)["said"]
+    for said in first[:3]:
+        assert said.startswith("InvalidCallError") and "MPI_THREAD_MULTIPLE" in said, said
+    assert "backend must be one of" in first[3] and "C-contiguous" in first[4]
+    assert second[:2] == ["done", "done"] and second[2].startswith("InvalidCallError")
+    assert all(said.startswith("CollectiveMismatchError") for said in second[3:5])
+    assert first[5] == second[5] == "done"
