@@ -33,7 +33,7 @@ from .library import MPI, nothing_pending
 from .progress import Lane, end_job, engine, start
 from .recorder import leave_trace
 
-UNFINISHED = 2.0  # seconds that calls of no group which nobody waited for get at the end
+UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
 _MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
 

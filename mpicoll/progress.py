@@ -149,6 +149,7 @@ class Lane:
         self.moved = 0.0  # when a pass last moved something
         self.broken: BaseException | None = None
         self.closed = ""
+        self.deserted = False  # a wait for one of its calls was interrupted
         self.told = False  # the program has been given the error that broke it
         self.replaced = False  # shrink_group has made another group of its members
         self.unfetched: BaseException | None = None  # of a Work that was dropped unasked
@@ -886,8 +887,9 @@ class Engine:
     def say_farewell(self, seconds: float) -> None:
         """Finish what is under way, and arrive one last time in every open group.
 
-        So peers that still wait for this rank raise at once.  For the peers' farewells one waits,
-        as MPI_Finalize would.  After that, what belongs to no group yet has `seconds`.
+        So peers that still wait for this rank raise at once.  For the peers one waits, as
+        MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
+        else, for the making of a group.
         """
         lanes = [x for x in self._lanes if x.farewell and x.broken is None]
         lanes = [x for x in lanes if x.peers.size > 1 or x.beside]
@@ -906,11 +908,13 @@ class Engine:
             else:
                 assert lane.farewell is not None
                 lane.farewell()
-        pace, until = Pace(), math.inf
+        pace, until, last = Pace(), time.monotonic() + seconds, math.inf
         while self._active:
+            now = time.monotonic()
             if any(lane.farewell for lane in self._active):
-                until = time.monotonic() + seconds
-            elif time.monotonic() > until:
+                last = now + seconds
+            given_up = (t for t in self.unfinished() if t.lane.deserted and not t.call.leaving)
+            if now > last or (now > until and any(given_up)):
                 return
             self._enter()
             try:

@@ -69,14 +69,18 @@ class Work(Task, Unique):
         Raises:
             MpicollError: what became of the call; its class says in which state the group is.
         """
-        if timeout is not None and not self.call.captured:
-            engine.wait(self, seconds(timeout, 0.0))
-        elif not self.done:
-            engine.wait(self, on_host=False)
-            if not self.done:
-                self.call.enqueued.hold()
-                engine.release(self)
-                return True
+        try:
+            if timeout is not None and not self.call.captured:
+                engine.wait(self, seconds(timeout, 0.0))
+            elif not self.done:
+                engine.wait(self, on_host=False)
+                if not self.done:
+                    self.call.enqueued.hold()
+                    engine.release(self)
+                    return True
+        except BaseException:
+            self.lane.deserted = True  # nobody waits at the end of the program, either
+            raise
         return self._ended_well()
 
     def _ended_well(self) -> bool:
