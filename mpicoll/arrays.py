@@ -46,6 +46,10 @@ class SharedArrays:
         weakref.finalize(mine, self._parts.pop, self.made, None).atexit = False
         return mine
 
+    def close(self) -> None:
+        """Forget them: the group is closed.  Those that the user has stay as they are."""
+        self._parts.clear()
+
     def find(self, array: Array, rank: int) -> tuple[int, int]:
         """Return the number of the array that this one is in, and where, in bytes; or 0, 0."""
         begin = array.ctypes.data

@@ -18,7 +18,7 @@ import numpy as np
 
 from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call, digest
 from .errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
-from .library import IDLE, MPI, Steps, until
+from .library import IDLE, MPI, Steps, pending, until
 from .memory import NodeMemory
 from .peers import Peers
 
@@ -72,18 +72,69 @@ def _record(call: Call, seq: int) -> tuple[int, ...]:
     )
 
 
+class Exchange:
+    """Where records meet over MPI: those of all ranks, or of the nodes' first ones.
+
+    Attributes:
+        count: meetings that this rank has begun; on all ranks the same, or one less.
+        last: the call of the last one.
+        both: what came out of it.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self.count = self.last = 0
+        self.both = bytearray(_BOTH.size)
+        self._spec = [self.both, MPI.INT64_T]
+
+    def meet(self, highest: Record, lowest: Record, extent: int) -> Meets:
+        """Publish what this rank has, and wait for all; return what differs."""
+        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
+        # The buffer is reused: calls of a group come one at a time, and after one that was
+        # abandoned there is no other.
+        _BOTH.pack_into(self.both, 0, *highest, *map(operator.neg, lowest), extent)
+        self.count += 1
+        self.last = highest[_SEQ]
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
+        return _unpacked(self.both)
+
+    def catch_up(self, count: int, left: int) -> None:
+        """Begin the meeting in which others still wait for this rank: MPI ends no other way.
+
+        It comes when all are at their ends, and nobody reads what it gives.  Not where this rank
+        left call `left` behind its meeting: MPI may expect more of it first.
+
+        Args:
+            count: meetings that others have begun.
+        """
+        if count == self.count + 1 and self.last != left:
+            self.count = count
+            pending.append(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+
+
+def _unpacked(both: bytes | bytearray | memoryview) -> tuple[Record, Record, int]:
+    """Return highest and lowest of each field, and the largest extent."""
+    fields = _BOTH.unpack_from(both)
+    return fields[:_FIELDS], tuple(map(operator.neg, fields[_FIELDS:-1])), fields[-1]
+
+
 class Arrival:
-    """The exchange of records of one group, on the group's private communicator."""
+    """The exchange of records of one group, on the group's private communicator.
+
+    Attributes:
+        exchange: where they meet over MPI; None: they don't, or not on this rank.
+    """
+
+    exchange: Exchange | None
 
     def __init__(self, comm: MPI.Comm, peers: Peers) -> None:
+        self.exchange = Exchange(comm)
         self._comm = comm
         self._peers = peers
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
         self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
         self._since = time.monotonic()  # when this rank arrived last
-        self._both = bytearray(_BOTH.size)
-        self._spec = [self._both, MPI.INT64_T]
 
     def steps(self, call: Call, seq: int) -> Steps:
         """Wait until every rank has arrived at a call, and compare.
@@ -122,13 +173,8 @@ class Arrival:
 
     def _meet(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
-        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
-        # The buffer is reused: calls of a group come one at a time, and after one that was
-        # abandoned there is no other.
-        _BOTH.pack_into(self._both, 0, *record, *map(operator.neg, record), extent)
-        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
-        both = _BOTH.unpack(self._both)
-        return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
+        assert self.exchange is not None
+        return self.exchange.meet(record, record, extent)
 
     def check_left(self, seq: int) -> None:
         """Raise if a peer has said that it takes no part in call `seq`."""
@@ -289,6 +335,7 @@ class BoardArrival(Arrival):
         self, comm: MPI.Comm, peers: Peers, memory: NodeMemory, ranks: Sequence[int]
     ) -> None:
         super().__init__(comm, peers)
+        self.exchange = None
         self._memory = memory
         self._near = ranks
         self._last = 0  # the number of the last arrival; calls count from 1
@@ -402,7 +449,7 @@ class NodesArrival(BoardArrival):
     ) -> None:
         super().__init__(comm, peers, memory, ranks)
         self._near_comm = near
-        self._leaders = leaders
+        self.exchange = None if leaders is None else Exchange(leaders)
         self._everywhere = everywhere
 
     def at_once(self, call: Call, seq: int) -> bool:
@@ -420,15 +467,13 @@ class NodesArrival(BoardArrival):
         memory, seq = self._memory, record[_SEQ]
         outcome = memory.outcome(seq).cast("B")
         if memory.rank == 0:
-            assert self._leaders is not None
-            _BOTH.pack_into(self._both, 0, *highest, *map(operator.neg, lowest), largest)
-            yield from until(self._leaders.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
-            outcome[: _BOTH.size] = self._both
+            assert self.exchange is not None
+            met = yield from self.exchange.meet(highest, lowest, largest)
+            outcome[: _BOTH.size] = self.exchange.both
             memory.conclude(seq)
-        else:
-            yield from memory.concluded(seq)
-        both = _BOTH.unpack_from(outcome)
-        return both[:_FIELDS], tuple(map(operator.neg, both[_FIELDS:-1])), both[-1]
+            return met
+        yield from memory.concluded(seq)
+        return _unpacked(outcome)
 
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         if self._asked is self._near_comm:

@@ -152,6 +152,21 @@ class TransportError(MpicollError):
         self.code = code
 
 
+class _CopyError(InvalidCallError, TypeError):
+    """Also a TypeError, as `copy` and `pickle` raise of what they can't copy."""
+
+
+class Unique:
+    """What exists once: a copy would be the same thing under a second, and a shorter, life."""
+
+    __slots__ = ()
+
+    _instead = ""  # what to do
+
+    def __reduce_ex__(self, protocol: object) -> str | tuple[object, ...]:
+        raise _CopyError(f"{self!r} can be neither copied nor pickled: {self._instead}")
+
+
 def translate(error: Exception, what: str) -> MpicollError:
     """Turn an exception of mpi4py, CuPy or a step into ours; `what` says what was being done."""
     if isinstance(error, MpicollError):

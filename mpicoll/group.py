@@ -54,15 +54,17 @@ from .errors import (
     InvalidCallError,
     MpicollError,
     TransportError,
+    Unique,
     UnsupportedError,
 )
 from .leaving import check_process, ending
 from .library import IDLE, MPI, Steps, highest_tag
 from .ops import ReduceOp
-from .progress import Lane, Task, engine, share_machine
+from .progress import Lane, Task, check_threads, engine, share_machine
 from .reclaim import Child, Children
 from .recorder import Recorder
 from .stores import Store, TCPStore
+from .transports.base import Transport
 from .work import Work
 
 SUM = ReduceOp.SUM
@@ -72,7 +74,7 @@ _FAILURES = 64  # Works that failed and may have been dropped, which a call look
 _SLACK = 3.0  # the same, where it waited for others than the group's ranks
 
 
-class ProcessGroup:
+class ProcessGroup(Unique):
     """A group of ranks that call collectives together.  Made by `new_group` and its kin.
 
     ``with new_group() as pg:`` shuts the group down at the end, or aborts it if the body raises.
@@ -81,6 +83,11 @@ class ProcessGroup:
         comm: the group's mpi4py communicator.  It is private: mpicoll's own calls run on it,
             so use it while no Work is under way, or `Dup` it.
     """
+
+    _instead = (
+        "all that use it share the one object (set it aside in the __getstate__ of what holds it, "
+        "or call current_process_group() there); split(0) makes another group of the same ranks"
+    )
 
     def __init__(
         self,
@@ -107,6 +114,7 @@ class ProcessGroup:
         self._transport = backends.transport(ground)
         self._lane.abort = self._transport.abort
         self._arrival = backends.arrival(ground, self._lane.peers, wanted)
+        self._lane.exchange = self._arrival.exchange
         self._once = self._lane.once = Once() if wanted.checks == "first" else None
         self._world_ranks = rendezvous.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
@@ -114,11 +122,13 @@ class ProcessGroup:
         if ground.shared is not None:
             shared = ground.shared
             self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
-        self._lane.farewell = partial(_farewell, self._lane, self._arrival, self._recorder)
+        self._lane.farewell = partial(
+            _farewell, self._lane, self._arrival, self._transport, self._recorder
+        )
         self._ending: Work | None = None  # the call of shutdown()
         self._children = Children()
         self._kin = Child(
-            *(self, ground.comms, ground.nccl, self._lane, self._recorder, self._children)
+            *(self, ground.comms, self._transport, self._lane, self._recorder, self._children)
         )
         engine.enlist(self._lane)
         if progress == "thread":
@@ -846,17 +856,23 @@ class ProcessGroup:
         broken group it only closes this rank's side.  The error of a Work that was dropped
         unasked is raised here at the latest; then, as where the peers call something else, no
         rank has shut the group down.
+
+        A receive for which no message has come when all ranks are here is cancelled, and a message
+        that no rank receives is dropped.  That error is raised here, too, if nobody has asked the
+        Work for it before; the group is shut down then.
         """
         lane = self._lane
         if lane.closed:
             return
+        messages = list(lane.beside)
         if lane.broken is None:
-            for work in [*lane.enqueued, *lane.beside]:
+            for work in list(lane.enqueued):
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
                 while lane.enqueued:
                     yield IDLE  # what was left to the GPU comes first
+                yield from self._transport.clear(lane)
                 engine.delist(lane)  # nobody may listen on it any more
                 yield from self._transport.close()
                 yield from rendezvous.free(self._ground.comms, work.deadline)
@@ -874,6 +890,10 @@ class ProcessGroup:
                 self._close("shut down")
                 raise
         self._close("shut down")
+        for message in messages:
+            if message.error is not None and not message.fetched:
+                message.fetch()
+                raise message.error
 
     def abort(self, reason: str = "") -> None:
         """Give up everything under way, at once and on this rank alone.
@@ -894,6 +914,8 @@ class ProcessGroup:
         self._lane.close(how)
         engine.delist(self._lane)
         self._recorder.close()
+        together = self._lane.broken is None
+        engine.between_steps(lambda: self._transport.release(together=together))
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -1070,12 +1092,17 @@ def _see_through(work: Work) -> None:
         raise
 
 
-def _farewell(lane: Lane, arrival: Arrival, recorder: Recorder) -> None:
+def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
     """Launch this rank's last arrival in a group, which waits for the others' for long."""
     lane.seq += 1
     call = Call("shutdown", leaving=True)
     work = Work(lane, call, lane.seq, default_timeout(), recorder)
-    engine.launch(work, arrival.steps(call, lane.seq))
+
+    def steps() -> Steps:
+        yield from arrival.steps(call, work.seq)
+        yield from transport.clear(lane)
+
+    engine.launch(work, steps())
 
 
 def _refuse_busy(call: Call, lane: Lane) -> Task | None:
@@ -1163,6 +1190,8 @@ def new_group(
         place = backends.check_device(device, backend) if factory is None else "cpu"
         if progress not in ("caller", "thread"):
             raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
+        if progress == "thread":
+            check_threads()
         if options and factory is None:
             raise InvalidCallError(
                 f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
@@ -1188,7 +1217,8 @@ def new_group(
         raise
     if refusal is not None:
         if parent.Get_size() > 1:
-            engine.background()
+            with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
+                engine.background()
         raise refusal
     _see_through(work)
     name = group_name or ("world" if comm is None else "comm")

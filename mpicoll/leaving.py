@@ -23,17 +23,25 @@ import sys
 import threading
 import time
 import traceback
+from _thread import start_new_thread
 from collections.abc import Callable
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from .config import default_timeout, grace, survives_deaths
-from .errors import GroupBrokenError, GroupClosedError, RankFailedError, RemoteRankError
+from .errors import (
+    GroupBrokenError,
+    GroupClosedError,
+    RankFailedError,
+    RemoteRankError,
+    interrupts,
+)
 from .library import MPI, nothing_pending
 from .progress import Lane, end_job, engine
 from .recorder import leave_trace
 
-UNFINISHED = 2.0  # seconds that calls which nobody waited for get at the end
+UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
+_MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
 
 
@@ -43,6 +51,7 @@ class _Ending:
     def __init__(self) -> None:
         self.hooked = False
         self.forked = False
+        self.over = False  # it has taken leave of its peers
         self.failure = ""  # why it ends, in words for the peers
         self.in_thread = False  # the failure: by itself it gives the process no bad exit code
         self.code = 0
@@ -56,34 +65,48 @@ class _Ending:
             return
         grace()  # a wrong MPICOLL_GRACE is refused now, not at the end
         self.hooked = True
-        uncaught, in_thread, leave = sys.excepthook, threading.excepthook, sys.exit
-
-        def excepthook(
-            kind: type[BaseException], error: BaseException, trace: TracebackType | None
-        ) -> None:
-            uncaught(kind, error, trace)
-            if not (hasattr(sys, "ps1") or sys.flags.inspect):  # at a prompt, the program goes on
-                self.code = _INTERRUPTED if kind is KeyboardInterrupt else 1
-                self.raised(kind, error, trace)
-
-        def thread_excepthook(args: threading.ExceptHookArgs) -> None:
-            in_thread(args)
-            ended = issubclass(args.exc_type, SystemExit)  # as a thread may
-            if args.exc_value is not None and not ended and self._has_peers():
-                self.in_thread, self.code = True, self.code or 1
-                name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
-                self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
-                threading.Thread(target=self._outlive, name="mpicoll end", daemon=True).start()
+        leave = sys.exit
 
         def exit_with(status: object = None, /) -> None:
             if threading.current_thread() is not threading.main_thread():
                 leave(status)  # type: ignore[arg-type]
             raise _Exit() if status is None else _Exit(status)
 
-        sys.excepthook, threading.excepthook = excepthook, thread_excepthook
         sys.exit = exit_with  # type: ignore[assignment]
+        _after_each_thread(self._thread_raised)
+        # Before threads are joined, which may wait for the peers.  (At the very end there is none.)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            vars(threading)["_register_atexit"](self._look_for_an_exception)
         atexit.register(self.leave)
         os.register_at_fork(after_in_child=self._note_fork)
+
+    def _look_for_an_exception(self) -> None:
+        """Tell the peers of the exception that ends the main program, whoever has printed it.
+
+        The interpreter leaves it where every `sys.excepthook` can be set without hiding it.  So do
+        prompts and pytest with exceptions that they have caught: those were raised further in.
+        """
+        error = getattr(sys, "last_value", None)
+        trace = getattr(sys, "last_traceback", None)
+        if not isinstance(error, BaseException) or trace is None:
+            return
+        if hasattr(sys, "ps1") or sys.flags.inspect:  # at a prompt, the program goes on
+            return
+        outermost = trace.tb_frame
+        if outermost.f_back is None and outermost.f_code.co_name in _MAINS:
+            self.code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+            self.raised(type(error), error, trace)
+
+    def _thread_raised(self, args: threading.ExceptHookArgs) -> None:
+        """Tell the peers of an exception that ended a thread."""
+        ended = issubclass(args.exc_type, SystemExit)  # as a thread may
+        if args.exc_value is None or ended or self.forked or not self._has_peers():
+            return
+        self.in_thread, self.code = True, self.code or 1
+        name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
+        self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
+        if not sys.is_finalizing():  # when no thread can be started
+            start_new_thread(self._outlive, ())
 
     def _note_fork(self) -> None:
         self.forked = True
@@ -145,24 +168,35 @@ class _Ending:
 
     def leave(self) -> None:
         """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
+        try:
+            self._leave()
+        except BaseException as error:
+            if interrupts(error):  # MPI_Finalize would hang where we have stopped
+                end_job(self.code or _INTERRUPTED, f"{type(error).__name__} interrupted its end")
+            raise
+
+    def _leave(self) -> None:
         if self.forked:  # without mpi4py's MPI_Finalize, in which a child hangs
             _flush()
             os._exit(self.code)
         leave_trace()
         if MPI.Is_finalized():
             return
+        self._look_for_an_exception()
         self._leaving = True
         start = time.monotonic()
         engine.stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
+            works = list(engine.unfinished())
             engine.say_farewell(UNFINISHED)
             for lane in {task.lane for task in engine.unfinished()}:
                 engine.fail_all(
                     lane, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
+            _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
         settled = self._take_leave(lambda: False, start)
         bereaved = [lane for lane in engine.broken if lane.peers.dead]
         if bereaved and settled and survives_deaths():
@@ -174,6 +208,9 @@ class _Ending:
             end_job(self.code or 1, f"rank {rank} of group {bereaved[0].name!r} {how}")
         if not settled or self.in_thread:
             end_job(self.code or 1)
+        self.over = True
+        for lane in engine.lanes():  # what runs later may shut them down
+            lane.close("closed")
 
     def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
         """Wait for the ends of those who share a broken group; return whether MPI may go, too.
@@ -184,31 +221,49 @@ class _Ending:
         if not lanes:
             return nothing_pending() or survives_deaths()
         _flush()
-        self._go(lanes, settled=False)
-        settled = False
-        start = start or time.monotonic()
+        for lane in lanes:
+            _go(lane, settled=False)
+        settled: list[Lane] = []
+        start = since = start or time.monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
+        seen: object = None
         while not until():
             engine.test()
-            if not settled and nothing_pending():
-                settled = True
-                self._go(lanes, settled=True)
             known, unknown = _still_there(lanes)
-            if settled and not (known or unknown) and _all_settled(lanes):
+            for lane in lanes:
+                if not lane.peers.there and lane not in settled and _settle(lane):
+                    settled.append(lane)
+                    _go(lane, settled=True)
+            if len(settled) == len(lanes) and _all_settled(lanes):
                 return True
             now = time.monotonic()
-            if now > for_aware:
+            if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in lanes))):
+                since = now  # those who were the last to come have their time, too
+            stuck = any(x.peers.is_stuck() for x in lanes)
+            if now > for_aware or (now > for_unaware and unknown and not known):
                 return False
-            if now > for_unaware and (not known or any(x.peers.is_stuck() for x in lanes)):
+            if now > max(for_unaware, since + grace()) and (stuck or not (known or unknown)):
                 return False
             time.sleep(1e-3)
         return False
 
-    @staticmethod
-    def _go(lanes: list[Lane], *, settled: bool) -> None:
-        for lane in lanes:
-            with contextlib.suppress(MPI.Exception):
-                lane.peers.go(settled=settled)
+
+def _go(lane: Lane, *, settled: bool) -> None:
+    met = 0 if lane.exchange is None else lane.exchange.count
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.go(met, settled=settled)
+
+
+def _settle(lane: Lane) -> bool:
+    """End what MPI has pending in a broken group, if that can be; return whether nothing is left.
+
+    All its members are at their ends: nobody there calls or receives anything any more.
+    """
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.drop_messages()
+        if lane.exchange is not None:
+            lane.exchange.catch_up(max(lane.peers.met.values(), default=0), lane.left)
+    return nothing_pending()
 
 
 def _still_there(lanes: list[Lane]) -> tuple[int, int]:
@@ -231,6 +286,44 @@ def _all_settled(lanes: list[Lane]) -> bool:
         and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
         for lane in lanes
     )
+
+
+def _after_each_thread(act: Callable[[threading.ExceptHookArgs], None]) -> None:
+    """Have a call made for each exception that ends a thread, after `threading.excepthook`.
+
+    Whoever sets that later, as pytest does, sets what is called before: the module itself finds
+    ours under this name.
+    """
+    current = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs, /) -> None:
+        try:
+            current(args)
+        finally:
+            act(args)
+
+    def get(module: ModuleType) -> Callable[[threading.ExceptHookArgs], object]:
+        return current
+
+    def put(module: ModuleType, value: Callable[[threading.ExceptHookArgs], object]) -> None:
+        nonlocal current
+        current = threading.__excepthook__ if value is hook else value
+
+    kind = type("Threading", (type(threading),), {"excepthook": property(get, put)})
+    vars(threading)["excepthook"] = hook
+    threading.__class__ = kind
+
+
+def _warn(unasked: list[tuple[BaseException, str]]) -> None:
+    """Say what became of calls that nobody waited for, if they did not end well."""
+    if not unasked:
+        return
+    error, place = unasked[0]
+    said = str(error) if place in str(error) else f"{error} (called at {place})"
+    more = f" (and so {len(unasked) - 1} more)" if len(unasked) > 1 else ""
+    with contextlib.suppress(Exception):  # standard error may be closed
+        rank = MPI.COMM_WORLD.Get_rank()
+        print(f"mpicoll: rank {rank}: nobody waited for {said}{more}", file=sys.stderr, flush=True)
 
 
 def _flush() -> None:
@@ -278,6 +371,12 @@ def check_process() -> None:
         raise GroupClosedError(
             f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
             "use mpicoll in the parent only"
+        )
+    if ending.over:
+        raise GroupClosedError(
+            "this process is at its end, and has taken leave of its peers: make calls before, as "
+            "at the end of the program, or in a function that atexit calls and that is registered "
+            "after the first group was made"
         )
     if MPI.Is_finalized():
         raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")

@@ -46,6 +46,7 @@ _SAID = struct.Struct("8q")  # a record after its number, and the extent
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
 _FOLDER = "/dev/shm"
+_SEGMENTS = (f"{_FOLDER}/mpich_shm_", f"{_FOLDER}/sm_segment.")  # MPICH's, Open MPI's
 
 
 @functools.cache
@@ -180,6 +181,19 @@ class NodeMemory:
         views = rooms(_PAGE, PAYLOAD), rooms(_PAGE + 2 * PAYLOAD, SLOT)
         self._views[dtype] = views
         return views
+
+    def close(self, *, together: bool) -> None:
+        """Let go of the mapping and of the file, which no step uses any more.
+
+        Args:
+            together: all ranks do so.  Else a lock stays, or this rank would seem to have died.
+        """
+        if self.locked and not together:
+            return
+        self._views.clear()
+        del self.words, self._whole, self._map
+        if self._file is not None:
+            self._file.close()
 
     @property
     def locked(self) -> bool:
@@ -323,6 +337,18 @@ def _map(
     if file >= 0:
         os.close(file)
     return room, None
+
+
+def unlink_segments() -> None:
+    """Remove the MPI library's files in shared memory that this process has mapped.
+
+    When a job is aborted, the library leaves them behind.  Only this job's ranks have mapped them.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        for path in {line.split(maxsplit=5)[-1].rstrip("\n") for line in maps}:
+            if path.startswith(_SEGMENTS) and not path.endswith(" (deleted)"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
 
 def bytes_per_rank() -> int:

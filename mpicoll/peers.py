@@ -27,16 +27,20 @@ import struct
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from . import alive
 from .alive import Identity, watch
 from .config import survives_deaths
-from .library import MPI, notice_tag
+from .library import MPI, notice_tag, pending
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
 QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
+_PIECE = 2**30  # bytes, of which MPI can count so many at a time
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
 _FEW = 16  # unfinished sends that are kept without a look at them
 _RANKS = 1000  # bytes of them that ranks may take, or a verdict
@@ -67,6 +71,16 @@ class State:
     said: Said
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A message that comes for nobody."""
+
+    source: int
+    tag: int
+    data: np.ndarray[Any, Any]
+    request: MPI.Request
+
+
 class Peers:
     """The other members of one communicator, and what is known of each.
 
@@ -80,6 +94,7 @@ class Peers:
         aware: those who know that the group is broken.
         gone: those who are at the end of their process.
         settled: those of them with whom MPI has nothing pending.
+        met: how many meetings of records over MPI those at their ends have begun.
         joined: what was said by those who are in `shrink_group`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
@@ -94,6 +109,7 @@ class Peers:
         self.aware: set[int] = set()
         self.gone: set[int] = set()
         self.settled: set[int] = set()
+        self.met: dict[int, int] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.forget_node()
@@ -192,9 +208,13 @@ class Peers:
         """Tell every peer that this rank has heard of a failure, and sends no cause of its own."""
         self._tell_all(HEARD)
 
-    def go(self, *, settled: bool) -> None:
-        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here."""
-        self._tell_all(GONE, waiting=not settled)
+    def go(self, met: int, *, settled: bool) -> None:
+        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here.
+
+        Args:
+            met: meetings of records over MPI that this rank has begun in the group.
+        """
+        self._tell_all(GONE, met, waiting=not settled)
 
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
@@ -263,6 +283,7 @@ class Peers:
                 self.dead.setdefault(seq, text)
             elif what == GONE:
                 self.gone.add(source)
+                self.met[source] = seq
                 if not waiting:
                     self.settled.add(source)
 
@@ -276,6 +297,40 @@ class Peers:
         calls = json.dumps(state.said.calls)
         text = f"{arrived}\0{calls}\0{_cut(state.said.text, _TEXT - len(arrived) - len(calls))}"
         self._tell(rank, STATE, seq, text, state.arrived)
+
+    def drop_messages(self) -> None:
+        """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
+        while found := self.unwanted():
+            pending.append(found.request)
+
+    def unwanted(
+        self, wanted: Callable[[int, int], bool] = lambda source, tag: False
+    ) -> Dropped | None:
+        """Begin to receive the next message that is not `wanted`.
+
+        Args:
+            wanted: whether somebody is to receive one from this rank, with this tag.
+        """
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            source, tag = status.Get_source(), status.Get_tag()
+            if tag == self._tag:
+                self.poll()
+                continue
+            if wanted(source, tag):
+                return None
+            message = self.comm.Improbe(source, tag, status)
+            if message is None:
+                return None
+            # All of it: too small a buffer is overrun by Open MPI 5.0, and left empty by MPICH.
+            data = np.empty(status.Get_elements(MPI.BYTE), np.uint8)
+            starts = range(0, max(data.size, 1), _PIECE)
+            pieces = MPI.BYTE.Create_hindexed([data[s : s + _PIECE].size for s in starts], starts)
+            pieces.Commit()
+            request = message.Irecv([data, 1, pieces])
+            pieces.Free()
+            return Dropped(source, tag, data, request)
+        return None
 
     def answers(self) -> dict[int, str]:
         """Return what each peer has said of where it is; nothing of those that did not answer."""

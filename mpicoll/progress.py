@@ -63,12 +63,13 @@ from .errors import (
     translate,
 )
 from .library import IDLE, KEEN, MOVED, MPI, Abandoned, Steps
+from .memory import unlink_segments
 from .peers import Every, Peers, State
 from .recorder import leave_trace
 from .rollcall import SHOWN, Said, Verdict
 
 if TYPE_CHECKING:
-    from .arrival import Once
+    from .arrival import Exchange, Once
     from .calls import Call
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
@@ -180,12 +181,17 @@ class Task:
         if self.failure is not None:
             self.failure.fetched = True
 
+    def place(self) -> str:
+        """Return the file and line of the user's that called, where that is known."""
+        return "?"
+
     def ended(self) -> None:
         """Called under the lock when the task is done."""
 
     def where(self) -> str:
         """Say where it was called, if that is known."""
-        return ""
+        place = self.place()
+        return "" if place == "?" else f" ({place})"
 
 
 T = TypeVar("T")
@@ -256,11 +262,14 @@ class Lane:
         self.broken: BaseException | None = None
         self.closed = ""
         self.said = False  # the peers have been told that it is broken
+        self.deserted = False  # a wait for one of its calls was interrupted
         self.told = False  # the program has been given the error that broke it
         self.replaced = False  # shrink_group has made another group of its members
         self.failures: deque[Failure] = deque()  # that nobody has asked for, when last seen
         self.seq = 0
         self.mark = ""  # by which its members tell the group from others
+        self.left = 0  # the call that it was broken in, or before
+        self.exchange: Exchange | None = None  # where its records meet over MPI
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
@@ -545,7 +554,7 @@ class Engine:
                 f"{cancelled} after its message had come: that is lost", breaks_group=False
             )
             task.fetched = True
-            self._cancel(task, cancelled, _interrupted(task, error), lost)
+            self.cancel(task, cancelled, _interrupted(task, error), lost)
             if task.error is lost:
                 task.lane.failures.append(Failure(task, lost))
         elif not task.done:
@@ -586,6 +595,18 @@ class Engine:
     def listen(self, ear: Callable[[], bool]) -> None:
         """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
         self._ears.append(ear)
+
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Have something done while no step is being taken: now, or when the one at hand is."""
+        if self._is_inside():
+            self._handed.append(act)
+            return
+        with self._lock:
+            self._enter()
+            act()
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
 
     def delist(self, lane: Lane) -> None:
         """Listen to a lane no more: its group is closed, or made."""
@@ -632,7 +653,7 @@ class Engine:
                     if task.lane is lane and _same(task.call, call):
                         self._end(task, _gone(task))
                         break
-                    self._cancel(task, _gone(task), _interrupted(task))
+                    self.cancel(task, _gone(task), _interrupted(task))
                 elif task.queued and task.lane is lane:
                     task.released = True
                     self._disclaim(task)
@@ -690,7 +711,12 @@ class Engine:
         """Have a thread progress what is under way until it is done; with `stay`, for good."""
         self._stay = self._stay or stay
         if not self._thread:
-            _check_threads()
+            check_threads()
+            if sys.is_finalizing():  # Python 3.11 would wait for ever
+                raise InvalidCallError(
+                    "at the end of the interpreter no thread can be started, as progress from a "
+                    "thread needs: use wait() instead of futures there"
+                )
             self._thread = True  # nothing strikes before the next call returns
             start_new_thread(self._work, ())
         self._wake.set()
@@ -703,8 +729,8 @@ class Engine:
         watches over calls that block watches over the steps, too: one that is stuck inside NCCL
         past its deadline it frees, whichever thread took it.
         """
-        if not self._keeper:
-            _check_threads()
+        if not (self._keeper or sys.is_finalizing()):
+            check_threads()
             self._watch_over()
             self._keeper = True  # nothing strikes before the next call returns
             start_new_thread(self._keep, ())
@@ -757,8 +783,9 @@ class Engine:
             del self._guarded[key]
 
     def _watch_over(self) -> None:
-        if not self._watchdog:
+        if not (self._watchdog or sys.is_finalizing()):
             # One for all: with MPICH loaded each thread that was leaves some 300 bytes behind.
+            # (At the end of the interpreter none can be started: what blocks then is not bounded.)
             self._watchdog = True  # nothing strikes before the next call returns
             start_new_thread(self._watch, ())
 
@@ -967,7 +994,7 @@ class Engine:
         task.fetched = True
         self._end(task, error)
 
-    def _cancel(
+    def cancel(
         self,
         task: Task,
         cancelled: MpicollError,
@@ -1077,7 +1104,7 @@ class Engine:
     ) -> None:
         """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
         if lane.broken is None:
-            lane.broken = error
+            lane.broken, lane.left = error, seq
         if not lane.said:
             if lane.peers.size > 1 and not MPI.Is_finalized():
                 self.broken[lane] = None
@@ -1201,7 +1228,7 @@ class Engine:
             peers.poll()
         if task.call.kind == "recv":
             stuck = _late_message(task, elapsed, cancelled=False)
-            self._cancel(task, _late_message(task, elapsed), stuck)
+            self.cancel(task, _late_message(task, elapsed), stuck)
             return
         head = self._head(task)
         if task.call.kind == "send":
@@ -1296,11 +1323,12 @@ class Engine:
     def say_farewell(self, seconds: float) -> None:
         """Finish what is under way, and arrive one last time in every open group.
 
-        So peers that still wait for this rank raise at once.  Calls of the user's have `seconds`;
-        for the peers' farewells one waits, as MPI_Finalize would.
+        So peers that still wait for this rank raise at once.  For the peers one waits, as
+        MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
+        else, for the making of a group.
         """
-        until = time.monotonic() + seconds
-        lanes = [x for x in self._lanes if x.farewell and x.broken is None and x.peers.size > 1]
+        lanes = [x for x in self._lanes if x.farewell and x.broken is None]
+        lanes = [x for x in lanes if x.peers.size > 1 or x.beside]
         # Where somebody has left already, an arrival would never be complete.  MPI may not see at
         # once that a notice has come.
         heard = time.monotonic() + HEARD
@@ -1316,9 +1344,13 @@ class Engine:
             else:
                 assert lane.farewell is not None
                 lane.farewell()
-        pace = Pace()
+        pace, until, last = Pace(), time.monotonic() + seconds, math.inf
         while self._active:
-            if time.monotonic() > until and not all(t.call.leaving for t in self.unfinished()):
+            now = time.monotonic()
+            if any(lane.farewell for lane in self._active):
+                last = now + seconds
+            given_up = (t for t in self.unfinished() if t.lane.deserted and not t.call.leaving)
+            if now > last or (now > until and any(given_up)):
                 return
             with self._lock:
                 self._enter()
@@ -1337,15 +1369,18 @@ def end_job(code: int, why: str = "") -> None:
     sys.stderr.flush()
     if why:
         time.sleep(SAID)
+    unlink_segments()
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
 
 
-def _check_threads() -> None:
+def check_threads() -> None:
+    """Refuse what needs a thread that calls MPI, where MPI allows none."""
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise GroupBrokenError(
-            "progress from a thread needs MPI_THREAD_MULTIPLE, but MPI was initialized "
-            "with less: let mpi4py initialize it, or ask for MPI.THREAD_MULTIPLE"
+        raise InvalidCallError(
+            "progress from a thread (progress='thread', futures, await) needs "
+            "MPI_THREAD_MULTIPLE, but MPI was initialized with less: leave mpi4py.rc.thread_level "
+            "and mpi4py.rc.threads as they are, or ask for MPI.THREAD_MULTIPLE; or use wait()"
         )
 
 

@@ -18,7 +18,7 @@ from . import rendezvous
 from .library import MPI, Steps, until
 from .progress import Lane, engine
 from .recorder import Recorder
-from .transports.nccl import Nccl
+from .transports.base import Transport
 
 
 class Child:
@@ -27,25 +27,25 @@ class Child:
     Args:
         group: the user's object; it is gone when the program has dropped it.
         comms: the group's communicators.
-        nccl: that of NCCL, if there is one: the collector must not destroy it, either.
+        transport: what moves its data; the collector must not destroy that of NCCL, either.
         lane, recorder: its own.
         children: those of the group itself.
     """
 
-    __slots__ = ("_children", "_comms", "_group", "_lane", "_nccl", "_recorder")
+    __slots__ = ("_children", "_comms", "_group", "_lane", "_recorder", "_transport")
 
     def __init__(
         self,
         group: object,
         comms: Sequence[MPI.Intracomm],
-        nccl: Nccl | None,
+        transport: Transport,
         lane: Lane,
         recorder: Recorder,
         children: Children,
     ) -> None:
         self._group = weakref.ref(group)
         self._comms = comms
-        self._nccl = nccl
+        self._transport = transport
         self._lane = lane
         self._recorder = recorder
         self._children = children
@@ -63,10 +63,11 @@ class Child:
         if not self._lane.closed:
             yield from self._children.free(deadline)
             engine.delist(self._lane)
+            yield from self._transport.clear(self._lane)
             self._lane.close("reclaimed")
             self._recorder.close()
-            if self._nccl is not None:
-                yield from self._nccl.close()
+            yield from self._transport.close()
+            self._transport.release(together=True)
             yield from rendezvous.free(self._comms, deadline)
 
 

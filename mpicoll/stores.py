@@ -38,7 +38,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from . import config
-from .errors import CollectiveTimeoutError, GroupClosedError, InvalidCallError, TransportError
+from .errors import (
+    CollectiveTimeoutError,
+    GroupClosedError,
+    InvalidCallError,
+    TransportError,
+    Unique,
+)
 
 MAX_KEY = 1024  # bytes of a key in UTF-8
 MAX_VALUE = 16 << 20  # bytes of a value
@@ -512,7 +518,7 @@ class _Server:
                 sock.close()
 
 
-class TCPStore(KeyValueStore):
+class TCPStore(KeyValueStore, Unique):
     """A store served over TCP (IPv4) by one process, the master, from background threads.
 
     Shared with every process that can connect to ``host_name:port`` and knows the secret.
@@ -539,6 +545,8 @@ class TCPStore(KeyValueStore):
     Attributes:
         host, port: where the server is.
     """
+
+    _instead = "make another TCPStore of the same address; it serves the same keys"
 
     def __init__(
         self,

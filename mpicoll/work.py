@@ -9,12 +9,12 @@ from typing import Any
 
 from .calls import Call, Peer
 from .config import seconds
-from .errors import InvalidCallError, MpicollError, interrupts
+from .errors import InvalidCallError, MpicollError, Unique, interrupts
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder, end, number, place
 
 
-class Work(Task):
+class Work(Task, Unique):
     """One call under way.  It owns the arrays of the call until the call is done.
 
     Works of one group run in program order.  Dropping a Work drops nothing else: the call
@@ -22,6 +22,8 @@ class Work(Task):
     """
 
     __slots__ = ("_entry",)
+
+    _instead = "wait() for it, and copy the arrays that you gave to the call"
 
     def __init__(
         self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
@@ -33,15 +35,15 @@ class Work(Task):
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
 
-    def where(self) -> str:
-        """Say which line of the user's made the call."""
-        file, line = place(self._entry)
-        return f" ({file}:{line})" if file else ""
-
     def take_number(self, seq: int) -> None:
         """Give the call its number, if that was not known when it was made."""
         self.seq = seq
         number(self._entry, seq)
+
+    def place(self) -> str:
+        """Return the file and line of the user's that called."""
+        file, line = place(self._entry)
+        return f"{file}:{line}" if file else "?"
 
     def ended(self) -> None:
         """Enter the end in the flight recorder, and let those behind it have their turn."""
@@ -74,7 +76,8 @@ class Work(Task):
                     return True
             return self._ended_well()
         except BaseException as error:
-            self.left = interrupts(error)
+            if interrupts(error):  # nobody waits at the end of the program, either
+                self.left = self.lane.deserted = True
             raise
 
     def _ended_well(self) -> bool:
@@ -90,7 +93,8 @@ class Work(Task):
             try:
                 engine.test()
             except BaseException as error:
-                self.left = interrupts(error)
+                if interrupts(error):
+                    self.left = self.lane.deserted = True
                 raise
         return self.done
 
@@ -160,8 +164,9 @@ class Work(Task):
             else:
                 future.set_result(self.result())
 
+        if not self.done:
+            engine.background()
         engine.when_done(self, settle)
-        engine.background()
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:

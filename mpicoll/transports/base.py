@@ -16,6 +16,7 @@ import numpy as np
 from ..buffers import Blocks, as_buffer, refuse_device
 from ..calls import UNEVEN, Call
 from ..library import Steps
+from ..progress import Lane
 
 
 class Transport(ABC):
@@ -30,8 +31,15 @@ class Transport(ABC):
         """Give back what the ranks hold together; all of them do so now."""
         yield from ()
 
+    @abstractmethod
+    def clear(self, lane: Lane) -> Steps:
+        """End all messages of the group: all its ranks are here, and none sends any more."""
+
     def abort(self) -> None:  # noqa: B027
         """Let go of the peers: the group is broken, and no call of it is taken any further."""
+
+    def release(self, *, together: bool) -> None:  # noqa: B027
+        """Let go of this rank's memory: the group is closed; `together`: by all ranks."""
 
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""

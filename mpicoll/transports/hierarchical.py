@@ -22,6 +22,7 @@ from ..dtypes import Reduction
 from ..library import IDLE, MPI, Abandoned, Steps
 from ..memory import NodeMemory
 from ..nodes import Nodes, shares, spans
+from ..progress import Lane
 from .base import Transport, inner_call
 from .folding import decode, encode, reducing
 from .mpi import MpiTransport
@@ -63,6 +64,9 @@ class HierarchicalTransport(Transport):
         self._node, self._place = nodes.locate(self.rank)
         self._stripes = nodes.stripes
         self._served = nodes.by_stripe()
+
+    def release(self, *, together: bool) -> None:
+        self._near.release(together=together)
 
     # ---- what reduces ----
 
@@ -218,6 +222,9 @@ class HierarchicalTransport(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self._mpi.recv(call)
+
+    def clear(self, lane: Lane) -> Steps:
+        return self._mpi.clear(lane)
 
     # ---- what these are made of ----
 

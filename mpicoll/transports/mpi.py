@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import struct
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Generator, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ from ..library import (
     until,
     until_all,
 )
-from ..progress import Completed, Expired, Uncancelled
+from ..progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
@@ -58,7 +60,10 @@ class MpiTransport(Transport):
         self.comm = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
-        self._taking: set[int] = set()  # tags of which a message from any source is being received
+        self._sent: Counter[int] = Counter()  # messages, by receiver
+        self._received: Counter[int] = Counter()  # and by sender
+        # By tag, receives from any source: the first looks for a message, or is being given one.
+        self._from_any: defaultdict[int, deque[object]] = defaultdict(deque)
 
     # ---- what reduces ----
 
@@ -228,7 +233,9 @@ class MpiTransport(Transport):
         header = np.frombuffer(_header(call.send), dtype=np.uint8)
         message = _message(header, payload)
         try:
-            yield from until(self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag))
+            request = self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag)
+            self._sent[call.peer] += 1
+            yield from until(request)
         finally:
             message.Free()
 
@@ -244,22 +251,22 @@ class MpiTransport(Transport):
         if call.peer != ANY:
             yield from self._recv_from(call)
             return
-        status = MPI.Status()
+        status, queue, turn = MPI.Status(), self._from_any[call.tag], object()
+        queue.append(turn)
         try:
-            while call.tag in self._taking or not self._probe(call.tag, status):
-                yield IDLE
-        except (Abandoned, GeneratorExit):
-            raise
-        except BaseException as error:
-            if interrupts(error):
-                raise Expired from error  # nothing has begun
-            raise
-        call.peer = status.Get_source()
-        self._taking.add(call.tag)
-        try:
+            try:
+                while queue[0] is not turn or not self._probe(call.tag, status):
+                    yield IDLE
+            except (Abandoned, GeneratorExit):
+                raise
+            except BaseException as error:
+                if interrupts(error):
+                    raise Expired from error  # nothing has begun
+                raise
+            call.peer = status.Get_source()
             yield from self._recv_from(call)
         finally:
-            self._taking.discard(call.tag)
+            queue.remove(turn)
 
     def _probe(self, tag: int, status: MPI.Status) -> bool:
         return bool(self.comm.Iprobe(MPI.ANY_SOURCE, tag, status))
@@ -286,6 +293,7 @@ class MpiTransport(Transport):
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
+            self._received[call.peer] += 1
             # As much came as there was room for.
             wrong = _wrong(call, header, call.peer) if header[0] else None
             raise wrong or CollectiveMismatchError(
@@ -301,14 +309,105 @@ class MpiTransport(Transport):
                 raise Expired from error
             if not isinstance(error, Expired):
                 call.result = status.Get_source()
+                self._received[call.peer] += 1
                 raise Completed(_wrong(call, header, status.Get_source())) from error
         finally:
             if message is not None:
                 message.Free()
         call.result = status.Get_source()
+        self._received[call.peer] += 1
         wrong = _wrong(call, header, status.Get_source())
         if wrong is not None:
             raise wrong
+
+    def clear(self, lane: Lane) -> Steps:
+        """End all messages of the group: all its ranks are here, and none sends any more.
+
+        Where something is under way, or was never received, each rank learns how many messages it
+        was sent.  It drops what no receive takes, so that the sends end, too, and tells their
+        senders.  When it has all, the receives that are left can match nothing, and are cancelled.
+        (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
+        to the next one, whose calls it blocks.)
+        """
+        open_ends = [self._sent.total() - self._received.total(), len(lane.beside)]
+        total = np.array(open_ends, np.int64)
+        yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [total, MPI.INT64_T], MPI.SUM))
+        if not total.any():
+            return
+        sends = sorted(
+            (task for task in lane.beside if task.call.kind == "send"),
+            key=lambda task: task.called,
+        )
+        due = yield from self._tell_each(self._sent)
+        dropped: dict[int, list[tuple[int, int, int]]] = {}
+        while any(due[rank] > self._received[rank] for rank in range(self.size)):
+            found = lane.peers.unwanted(partial(_is_awaited, lane))
+            if found is None:
+                yield KEEN
+                continue
+            yield from until(found.request, KEEN)
+            magic, code, count, _ = _opened(found.data)
+            if magic == _MAGIC:
+                self._received[found.source] += 1
+                dropped.setdefault(found.source, []).append((found.tag, code, count))
+        for task in [task for task in lane.beside if task.call.kind == "recv"]:
+            unmatched = CollectiveMismatchError(
+                f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
+                f"{lane.name!r}: no message came for it"
+            )
+            engine.cancel(task, unmatched, unmatched)
+        # (Once all have told, none looks for messages any more: what follows is not dropped.)
+        lost = yield from self._tell_each({rank: len(said) for rank, said in dropped.items()})
+        tables = {int(rank): np.empty((lost[rank], 3), np.int64) for rank in np.flatnonzero(lost)}
+        tag = exchange_tag()
+        requests = [self.comm.Irecv([t, MPI.INT64_T], rank, tag) for rank, t in tables.items()]
+        for rank, said in dropped.items():
+            requests.append(self.comm.Isend([np.array(said), MPI.INT64_T], rank, tag))
+        yield from until_all(requests)
+        while not all(task.done for task in sends):
+            yield KEEN
+        for rank, table in tables.items():
+            _note_lost(lane, rank, table.tolist(), sends)
+
+    def _tell_each(self, numbers: Mapping[int, int]) -> Generator[int, None, Array]:
+        """Tell each rank a number; return what each has told this one."""
+        told, heard = np.zeros(self.size, np.int64), np.empty(self.size, np.int64)
+        for rank, number in numbers.items():
+            told[rank] = number
+        yield from until(self.comm.Ialltoall([told, MPI.INT64_T], [heard, MPI.INT64_T]))
+        return heard
+
+
+def _opened(data: Array) -> tuple[Any, ...]:
+    """Return a message's header; of one that is not ours, none that is known."""
+    return _HEADER.unpack_from(data.data) if data.size >= _HEADER.size else (b"", 0, 0, b"")
+
+
+def _is_awaited(lane: Lane, source: int, tag: int) -> bool:
+    """Return whether a receive is under way that takes such a message."""
+    return any(
+        task.call.kind == "recv" and task.call.tag == tag and task.call.peer in (ANY, source)
+        for task in lane.beside
+    )
+
+
+def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
+    """Give the sends of messages that a rank has dropped their error.
+
+    Of messages that are alike the receiver has taken the first ones.
+    """
+    for said in lost:
+        for task in reversed(sends):
+            call = task.call
+            assert call.send is not None
+            alike = [call.tag, call.send.dtype.code, call.send.total] == said
+            if call.peer == rank and alike and task.error is None:
+                task.error = CollectiveMismatchError(
+                    f"{call.describe()} at {task.place()} was not received by the end of group "
+                    f"{lane.name!r}: its message was dropped"
+                )
+                task.ended()
+                break
 
 
 def _wire(call: Call) -> tuple[Reduction, Array, Array]:

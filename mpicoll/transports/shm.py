@@ -23,6 +23,7 @@ from ..calls import Call
 from ..dtypes import Reduction
 from ..library import MOVED, MPI, Steps
 from ..memory import SLOT, NodeMemory
+from ..progress import Lane
 from . import direct, riding
 from .base import Transport
 from .folding import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
@@ -53,6 +54,10 @@ class ShmTransport(Transport):
         self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
         self._comm = comm
         self._arrays = SharedArrays()
+
+    def release(self, *, together: bool) -> None:
+        self._memory.close(together=together)
+        self._arrays.close()
 
     # ---- what rides along with the records ----
 
@@ -440,6 +445,9 @@ class ShmTransport(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self._mpi.recv(call)
+
+    def clear(self, lane: Lane) -> Steps:
+        return self._mpi.clear(lane)
 
     def _large(self, call: Call) -> bool:
         """Decide from what all ranks have said: `largest` is the same everywhere."""

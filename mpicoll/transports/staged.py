@@ -20,7 +20,7 @@ from ..cuda_arrays import UNKNOWN, DeviceArray
 from ..dtypes import DType
 from ..errors import InvalidCallError, TransportError, UnsupportedError
 from ..library import KEEN, Steps
-from ..progress import Expired
+from ..progress import Expired, Lane
 from .base import Transport
 
 Array = np.ndarray[Any, Any]
@@ -86,6 +86,11 @@ class StagedTransport(Transport):
         self._spare: list[Array] = []  # rooms for whole messages
         self._sends = 0  # messages that were to be sent
         self._posted = 0  # of these, how many the host transport has been given
+
+    def release(self, *, together: bool) -> None:
+        self._rooms.clear()
+        self._spare.clear()
+        self._host.release(together=together)
 
     # ---- what is seen at the call, and what goes to the host transport as it is ----
 
@@ -308,6 +313,11 @@ class StagedTransport(Transport):
         yield from self._host.send(inner)
         if room is not None:
             self._spare.append(room)
+
+    def clear(self, lane: Lane) -> Steps:
+        while self._posted != self._sends:
+            yield KEEN
+        yield from self._host.clear(lane)
 
     def recv(self, call: Call) -> Steps:
         if call.device is None:

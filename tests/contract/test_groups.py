@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import time
 import weakref
@@ -356,6 +358,35 @@ def test_a_closed_group_is_gone_without_the_collector(fresh):
         gc.enable()
 
 
+def held():
+    """What this process holds of shared memory, and how many open files."""
+    with open("/proc/self/maps") as maps:
+        return sum("/dev/shm/mpicoll-" in line for line in maps), open_files()
+
+
+@pytest.mark.parametrize("end", ["shutdown", "with", "abort"])
+def test_groups_that_were_closed_hold_no_memory_and_no_files(fresh, end):
+    """Though the program keeps them all."""
+    gc.collect()
+    before, kept = held(), []
+    for _ in range(20):
+        group = fresh.split(0)
+        kept.append(group)
+        array = group.empty(1000, "float64")
+        array[:] = fresh.rank()
+        group.allreduce(array).wait()
+        group.allreduce(np.ones(70_001)).wait()
+        if end == "with":
+            with group:
+                group.barrier().wait()
+        else:
+            getattr(group, end)()
+    assert array[-1] == sum(range(fresh.size()))  # it is as good as ever
+    del array
+    assert held() == before
+    assert all(group.is_closed and repr(group) and group.dump() for group in kept)
+
+
 def test_dropped_groups_are_reclaimed_when_all_ranks_are_done_with_them(fresh):
     """With what was made out of them; and not before."""
     me = fresh.rank()
@@ -454,3 +485,19 @@ def test_the_lists_of_those_who_are_not_the_root_are_not_looked_at(pg):
         into = np.zeros(3)
         pg.scatter(into, list(np.full((n, 3), 5.0)), root).wait()
         assert (into == 5).all()
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, pickle.dumps, lambda x: pickle.dumps([x], protocol=2)]
+)
+def test_groups_and_works_are_neither_copied_nor_pickled(pg, again):
+    work = pg.barrier()
+    for one in (pg, work):
+        for error in (TypeError, mc.InvalidCallError):
+            with pytest.raises(error, match="neither copied nor pickled"):
+                again(one)
+    work.wait()
+    with pytest.raises(mc.InvalidCallError, match="pickled"):
+        pg.allgather_object(pg)
+    gc.collect()
+    pg.barrier().wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.soak import soak
@@ -433,3 +435,290 @@ else:
 """
     ended = job(2, script)
     assert ended["codes"] == [[3, 0, 1, 0]] * 2 and ended["total"] == [3.0, 3.0]
+
+
+# What rank 1 never waits for, and what is said of it; "" if it ends well.
+UNASKED = {
+    "a receive": ("pg.recv(np.ones(3), 0)", "no message came for it"),
+    "a receive from anyone": ("pg.recv(np.ones(3), tag=7)", "no message came for it"),
+    "a large send": ("pg.send(np.ones(1_000_000), 0)", "was not received"),
+    "a large send to itself": ("pg.send(np.ones(1_000_000), 1)", "was not received"),
+    "a small send": ("pg.send(np.ones(3), 0)", ""),
+    "a thousand receives": ("[pg.recv(np.ones(1), i % 3) for i in range(1000)]", "999 more"),
+    "receives in several groups": (
+        "[group.recv(np.ones(1), 0) for group in (pg, more, last)]",
+        "2 more",
+    ),
+    "a receive in a dropped group": ("pg.split(0).recv(np.ones(1), 0)", "no message came for it"),
+    "a small collective": ("pg.allreduce(np.ones(3))", "left the program"),
+    "a large collective": ("pg.allreduce(np.ones(1_000_000))", "left the program"),
+    "a split of others": ("pg.split(0).barrier()", "left the program"),
+}
+
+
+@pytest.mark.parametrize("what", UNASKED)
+def test_what_nobody_waits_for_does_not_decide_how_the_job_ends(job, what):
+    call, said = UNASKED[what]
+    script = f"""
+pg = mc.new_group(timeout=60)
+more = pg.split(0)
+last = pg.split(0)
+if "pg.split" in {call!r} and RANK != 1:
+    pg.split(0)
+if RANK == 1:
+    {call}  # here
+report(wall=time.time())
+"""
+    ended = job(3, script)
+    assert ended.at - ended.ranks[1]["wall"] <= SOON
+    lines = [line for line in ended.output.splitlines() if line.strip()]
+    if not said:
+        assert not lines, ended.output
+    else:
+        assert len(lines) == 1 and said in lines[0] and "rank 1" in lines[0], ended.output
+        assert "/script.py:" in lines[0], ended.output
+
+
+def test_a_message_to_oneself_that_is_never_received(job):
+    """A group of one rank has nobody to take leave of."""
+    script = """
+from mpi4py import MPI
+pg = mc.new_group(comm=MPI.COMM_SELF)
+pg.recv(np.ones(3), 0)
+pg.send(np.ones(1_000_000), 0, tag=1)
+report(done=True)
+"""
+    ended = job(2, script)
+    assert ended["done"] == [True, True] and ended.output.count("and so 1 more") == 2, ended.output
+
+
+@pytest.mark.parametrize("call", ["allreduce(x)", "send(x, 1)", "recv(x, 1)"])
+def test_what_nobody_waits_for_waits_for_the_peer(job, call):
+    """As MPI_Finalize does: the peer may compute for longer than any grace period."""
+    other = {"allreduce(x)": call, "send(x, 1)": "recv(x, 0)", "recv(x, 1)": "send(x, 0)"}[call]
+    script = f"""
+pg = mc.new_group(timeout=60)
+x = np.full(1_000_000, RANK + 1.0)
+if RANK == 0:
+    pg.{call}
+    report(total=0)
+else:
+    time.sleep(4)
+    pg.{other}.wait()
+    report(total=x[-1])
+"""
+    ended = job(2, script, env={"MPICOLL_GRACE": "0.5"})
+    assert ended["total"][1] == {"a": 3, "s": 1, "r": 2}[call[0]] and not ended.output
+
+
+def test_pytest_ends_with_its_own_code_after_a_test_that_leaves_a_receive(job, tmp_path):
+    program = tmp_path / "test_it.py"
+    program.write_text(
+        "import numpy as np, mpicoll as mc\n"
+        "def test_it():\n"
+        "    pg = mc.new_group(timeout=60)\n"
+        "    if pg.rank() == 1: pg.recv(np.ones(3), 0)\n"
+    )
+    script = f"""
+import pytest
+code = pytest.main(["-q", "-p", "no:cacheprovider", {str(program)!r}])
+report(code=int(code))
+sys.exit(code)
+"""
+    ended = job(2, script)
+    assert ended["code"] == [0, 0] and "test_it.py:4" in ended.output, ended.output
+
+
+def test_a_job_that_is_aborted_leaves_nothing_of_the_mpi_library_in_shared_memory(job):
+    script = """
+pg = mc.new_group(timeout=60)
+pg.barrier().wait()
+with open("/proc/self/maps") as maps:
+    files = {line.split()[-1] for line in maps if "/dev/shm/" in line}
+report(files=[file for file in files if "mpich_shm_" in file or "sm_segment." in file])
+pg.barrier().wait()
+if RANK == 1:
+    raise ValueError("boom")
+time.sleep(60)
+"""
+    ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "0.5"})
+    files = {file for files in ended["files"] for file in files}
+    assert files and not [file for file in files if os.path.exists(file)]
+
+
+HOOKS = """
+sys.excepthook = lambda *error: print("hooked", flush=True)
+threading.excepthook = lambda args: print("hooked in", args.thread.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["the main program", "a thread", "one that waits for a thread"])
+def test_hooks_that_the_program_sets_later_hide_no_cause(job, where):
+    """As rich.traceback.install() and pytest set theirs."""
+    script = f"""
+pg = mc.new_group(timeout=60)
+pg.barrier().wait()
+{HOOKS}
+def fail():
+    raise ValueError("boom")
+where = {where!r}
+if RANK == 1:
+    report(cause=time.time())
+    if where == "the main program":
+        fail()
+    if where == "a thread":
+        threading.Thread(target=fail, name="worker").start()
+        time.sleep(60)
+    threading.Thread(target=pg.barrier().wait).start()  # it ends when the others have come, or left
+    fail()
+if where == "one that waits for a thread":
+    time.sleep(1)
+try:
+    pg.allreduce(np.ones(3)).wait()
+except RemoteRankError as error:
+    report(rank=error.rank, text=str(error))
+"""
+    ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "1"})
+    assert "hooked in worker" if where == "a thread" else "hooked" in ended.output, ended.output
+    for told in (ended.ranks[0], ended.ranks[2]):
+        assert told["rank"] == 1 and "boom" in told["text"], told
+
+
+def test_the_hook_of_threads_can_be_read_set_and_put_back(job):
+    script = """
+from unittest import mock
+first = threading.excepthook
+pg = mc.new_group(timeout=20)
+said = [threading.excepthook is first]
+def other(args):
+    said.append("other")
+    raise KeyError("of the hook")
+with mock.patch.object(threading, "excepthook", other):
+    said.append(threading.excepthook is other)
+said.append(threading.excepthook in (first, threading.__excepthook__))
+pg.shutdown()
+threading.excepthook = other
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+report(said=said)
+"""
+    assert job(1, script)["said"] == [[True, True, True, "other"]]
+
+
+def test_exceptions_that_were_caught_are_not_the_end_of_the_program(job):
+    """Prompts and test runners leave them where the interpreter leaves the last one."""
+    script = """
+pg = mc.new_group(timeout=20)
+def caught():
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()
+caught()
+report(wall=time.time())
+if RANK == 1:
+    time.sleep(1)
+    x = np.ones(3)
+    pg.split(0).allreduce(x).wait()
+    report(total=x[0])
+else:
+    pg.split(0).allreduce(np.ones(3)).wait()
+"""
+    ended = job(2, script)
+    assert ended.ranks[1]["total"] == 2 and not ended.output, ended.output
+
+
+def test_what_runs_when_the_interpreter_ends(job):
+    """Functions registered with atexit before and after the group, and __del__ at the very end."""
+    script = """
+import atexit
+said = []
+def note(name, use):
+    try:
+        said.append([name, repr(use())])
+    except Exception as error:
+        said.append([name, type(error).__name__])
+    report(said=said)
+atexit.register(lambda: note("before", pg.barrier))
+atexit.register(lambda: note("before", pg.shutdown))
+atexit.register(lambda: note("before", lambda: mc.new_group(timeout=5)))
+pg = mc.new_group(timeout=20)
+side = pg.split(0)
+def after():
+    x = np.ones(70_001)
+    part = side.split(0)
+    part.allreduce(x).wait()
+    part.shutdown()
+    return float(x[0])
+atexit.register(lambda: note("after", after))
+class Last:
+    def __del__(self, side=side, x=np.ones(3), closed=GroupClosedError, write=os.write):
+        side.shutdown()
+        try:
+            side.allreduce(x)
+        except closed:
+            write(1, b"refused at last;")
+last = Last()
+"""
+    ended = job(2, script)
+    assert ended.output.count("refused at last;") == 2, ended.output
+    for said in ended["said"]:
+        assert said == [
+            ["after", "2.0"],
+            ["before", "GroupClosedError"],
+            ["before", "None"],
+            ["before", "GroupClosedError"],
+        ]
+
+
+LEVELS = ["rc.thread_level = 'serialized'", "rc.thread_level = 'single'", "rc.threads = False"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_threads_what_needs_none_works_and_the_rest_says_so(job, level):
+    script = f"""
+import asyncio, mpi4py
+mpi4py.{level}
+pg = mc.new_group(timeout=20)
+said = []
+def tried(use):
+    try:
+        use()
+        said.append("done")
+    except MpicollError as error:
+        said.append(type(error).__name__ + ": " + str(error))
+async def awaited(work):
+    await work
+def later(use):
+    work = pg.barrier() if RANK == 0 else time.sleep(0.3)
+    try:
+        if work:
+            use(work)
+    finally:
+        (work or pg.barrier()).wait()
+tried(lambda: later(lambda work: work.get_future()))
+tried(lambda: later(lambda work: asyncio.run(awaited(work))))
+tried(lambda: mc.new_group(timeout=20, progress="thread"))
+tried(lambda: mc.new_group("nonsense" if RANK == 0 else "auto", timeout=20))
+tried(lambda: pg.allreduce(np.ones(4)[::2] if RANK == 0 else np.ones(2)).wait())
+work = pg.barrier()
+work.wait()
+tried(lambda: work.get_future().result(1))
+for make in (lambda: mc.new_group(timeout=20), lambda: pg.split(0), pg.local_group):
+    with make() as group:
+        x = np.ones(70_001)
+        group.allreduce(x).wait()
+        assert x[-1] == 2
+sending = pg.send(np.ones(3), 1 - RANK)
+pg.recv(np.ones(3)).wait()
+sending.wait()
+report(said=said)
+"""
+    first, second = job(2, script)["said"]
+    for said in first[:3]:
+        assert said.startswith("InvalidCallError") and "MPI_THREAD_MULTIPLE" in said, said
+    assert "backend must be one of" in first[3] and "C-contiguous" in first[4]
+    assert second[:2] == ["done", "done"] and second[2].startswith("InvalidCallError")
+    assert all(said.startswith("CollectiveMismatchError") for said in second[3:5])
+    assert first[5] == second[5] == "done"

@@ -293,6 +293,61 @@ report(errors=errors, differ=differ, total=x[0])
     assert "rank 0 excludes [2]" in ended.ranks[0]["differ"], ended.ranks[0]
 
 
+# What rank 1 does while the others wait for it, until their deadline passes.
+ABSENCES = {
+    "late": "time.sleep(1); pg.barrier().wait()",
+    "aborts": "time.sleep(0.2); pg.abort()",
+    "goes straight to shrink_group": "time.sleep(1)",
+    "waits for a large send": "pg.send(np.ones(1_000_000), 0, timeout=0.5).wait()",
+}
+
+
+@over_each_backend
+@pytest.mark.parametrize("nodes", ["", "2"], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("absent", soak([1, 2], [1]))
+@pytest.mark.parametrize("what", ABSENCES)
+def test_what_is_left_pending_by_a_failure_is_ended_with_the_program(
+    job, backend, nodes, absent, what
+):
+    """Arrivals in MPI for which others wait, and messages that nobody receives."""
+    script = f"""
+pg = mc.new_group({backend!r}, timeout=20)
+pg.barrier().wait()
+try:
+    if RANK == {absent}:
+        {ABSENCES[what]}
+    else:
+        pg.barrier(timeout=0.5).wait()
+except MpicollError as error:
+    pass
+if {what!r} != "aborts":
+    x = np.ones(3)
+    pg.shrink_group(timeout=10).allreduce(x).wait()
+    report(total=x[0])
+"""
+    ended = job(4, script, env={"MPICOLL_NODES": nodes, "MPICOLL_GRACE": "1"})
+    assert what == "aborts" or ended["total"] == [4.0] * 4
+
+
+@pytest.mark.parametrize("repeat", range(soak(20, 2)))
+def test_who_is_the_last_to_come_has_the_time_to_settle_as_well(job, repeat):
+    """When it comes, the grace period of those who wait for it is long over."""
+    script = """
+pg = mc.new_group(timeout=20)
+pg.barrier().wait()
+if RANK == 1:
+    time.sleep(0.7)
+try:
+    pg.barrier(timeout=20 if RANK == 1 else 0.5).wait()
+except (CollectiveTimeoutError, RemoteRankError) as error:
+    report(error=type(error).__name__)
+if RANK == 1:
+    time.sleep(2.5)
+"""
+    ended = job(2, script, env={"MPICOLL_GRACE": "1.5"})
+    assert ended["error"] == ["CollectiveTimeoutError", "RemoteRankError"]
+
+
 def test_a_recovery_that_leaves_a_stuck_rank_behind_ends(job):
     """It never comes to its end, so MPI can't be finalized: the job is ended after the grace."""
     script = """

@@ -133,7 +133,7 @@ if RANK == 2:
 for group in pg:
     try:
         group.allreduce(np.ones(3), timeout=0.02).wait()
-    except CollectiveTimeoutError:
+    except (CollectiveTimeoutError, RemoteRankError):
         pass
 report(left=True)
 """
@@ -347,7 +347,10 @@ pg.shutdown()
 
 @twice
 def test_a_send_that_nobody_receives(job):
-    """Too large to be buffered: the sender's deadline holds."""
+    """Too large to be buffered: the sender's deadline holds.
+
+    At the end the receiver's side drops the message, so that MPI can be finalized.
+    """
     script = """
 pg = mc.new_group(timeout=20)
 x = np.ones(1_000_000)
@@ -361,7 +364,7 @@ if RANK == 0:
 else:
     time.sleep(2)
 """
-    ended = job(2, script, fails=True)
+    ended = job(2, script)
     told = ended.ranks[0]
     assert told is not None, ended.output
     assert "send" in told["text"] and "1" in told["text"]

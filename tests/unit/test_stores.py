@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -488,3 +490,11 @@ def test_wrong_tcp_arguments() -> None:
     for arguments, match in wrong:
         with pytest.raises(InvalidCallError, match=match):
             TCPStore(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_tcp_store_is_neither_copied_nor_pickled() -> None:
+    """A copy would hang up, and end the service, with whichever is dropped first."""
+    with TCPStore("127.0.0.1", 0, is_master=True) as store:
+        for again in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="make another TCPStore"):
+                again(store)
