@@ -845,7 +845,7 @@ class Engine:
             self._forget(task, _interrupted(task))
         self._stepping = None
         for lane in dict.fromkeys([*self._lanes, *self._active]):
-            if lane.broken is not None and not lane.said:
+            if lane.broken is not None and (lane.busy or not lane.said):
                 self._give_up(lane, lane.broken, "")
             steps: set[int] = set()
             for task in lane.tasks():
