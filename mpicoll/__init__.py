@@ -9,7 +9,7 @@ Importing costs nothing and touches no MPI; the first `new_group` loads it.
 """
 
 from .backends import ProcessGroupFactory, register_backend
-from .calls import ANY_SOURCE, PROC_NULL
+from .calls import ANY_SOURCE, PROC_NULL, Message
 from .config import child_environment
 from .errors import (
     CallInterruptedError,
@@ -48,6 +48,7 @@ __all__ = [
     "GroupBrokenError",
     "GroupClosedError",
     "InvalidCallError",
+    "Message",
     "MpicollError",
     "PrefixStore",
     "ProcessGroup",

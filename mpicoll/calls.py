@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -51,6 +51,23 @@ ANY_SOURCE = Peer("ANY_SOURCE")
 
 PROC_NULL = Peer("PROC_NULL")
 """For `send` and `recv`: no rank.  The call is done at once; a received array stays as it is."""
+
+
+class Message(NamedTuple):
+    """What `probe` tells of a message.
+
+    Attributes:
+        source: the rank that sent it.
+        tag: its tag.
+        dtype: the name of its dtype, as NumPy knows it (but for bfloat16 and the like).
+        count: its elements.
+    """
+
+    source: int
+    tag: int
+    dtype: str
+    count: int  # type: ignore[assignment]  # in place of the tuple's method
+
 
 ANY, NULL = -1, -2  # what they are in a `Call`
 _PEERS = {ANY: "ANY_SOURCE", NULL: "PROC_NULL"}
@@ -866,6 +883,11 @@ def recv(size: int, highest_tag: int, tensor: object, src: object, tag: object) 
         count=buffer.count,
         outputs=(tensor,),
     )
+
+
+def probe(size: int, highest_tag: int, src: object, tag: object) -> tuple[int, int]:
+    """Check the arguments of `probe`; return peer and tag as they are in a `Call`."""
+    return _peer(src, "src", size), _tag(tag, highest_tag)
 
 
 def object_call(kind: str, rank: int, size: int, obj: object, root: object | None = None) -> Call:

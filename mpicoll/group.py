@@ -37,7 +37,7 @@ from typing import Any
 from . import backends, calls, connecting, growing, launch, meeting, rendezvous
 from .arrival import Arrival, Once
 from .backends import Ground, Wanted
-from .calls import ANY_SOURCE, NULL, PROC_NULL, Call, Peer
+from .calls import ANY_SOURCE, NULL, PROC_NULL, Call, Message, Peer
 from .config import (
     NEVER,
     default_timeout,
@@ -513,6 +513,37 @@ class ProcessGroup(Unique):
     def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
         """`recv` from whichever rank sends first."""
         return self.recv(tensor, ANY_SOURCE, tag, timeout)
+
+    def probe(self, src: int | Peer = ANY_SOURCE, tag: int = 0) -> Message | None:
+        """Tell what the next message is that `recv` would take, or None, if none is here.  Local.
+
+        It looks once, and does not wait.  So a message of unknown size is received::
+
+            while (found := pg.probe(src)) is None:
+                ...
+            array = np.empty(found.count, found.dtype)
+            pg.recv(array, found.source, found.tag).wait()
+
+        Args:
+            src: the sending rank, or `ANY_SOURCE`.
+            tag: as the sender gave it.
+
+        Returns:
+            A `Message` (source, tag, dtype, count).  The next `recv` from that source with that
+            tag takes this message.  Of `PROC_NULL` there is never one.
+
+        Raises:
+            RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
+        """
+        self._usable()
+        peer, number = calls.probe(self._size, self._highest_tag, src, tag)
+        if peer == NULL:
+            return None
+        found = engine.look(lambda: self._transport.probe(peer, number))
+        if found is None:
+            self._usable()
+            engine.check_peers(self._lane)
+        return found
 
     # ---- barriers and objects: these wait, and return values ----
 

@@ -10,9 +10,12 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from itertools import starmap
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .config import environment, inherited_from, launchers, mark_rank
 from .errors import TransportError
@@ -21,6 +24,8 @@ from .launch import abortive, library_file, remedy
 IDLE, KEEN, MOVED = range(3)
 """What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
 is asked, so ask again soon; something got done."""
+
+_PIECE = 2**30  # bytes, of which MPI can count so many at a time
 
 Steps = Generator[int, None, None]
 """A collective under way.  It yields when, and only when, it waits for somebody else."""
@@ -111,6 +116,32 @@ class Abandoned(BaseException):
 def post(into: list[MPI.Request], start: Callable[..., MPI.Request], *arguments: object) -> None:
     """Start a request and keep it, without a bytecode in between after which it could be lost."""
     into.extend(starmap(start, (arguments,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A message that was taken from MPI whole, whatever it holds; here when `request` ends."""
+
+    source: int
+    tag: int
+    data: np.ndarray[Any, Any]
+    request: MPI.Request
+
+
+def take(comm: MPI.Comm, source: int, tag: int) -> Taken | None:
+    """Begin to receive a message for which no receive is posted; None, if none has come."""
+    status = MPI.Status()
+    message = comm.Improbe(source, tag, status)
+    if message is None:
+        return None
+    # All of it: too small a buffer is overrun by Open MPI 5.0, and left empty by MPICH.
+    data = np.empty(status.Get_elements(MPI.BYTE), np.uint8)
+    starts = range(0, max(data.size, 1), _PIECE)
+    pieces = MPI.BYTE.Create_hindexed([data[s : s + _PIECE].size for s in starts], starts)
+    pieces.Commit()
+    request = message.Irecv([data, 1, pieces])
+    pieces.Free()
+    return Taken(status.Get_source(), tag, data, request)
 
 
 pending: list[MPI.Request] = []

@@ -27,20 +27,16 @@ import struct
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from . import alive
 from .alive import Identity, watch
 from .config import survives_deaths
-from .library import MPI, notice_tag, pending
+from .library import MPI, Taken, notice_tag, pending, take
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
 QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
-_PIECE = 2**30  # bytes, of which MPI can count so many at a time
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
 _FEW = 16  # unfinished sends that are kept without a look at them
 _RANKS = 1000  # bytes of them that ranks may take, or a verdict
@@ -69,16 +65,6 @@ class State:
     waiting: bool
     arrived: bool
     said: Said
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A message that comes for nobody."""
-
-    source: int
-    tag: int
-    data: np.ndarray[Any, Any]
-    request: MPI.Request
 
 
 class Peers:
@@ -305,7 +291,7 @@ class Peers:
 
     def unwanted(
         self, wanted: Callable[[int, int], bool] = lambda source, tag: False
-    ) -> Dropped | None:
+    ) -> Taken | None:
         """Begin to receive the next message that is not `wanted`.
 
         Args:
@@ -319,17 +305,7 @@ class Peers:
                 continue
             if wanted(source, tag):
                 return None
-            message = self.comm.Improbe(source, tag, status)
-            if message is None:
-                return None
-            # All of it: too small a buffer is overrun by Open MPI 5.0, and left empty by MPICH.
-            data = np.empty(status.Get_elements(MPI.BYTE), np.uint8)
-            starts = range(0, max(data.size, 1), _PIECE)
-            pieces = MPI.BYTE.Create_hindexed([data[s : s + _PIECE].size for s in starts], starts)
-            pieces.Commit()
-            request = message.Irecv([data, 1, pieces])
-            pieces.Free()
-            return Dropped(source, tag, data, request)
+            return take(self.comm, source, tag)
         return None
 
     def answers(self) -> dict[int, str]:

@@ -592,6 +592,30 @@ class Engine:
         if self._ended:
             self._run_callbacks()
 
+    def look(self, at: Callable[[], T]) -> T | None:
+        """Look at what the steps work on; None where a signal handler has interrupted one."""
+        if self._is_inside():
+            return None
+        with self._lock:
+            self._enter()
+            seen = at()
+            self._pass()
+            self._leave()
+        if self._ended:
+            self._run_callbacks()
+        return seen
+
+    def check_peers(self, lane: Lane) -> None:
+        """Break a lane, if a peer has left it or died, and raise that."""
+        for rank, notice in lane.peers.left.items():
+            gone: MpicollError = RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+            self.fail_all(lane, gone)
+            raise gone
+        for rank, how in lane.peers.dead.items():
+            gone = _died(rank, how)
+            self.fail_all(lane, gone)
+            raise gone
+
     def listen(self, ear: Callable[[], bool]) -> None:
         """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
         self._ears.append(ear)

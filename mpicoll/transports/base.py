@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..buffers import Blocks, as_buffer, refuse_device
-from ..calls import UNEVEN, Call
+from ..calls import UNEVEN, Call, Message
 from ..library import Steps
 from ..progress import Lane
 
@@ -60,6 +60,10 @@ class Transport(ABC):
         """Make an array of `call.count` bytes that the ranks of this node share, if they can."""
         call.result = np.empty(call.count, np.uint8)
         yield from ()
+
+    @abstractmethod
+    def probe(self, peer: int, tag: int) -> Message | None:
+        """Return what is known of the message that a receive would take, if it is here."""
 
     def steps(self, call: Call) -> Steps:
         """Carry out a call."""

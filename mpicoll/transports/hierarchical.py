@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calls import UNEVEN, Call
+from ..calls import UNEVEN, Call, Message
 from ..dtypes import Reduction
 from ..library import IDLE, MPI, Abandoned, Steps
 from ..memory import NodeMemory
@@ -222,6 +222,9 @@ class HierarchicalTransport(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self._mpi.recv(call)
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        return self._mpi.probe(peer, tag)
 
     def clear(self, lane: Lane) -> Steps:
         return self._mpi.clear(lane)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..buffers import Blocks
-from ..calls import ANY, UNEVEN, Call
+from ..calls import ANY, UNEVEN, Call, Message
 from ..dtypes import BY_CODE, Reduction
 from ..errors import CollectiveMismatchError, interrupts
 from ..library import (
@@ -31,9 +31,11 @@ from ..library import (
     MPI,
     Abandoned,
     Steps,
+    Taken,
     exchange_tag,
     pending,
     post,
+    take,
     until,
     until_all,
 )
@@ -64,6 +66,7 @@ class MpiTransport(Transport):
         self._received: Counter[int] = Counter()  # and by sender
         # By tag, receives from any source: the first looks for a message, or is being given one.
         self._from_any: defaultdict[int, deque[object]] = defaultdict(deque)
+        self._taken: deque[Taken] = deque()  # by `probe`, before any receive
 
     # ---- what reduces ----
 
@@ -249,13 +252,14 @@ class MpiTransport(Transport):
         already, so those of a tag are taken one at a time.
         """
         if call.peer != ANY:
-            yield from self._recv_from(call)
+            found = self._claim(call)
+            yield from self._recv_from(call) if found is None else self._recv_taken(call, found)
             return
         status, queue, turn = MPI.Status(), self._from_any[call.tag], object()
         queue.append(turn)
         try:
             try:
-                while queue[0] is not turn or not self._probe(call.tag, status):
+                while queue[0] is not turn or not self._has_come(call, status):
                     yield IDLE
             except (Abandoned, GeneratorExit):
                 raise
@@ -263,13 +267,69 @@ class MpiTransport(Transport):
                 if interrupts(error):
                     raise Expired from error  # nothing has begun
                 raise
-            call.peer = status.Get_source()
-            yield from self._recv_from(call)
+            found = self._claim(call)
+            if found is None:
+                call.peer = status.Get_source()
+                yield from self._recv_from(call)
+            else:
+                yield from self._recv_taken(call, found)
         finally:
             queue.remove(turn)
 
-    def _probe(self, tag: int, status: MPI.Status) -> bool:
-        return bool(self.comm.Iprobe(MPI.ANY_SOURCE, tag, status))
+    def _has_come(self, call: Call, status: MPI.Status) -> bool:
+        """Return whether there is a message for a receive from any."""
+        if self._find(call.peer, call.tag) is not None:
+            return True
+        return bool(self.comm.Iprobe(MPI.ANY_SOURCE, call.tag, status))
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        """Take the next message from MPI: what it is stands in it.  The receive finds it here."""
+        found = self._find(peer, tag)
+        if found is None:
+            if self._from_any[tag]:  # receives that are to have it
+                return None
+            found = take(self.comm, MPI.ANY_SOURCE if peer == ANY else peer, tag)
+            if found is None:
+                return None
+            self._taken.append(found)
+        if not found.request.Test():
+            return None
+        magic, code, count, said = _opened(found.data)
+        if magic != _MAGIC:
+            return Message(found.source, tag, "unknown", found.data.size)
+        return Message(found.source, tag, _name(code, said), count)
+
+    def _find(self, peer: int, tag: int) -> Taken | None:
+        """Return the first message that `probe` has taken from a peer, or from any."""
+        for found in self._taken:
+            if found.tag == tag and peer in (ANY, found.source):
+                return found
+        return None
+
+    def _claim(self, call: Call) -> Taken | None:
+        """Return a message that `probe` has taken, for a receive that is to have it."""
+        found = self._find(call.peer, call.tag)
+        if found is not None:
+            self._taken.remove(found)
+        return found
+
+    def _recv_taken(self, call: Call, found: Taken) -> Steps:
+        """Receive what `probe` has taken."""
+        assert call.recv is not None
+        try:
+            while not found.request.Test():
+                yield KEEN
+        except BaseException as error:
+            self._taken.appendleft(found)  # for the next receive
+            if interrupts(error) and not isinstance(error, (Abandoned, GeneratorExit)):
+                raise Expired from error
+            raise
+        call.result = call.peer = found.source
+        self._received[found.source] += 1
+        wrong = _wrong(call, found.data, found.source)
+        if wrong is not None:
+            raise wrong
+        call.recv.flat().view(np.uint8)[...] = found.data[_HEADER.size :]
 
     def _recv_from(self, call: Call) -> Steps:
         """Receive one message; when the deadline passes, cancel (`Expired` is thrown in).
@@ -298,7 +358,8 @@ class MpiTransport(Transport):
             wrong = _wrong(call, header, call.peer) if header[0] else None
             raise wrong or CollectiveMismatchError(
                 f"{call.describe()}: the message that came is longer than the array. "
-                "Receive into an array of the sender's size; the message is lost"
+                "Receive into an array of the sender's size; the message is lost. "
+                "pg.probe(src, tag) tells what the next one is before it is received"
             ) from error
         except (Abandoned, GeneratorExit):
             requests[0].Cancel()
@@ -341,7 +402,7 @@ class MpiTransport(Transport):
         due = yield from self._tell_each(self._sent)
         dropped: dict[int, list[tuple[int, int, int]]] = {}
         while any(due[rank] > self._received[rank] for rank in range(self.size)):
-            found = lane.peers.unwanted(partial(_is_awaited, lane))
+            found = self._unwanted() or lane.peers.unwanted(partial(_is_awaited, lane))
             if found is None:
                 yield KEEN
                 continue
@@ -368,6 +429,14 @@ class MpiTransport(Transport):
             yield KEEN
         for rank, table in tables.items():
             _note_lost(lane, rank, table.tolist(), sends)
+
+    def _unwanted(self) -> Taken | None:
+        """Return a message that `probe` has taken, and that no receive waits for."""
+        for found in self._taken:
+            if not self._from_any[found.tag]:
+                self._taken.remove(found)
+                return found
+        return None
 
     def _tell_each(self, numbers: Mapping[int, int]) -> Generator[int, None, Array]:
         """Tell each rank a number; return what each has told this one."""
@@ -508,7 +577,7 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     The group stays usable.
     """
     assert call.recv is not None
-    magic, code, count, said = _HEADER.unpack(header.tobytes())
+    magic, code, count, said = _opened(header)
     if magic != _MAGIC:
         return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
@@ -516,11 +585,16 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
         )
     if code == call.recv.dtype.code and count == call.recv.total:
         return None
-    sent = BY_CODE[code].name if code in BY_CODE else said.rstrip(b"\0").decode(errors="replace")
     return CollectiveMismatchError(
-        f"{call.describe()}: rank {source} sent {sent}[{count}], but the array is "
-        f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost"
+        f"{call.describe()}: rank {source} sent {_name(code, said)}[{count}], but the array is "
+        f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost; pg.probe(src, tag) tells "
+        "what the next one is before it is received"
     )
+
+
+def _name(code: int, said: bytes) -> str:
+    """Return the name of the dtype that a header tells of."""
+    return BY_CODE[code].name if code in BY_CODE else said.rstrip(b"\0").decode(errors="replace")
 
 
 def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException) -> bool:

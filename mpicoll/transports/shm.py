@@ -19,7 +19,7 @@ import numpy as np
 
 from ..arrays import SharedArrays
 from ..buffers import Blocks
-from ..calls import Call
+from ..calls import Call, Message
 from ..dtypes import Reduction
 from ..library import MOVED, MPI, Steps
 from ..memory import SLOT, NodeMemory
@@ -445,6 +445,9 @@ class ShmTransport(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self._mpi.recv(call)
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        return self._mpi.probe(peer, tag)
 
     def clear(self, lane: Lane) -> Steps:
         return self._mpi.clear(lane)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ..buffers import Blocks, Buffer, DeviceBuffer
-from ..calls import UNEVEN, Call, digest
+from ..calls import UNEVEN, Call, Message, digest
 from ..cuda_arrays import UNKNOWN, DeviceArray
 from ..dtypes import DType
 from ..errors import InvalidCallError, TransportError, UnsupportedError
@@ -313,6 +313,9 @@ class StagedTransport(Transport):
         yield from self._host.send(inner)
         if room is not None:
             self._spare.append(room)
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        return self._host.probe(peer, tag)
 
     def clear(self, lane: Lane) -> Steps:
         while self._posted != self._sends:

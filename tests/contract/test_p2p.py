@@ -131,3 +131,84 @@ def test_messages_to_and_from_nobody_are_over_at_once(pg):
     alone = pg.recv(ghost, mc.PROC_NULL)
     assert alone.is_completed() and alone.source_rank() is mc.PROC_NULL
     assert "src=PROC_NULL" in repr(alone)
+
+
+def _probed(pg, src, tag=0):
+    while (found := pg.probe(src, tag)) is None:
+        pass
+    return found
+
+
+@pytest.mark.parametrize("src", ["the rank", "any"])
+@pytest.mark.parametrize("size", [0, 1, 5, 300_000])
+def test_a_message_of_unknown_size_is_probed_and_received(pg, kind, size, src):
+    n, me = pg.size(), pg.rank()
+    left = (me - 1) % n
+    sending = pg.send(kind.array(data(me, size)), (me + 1) % n, tag=5)
+    later = pg.send(kind.array(data(me, 2)), (me + 1) % n, tag=5)
+    found = _probed(pg, left if src == "the rank" else mc.ANY_SOURCE, tag=5)
+    assert found == _probed(pg, left, tag=5), "it stays what it is until it is received"
+    source, tag, dtype, count = found
+    assert (source, tag, dtype, count) == (left, 5, "float32", size)
+    incoming, more = kind.full(count, 9), kind.full(2, 9)
+    receiving = pg.recv(incoming, source if src == "the rank" else mc.ANY_SOURCE, tag=5)
+    following = pg.recv(more, left, tag=5)
+    mc.wait_all([sending, later, receiving, following])
+    assert receiving.source_rank() == left
+    assert kind.same(incoming, data(left, size)) and kind.same(more, data(left, 2))
+    assert pg.probe(left, tag=5) is None
+
+
+def test_probe_leaves_a_message_to_the_receives_that_wait_for_it(pg):
+    n, me = pg.size(), pg.rank()
+    incoming = data(0, 3)
+    receiving = pg.recv(incoming, tag=4)
+    pg.barrier().wait()
+    sending = pg.send(data(me, 3), (me + 1) % n, tag=4)
+    while not receiving.is_completed():
+        assert pg.probe(tag=4) is None
+    mc.wait_all([sending, receiving])
+    assert NUMPY.same(incoming, data((me - 1) % n, 3))
+
+
+def test_probe_names_dtypes_and_refuses_what_recv_refuses(pg):
+    me = pg.rank()
+    for array in (np.zeros(2, "int8"), np.zeros(2, "complex64"), np.zeros(2, "datetime64[s]")):
+        sending = pg.send(array, me)
+        found = _probed(pg, me)
+        assert np.dtype(found.dtype) == array.dtype
+        pg.recv(np.zeros(found.count, found.dtype), me).wait()
+        sending.wait()
+    assert pg.probe(mc.PROC_NULL) is None
+    for wrong in ({"src": -1}, {"src": pg.size()}, {"tag": -1}, {"tag": 2**40}):
+        with pytest.raises(mc.InvalidCallError, match=next(iter(wrong))):
+            pg.probe(**wrong)
+
+
+def test_a_message_that_was_probed_and_does_not_fit_says_what_it_is(pg):
+    me = pg.rank()
+    sending = pg.send(np.arange(7, dtype="int32"), me)
+    _probed(pg, me)
+    with pytest.raises(CollectiveMismatchError, match=r"int32\[7\].*float64\[3\].*pg.probe"):
+        pg.recv(np.zeros(3), me).wait()
+    sending.wait()
+    assert pg.probe(me) is None
+
+
+def test_a_message_that_was_probed_and_never_received_is_dropped_at_the_end(fresh):
+    me = fresh.rank()
+    sending = fresh.send(np.ones(300_000), me)
+    _probed(fresh, me)
+    fresh.shutdown()
+    assert sending.is_success() and fresh.is_closed
+
+
+def test_probing_for_one_that_left_raises(fresh):
+    if fresh.size() == 1:
+        pytest.skip("nobody to leave")
+    if fresh.rank() == 0:
+        fresh.abort("enough")
+        return
+    with pytest.raises(mc.RemoteRankError, match="enough"):
+        while True:
+            fresh.probe(0)
