@@ -58,7 +58,7 @@ def _contract(*names: str) -> list[str]:
 
 ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
     3: _contract("bad_input", "collectives", "delays", "groups", "mismatch", "nodes", "property"),
-    4: _contract("collectives", "delays", "dtypes", "mismatch", "nodes"),
+    4: _contract("collectives", "delays", "dtypes", "mismatch", "missing", "nodes", "unmatched"),
 }
 
 

@@ -12,7 +12,7 @@ import mpicoll as mc
 from mpicoll import peers
 from mpicoll.errors import CollectiveTimeoutError, MpicollError, RemoteRankError
 from mpicoll.progress import engine
-from tests.contract.conftest import BACKENDS, NODES
+from tests.contract.conftest import BACKENDS
 
 pytestmark = pytest.mark.mpi
 
@@ -24,8 +24,6 @@ def make(request, world):
     """Make groups that the test may break; they are closed afterwards."""
     if world.size == 1:
         pytest.skip("nobody can be missing")
-    if NODES:
-        pytest.skip("what is given up between nodes stays pending; scenarios/test_nodes.py has it")
     made = []
 
     def new(name):
