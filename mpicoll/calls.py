@@ -118,6 +118,10 @@ PAIRWISE = frozenset({"gather", "scatter", "alltoall", "all_to_all_single"})
 UNEVEN = -1  # the `count` of a rank whose own blocks differ in size
 
 
+Spans: TypeAlias = "tuple[tuple[int, int], ...]"
+"""Ranges of addresses; tuples, which the garbage collector soon leaves alone."""
+
+
 @dataclass(slots=True)
 class Call:
     """One call of one rank, checked and normalised.
@@ -166,9 +170,7 @@ class Call:
     turn: Any = None
     enqueued: Any = None
     outputs: tuple[object, ...] = field(default=())
-    _spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] | None = field(
-        default=None, repr=False
-    )
+    _spans: tuple[Spans, Spans] | None = field(default=None, repr=False)
 
     @property
     def dtype(self) -> DType | None:
@@ -235,15 +237,13 @@ class Call:
             said.append(said_of_message(self.kind, self.peer, self.tag))
         return f"{self.kind}({', '.join(said)})"
 
-    def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def spans(self) -> tuple[Spans, Spans]:
         """Return the address ranges that the call reads and those that it writes."""
         if self._spans is None:
-            reads = _spans(self.send)
-            writes = _spans(self.recv)
-            for part in self.parts:
-                more = part.spans()
-                reads += more[0]
-                writes += more[1]
+            reads, writes = _spans(self.send), _spans(self.recv)
+            if self.parts:
+                reads = tuple(span for part in self.parts for span in _spans(part.send))
+                writes = tuple(span for part in self.parts for span in _spans(part.recv))
             self._spans = reads, writes
         return self._spans
 
@@ -253,10 +253,10 @@ def said_of_message(kind: str, peer: int, tag: int) -> str:
     return f"{'dst' if kind == 'send' else 'src'}={_PEERS.get(peer, peer)}, tag={tag}"
 
 
-def _spans(blocks: Blocks | None) -> list[tuple[int, int]]:
+def _spans(blocks: Blocks | None) -> Spans:
     if blocks is None:
-        return []
-    return [(b.address, b.address + b.nbytes) for b in blocks.buffers if b.nbytes]
+        return ()
+    return tuple([(b.address, b.address + b.nbytes) for b in blocks.buffers if b.nbytes])
 
 
 def digest(*numbers: int) -> int:

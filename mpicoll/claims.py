@@ -14,33 +14,44 @@ Span = tuple[int, int]  # where it begins, and where it has ended
 T = TypeVar("T", bound=Hashable)
 
 
+class _Several(dict[T, None]):
+    """The owners of one span, where there are more than one.
+
+    (A dictionary for each span would be what the garbage collector looks at most.)
+    """
+
+
 class _Spans(Generic[T]):
     """Spans with their owners, who may share one."""
 
     def __init__(self) -> None:
-        self._owners: dict[Span, dict[T, None]] = {}
+        self._owners: dict[Span, T | _Several[T]] = {}
         self._by_size: dict[int, list[Span]] = {}  # by the bits of the size; each list in order
 
     def add(self, span: Span, owner: T) -> None:
         owners = self._owners.get(span)
         if owners is None:
-            self._owners[span] = {owner: None}
+            self._owners[span] = owner
             insort(self._by_size.setdefault((span[1] - span[0]).bit_length(), []), span)
-        else:
+        elif isinstance(owners, _Several):
             owners[owner] = None
+        elif owners is not owner:
+            self._owners[span] = _Several({owners: None, owner: None})
 
     def discard(self, span: Span, owner: T) -> None:
         owners = self._owners.get(span)
-        if owners is None:
+        if isinstance(owners, _Several):
+            owners.pop(owner, None)
+            if owners:
+                return
+        elif owners is None or owners is not owner:
             return
-        owners.pop(owner, None)
-        if not owners:
-            del self._owners[span]
-            bits = (span[1] - span[0]).bit_length()
-            spans = self._by_size[bits]
-            del spans[bisect_left(spans, span)]
-            if not spans:
-                del self._by_size[bits]
+        del self._owners[span]
+        bits = (span[1] - span[0]).bit_length()
+        spans = self._by_size[bits]
+        del spans[bisect_left(spans, span)]
+        if not spans:
+            del self._by_size[bits]
 
     def meeting(self, span: Span) -> T | None:
         """Return an owner of one that shares an address with `span`."""
@@ -49,7 +60,8 @@ class _Spans(Generic[T]):
             at = bisect_left(spans, (stop,)) - 1  # the last that begins before `span` ends
             while at >= 0 and spans[at][0] > start - (1 << bits):
                 if spans[at][1] > start:
-                    return next(iter(self._owners[spans[at]]))
+                    owners = self._owners[spans[at]]
+                    return next(iter(owners)) if isinstance(owners, _Several) else owners
                 at -= 1
         return None
 

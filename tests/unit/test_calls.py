@@ -106,7 +106,7 @@ def test_spans_are_the_memory_that_is_read_and_written():
     reads, writes = calls.all_gather_single(0, 3, x, y).spans()
     assert writes == [(x.ctypes.data, x.ctypes.data + 12)]
     assert reads == [(y.ctypes.data, y.ctypes.data + 4)]
-    assert calls.allgather(0, 1, [f4(0)], f4(0)).spans() == ([], [])
+    assert calls.allgather(0, 1, [f4(0)], f4(0)).spans() == ((), ())
 
 
 def test_what_a_rank_only_reads_need_not_be_writable():
