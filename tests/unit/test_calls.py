@@ -104,8 +104,8 @@ def test_coalesced_calls_differ_by_order_dtype_and_size():
 def test_spans_are_the_memory_that_is_read_and_written():
     x, y = f4(3), f4(1)
     reads, writes = calls.all_gather_single(0, 3, x, y).spans()
-    assert writes == [(x.ctypes.data, x.ctypes.data + 12)]
-    assert reads == [(y.ctypes.data, y.ctypes.data + 4)]
+    assert writes == ((x.ctypes.data, x.ctypes.data + 12),)
+    assert reads == ((y.ctypes.data, y.ctypes.data + 4),)
     assert calls.allgather(0, 1, [f4(0)], f4(0)).spans() == ((), ())
 
 
