@@ -8,9 +8,9 @@
 Importing costs nothing and touches no MPI; the first `new_group` loads it.
 """
 
-from .backends import ProcessGroupFactory, register_backend
-from .calls import ANY_SOURCE, PROC_NULL, Message
-from .config import child_environment
+from .arrays.ops import ReduceOp
+from .engine.calls import ANY_SOURCE, PROC_NULL, Message
+from .engine.work import Future, Work, wait_all
 from .errors import (
     CallInterruptedError,
     CollectiveMismatchError,
@@ -24,16 +24,16 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
-from .group import (
+from .groups.group import (
     ProcessGroup,
     current_process_group,
     new_group,
     parent_group,
     process_group,
 )
-from .ops import ReduceOp
+from .runtime.settings import child_environment
 from .stores import FileStore, PrefixStore, TCPStore
-from .work import Future, Work, wait_all
+from .transports.select import ProcessGroupFactory, register_backend
 
 __version__ = "0.1.0"
 

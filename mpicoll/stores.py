@@ -37,7 +37,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from . import config
 from .errors import (
     CollectiveTimeoutError,
     GroupClosedError,
@@ -45,6 +44,7 @@ from .errors import (
     TransportError,
     Unique,
 )
+from .runtime import settings
 
 MAX_KEY = 1024  # bytes of a key in UTF-8
 MAX_VALUE = 16 << 20  # bytes of a value
@@ -72,7 +72,7 @@ class Store(Protocol):
 
 
 def _seconds(timeout: object, default: float) -> float:
-    return min(config.seconds(timeout, default), _LONGEST)
+    return min(settings.seconds(timeout, default), _LONGEST)
 
 
 def _checked_value(value: object, name: str = "value", limit: int = MAX_VALUE) -> bytes:
@@ -600,7 +600,7 @@ class TCPStore(KeyValueStore, Unique):
 
     def _checked_secret(self, secret: object) -> bytes:
         if secret is None:
-            secret = config.store_secret() or b""
+            secret = settings.store_secret() or b""
         if not isinstance(secret, (str, bytes)):
             raise InvalidCallError(f"secret must be str or bytes, but got a {type(secret)}")
         if not secret and not ipaddress.ip_address(self._ip).is_loopback:

@@ -36,13 +36,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import cuda_nccl
-from ..cuda import load_cupy
+from ..arrays.ops import ReduceOp
 from ..errors import InvalidCallError
-from ..group import ProcessGroup, new_group
-from ..library import MPI
-from ..ops import ReduceOp
-from ..transports.nccl import SUM, TYPES
+from ..groups.group import ProcessGroup, new_group
+from ..runtime.library import MPI
+from ..transports.cuda import binding
+from ..transports.cuda.gpu import load_cupy
+from ..transports.cuda.nccl import SUM, TYPES
 
 Array = npt.NDArray[Any]
 Calls = Callable[[], object]
@@ -311,8 +311,8 @@ class _BareNccl:
     """NCCL's own calls, on a communicator beside the group's, and on the current stream."""
 
     def __init__(self, pg: ProcessGroup, xp: Any, dtype: str) -> None:
-        self.nccl = cuda_nccl.load()
-        name = pg.broadcast_object(cuda_nccl.unique_id() if pg.rank() == 0 else None, 0)
+        self.nccl = binding.load()
+        name = pg.broadcast_object(binding.unique_id() if pg.rank() == 0 else None, 0)
         name = self.nccl.UniqueId.from_buffer(name)
         self.comm = self.nccl.comm_init_rank(pg.size(), name, pg.rank())
         self.kind, self.stream = TYPES[dtype], int(xp.cuda.get_current_stream().ptr)

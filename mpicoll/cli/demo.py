@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
+from ..arrays.ops import ReduceOp
 from ..errors import MpicollError
-from ..group import ProcessGroup, new_group
-from ..ops import ReduceOp
+from ..groups.group import ProcessGroup, new_group
 from . import digits as classifier
 from .trials import TRIALS, Maker
 

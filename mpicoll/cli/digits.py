@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..group import ProcessGroup
-from ..ops import ReduceOp
+from ..arrays.ops import ReduceOp
+from ..groups.group import ProcessGroup
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

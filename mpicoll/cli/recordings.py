@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..calls import said_of_message
-from ..recorder import VERSION
+from ..engine.calls import said_of_message
+from ..engine.recorder import VERSION
 
 QUEUELESS = ("send", "recv")
 

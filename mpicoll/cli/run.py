@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 
-from ..leaving import ending
+from ..engine.exit import ending
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

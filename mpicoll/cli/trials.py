@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..group import ProcessGroup
-from ..ops import ReduceOp
+from ..arrays.ops import ReduceOp
+from ..groups.group import ProcessGroup
 
 Array = npt.NDArray[np.float32]
 

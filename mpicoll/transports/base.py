@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..buffers import Blocks, as_buffer, refuse_device
-from ..calls import UNEVEN, Call, Message
-from ..library import Steps
-from ..progress import Lane
+from ..arrays.buffers import Blocks, as_buffer, refuse_device
+from ..engine.calls import UNEVEN, Call, Message
+from ..engine.progress import Lane
+from ..runtime.library import Steps
 
 
 class Transport(ABC):

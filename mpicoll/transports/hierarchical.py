@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ..calls import UNEVEN, Call, Message
-from ..dtypes import Reduction
-from ..library import IDLE, MPI, Abandoned, Steps
-from ..memory import NodeMemory
-from ..nodes import Nodes, shares, spans
-from ..progress import Lane
+from ..arrays.dtypes import Reduction
+from ..engine.calls import UNEVEN, Call, Message
+from ..engine.progress import Lane
+from ..runtime.library import IDLE, MPI, Abandoned, Steps
+from ..runtime.memory import NodeMemory
+from ..runtime.topology import Nodes, shares, spans
 from .base import Transport, inner_call
-from .folding import decode, encode, reducing
+from .kernels import decode, encode, reducing
 from .mpi import MpiTransport
-from .shm import ShmTransport
+from .shm.transport import ShmTransport
 
 Array = np.ndarray[Any, Any]
 

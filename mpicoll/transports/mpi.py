@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from ..buffers import Blocks
-from ..calls import ANY, UNEVEN, Call, Message
-from ..dtypes import BY_CODE, Reduction
+from ..arrays.buffers import Blocks
+from ..arrays.dtypes import BY_CODE, Reduction
+from ..engine.calls import ANY, UNEVEN, Call, Message
+from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from ..errors import CollectiveMismatchError, interrupts
-from ..library import (
+from ..runtime.library import (
     IDLE,
     KEEN,
     MOVED,
@@ -39,7 +40,6 @@ from ..library import (
     until,
     until_all,
 )
-from ..progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from .base import Transport
 
 Array = np.ndarray[Any, Any]

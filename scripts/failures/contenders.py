@@ -96,8 +96,8 @@ OURS = Contender(
     "ours",
     """
 import mpicoll as mc
-from mpicoll.ops import ReduceOp
-from mpicoll.ops import ReduceOp as Op
+from mpicoll.arrays.ops import ReduceOp
+from mpicoll.arrays.ops import ReduceOp as Op
 
 pg = mc.new_group()
 x = np.full(4, RANK + 1, np.float32)

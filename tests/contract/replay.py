@@ -47,7 +47,7 @@ class Step:
 
 
 class Queue(LateCopies):
-    """Keeps `mpicoll.transports.nccl.Queue`; a mark is how many steps were queued before it."""
+    """Keeps `mpicoll.transports.cuda.nccl.Queue`; a mark: how many steps were queued before it."""
 
     queue = QUEUE
 
@@ -105,7 +105,7 @@ _OPS = 1000  # the number of the first operator that is made
 
 
 class Communicator:
-    """Keeps `mpicoll.transports.nccl.Nccl`.
+    """Keeps `mpicoll.transports.cuda.nccl.Nccl`.
 
     Attributes:
         opened: while False, what was asked of it does not settle, as where a peer never connects.

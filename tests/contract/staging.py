@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpicoll.cuda_arrays import DeviceArray
+from mpicoll.arrays.device import DeviceArray
 from tests.contract.arrays import Array, Kind
 
 DEVICE, STREAM = 3, 7
@@ -63,7 +63,7 @@ class ElsewhereKind(Kind):
 
 
 class LateCopies:
-    """Keeps `mpicoll.transports.staged.Copies`; notes what it was asked for."""
+    """Keeps `mpicoll.transports.cuda.staged.Copies`; notes what it was asked for."""
 
     device = DEVICE
 

@@ -14,11 +14,11 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.cuda_arrays import DeviceArray
+from mpicoll.arrays.device import DeviceArray
 from mpicoll.errors import CollectiveMismatchError, CollectiveTimeoutError, GroupBrokenError
-from mpicoll.library import exchange_tag
-from mpicoll.transports import aware
-from mpicoll.transports.aware import AwareTransport
+from mpicoll.runtime.library import exchange_tag
+from mpicoll.transports.cuda import aware
+from mpicoll.transports.cuda.aware import AwareTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -29,7 +29,7 @@ ELSEWHERE = ElsewhereKind()
 
 
 class Device(LateCopies):
-    """Keeps `mpicoll.transports.aware.Device`: a mark is passed at the fourth look."""
+    """Keeps `mpicoll.transports.cuda.aware.Device`: a mark is passed at the fourth look."""
 
     def __init__(self) -> None:
         super().__init__()

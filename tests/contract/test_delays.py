@@ -6,7 +6,8 @@ import time
 import pytest
 
 from mpicoll.cli.trials import TRIALS
-from mpicoll.transports import riding, shm
+from mpicoll.transports.shm import inline
+from mpicoll.transports.shm import transport as shm
 from tests.soak import soak
 
 
@@ -17,7 +18,7 @@ def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypat
     if memory is None:
         pytest.skip("the group doesn't go through shared memory")
     if way != "ride":
-        monkeypatch.setattr(riding, "PAYLOAD", -1)
+        monkeypatch.setattr(inline, "PAYLOAD", -1)
     if way in ("read", "MPI"):
         monkeypatch.setattr(shm, "MOVE_LIMIT", 0)
     if way == "MPI":  # as where the system doesn't permit reading

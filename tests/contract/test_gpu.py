@@ -16,10 +16,10 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.arrival import Arrival
-from mpicoll.cuda import load_cupy
+from mpicoll.engine.arrival import Arrival
 from mpicoll.errors import CollectiveTimeoutError, GroupBrokenError, UnsupportedError
-from mpicoll.library import pending
+from mpicoll.runtime.library import pending
+from mpicoll.transports.cuda.gpu import load_cupy
 from tests.contract.arrays import BFLOAT16, Array, Kind, Torch, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403

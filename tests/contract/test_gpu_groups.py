@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import mpicoll as mc
-from mpicoll import backends, cuda
 from mpicoll.errors import CollectiveMismatchError, UnsupportedError
+from mpicoll.transports import select
+from mpicoll.transports.cuda import gpu as cuda
 
 pytestmark = [
     pytest.mark.mpi,
@@ -57,7 +58,7 @@ def test_each_rank_is_bound_by_its_place(monkeypatch):
         raise UnsupportedError("not today")
 
     monkeypatch.setattr(cuda, "open_gpu", refuse)
-    monkeypatch.setattr(backends, "local_rank", lambda environ: 5)
+    monkeypatch.setattr(select, "local_rank", lambda environ: 5)
     with pytest.raises(UnsupportedError, match="not today"):
         mc.new_group(timeout=20, device="cuda:1")
     assert seen == [("cuda:1", 5)]

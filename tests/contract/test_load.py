@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.progress import engine
+from mpicoll.engine.progress import engine
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.soak import soak
 

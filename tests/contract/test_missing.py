@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import mpicoll as mc
-from mpicoll import peers
+from mpicoll.engine import peers
+from mpicoll.engine.progress import engine
 from mpicoll.errors import CollectiveTimeoutError, MpicollError, RemoteRankError
-from mpicoll.progress import engine
 from tests.contract.conftest import BACKENDS
 
 pytestmark = pytest.mark.mpi

@@ -16,9 +16,10 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll import ReduceOp, backends
-from mpicoll.arrival import Once
-from mpicoll.calls import Call
+from mpicoll import ReduceOp
+from mpicoll.engine.arrival import Once
+from mpicoll.engine.calls import Call
+from mpicoll.engine.progress import Engine, Lane, Task, engine
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -27,10 +28,10 @@ from mpicoll.errors import (
     TransportError,
     UnsupportedError,
 )
-from mpicoll.library import IDLE, MOVED, pause
-from mpicoll.progress import Engine, Lane, Task, engine
-from mpicoll.transports import nccl
-from mpicoll.transports.nccl import NcclTransport, Turns
+from mpicoll.runtime.library import IDLE, MOVED, pause
+from mpicoll.transports import select
+from mpicoll.transports.cuda import nccl
+from mpicoll.transports.cuda.nccl import NcclTransport, Turns
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -675,8 +676,8 @@ def split(
 ) -> tuple[Communicator | None, mc.ProcessGroup]:
     """Split a group and, in the same way, its communicator of NCCL."""
     part = fresh.split_group(members)
-    ground = backends.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
-    made, steps = None, backends.split_nccl(ground, part and part.comm)
+    ground = select.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
+    made, steps = None, select.split_nccl(ground, part and part.comm)
     while True:
         try:
             with engine._lock:  # or the group's thread would look at the queue in between

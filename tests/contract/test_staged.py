@@ -14,8 +14,8 @@ from mpicoll.errors import (
     InvalidCallError,
     UnsupportedError,
 )
-from mpicoll.transports import staged
-from mpicoll.transports.staged import StagedTransport
+from mpicoll.transports.cuda import staged
+from mpicoll.transports.cuda.staged import StagedTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
 from tests.contract.on_gpus import *  # noqa: F403

@@ -17,8 +17,8 @@ import pytest
 
 import mpicoll as mc
 from mpicoll import ReduceOp
+from mpicoll.engine.progress import engine
 from mpicoll.errors import CollectiveMismatchError, InvalidCallError
-from mpicoll.progress import engine
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.soak import soak
 

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 import mpicoll as mc
-from mpicoll import dtypes, errors
-from mpicoll.ops import BY_NAME, ReduceOp
+from mpicoll import errors
+from mpicoll.arrays import dtypes
+from mpicoll.arrays.ops import BY_NAME, ReduceOp
 from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

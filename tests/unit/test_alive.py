@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from mpicoll import alive
-from mpicoll.alive import Identity, Watch
+from mpicoll.runtime import processes
+from mpicoll.runtime.processes import Identity, Watch
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 pytestmark = pytest.mark.skipif(
-    alive.identity().namespace == alive.NOBODY, reason="this system has no pidfds"
+    processes.identity().namespace == processes.NOBODY, reason="this system has no pidfds"
 )
 
 
@@ -30,8 +30,8 @@ def child():
 
 
 def identity_of(pid: int) -> Identity:
-    started = int(alive._status(pid)[alive._STARTED])
-    return Identity(alive.identity().namespace, pid, started)
+    started = int(processes._status(pid)[processes._STARTED])
+    return Identity(processes.identity().namespace, pid, started)
 
 
 def soon(watch: Watch) -> bool:
@@ -76,7 +76,7 @@ def test_an_exit_is_a_death_too():
 
 
 def test_who_is_gone_already_or_was_another_process_of_that_pid(child):
-    watch, me = Watch(), alive.identity()
+    watch, me = Watch(), processes.identity()
     earlier = me._replace(started=me.started - 1)
     watch.add(earlier)
     who = identity_of(child.pid)
@@ -89,15 +89,15 @@ def test_who_is_gone_already_or_was_another_process_of_that_pid(child):
 def test_a_stopped_process_lives(child):
     watch, who = Watch(), identity_of(child.pid)
     watch.add(who)
-    assert not alive.is_stopped(who)
+    assert not processes.is_stopped(who)
     child.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
-    assert alive.is_stopped(who) and not watch.look()
+    assert processes.is_stopped(who) and not watch.look()
     child.send_signal(signal.SIGCONT)
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):
-    from mpicoll.memory import _STRIDE, NodeMemory
+    from mpicoll.runtime.memory import _STRIDE, NodeMemory
 
     path = tmp_path / "room"
     path.write_bytes(bytes(2 * _STRIDE))

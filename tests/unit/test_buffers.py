@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpicoll.buffers import Blocks, as_buffer
+from mpicoll.arrays.buffers import Blocks, as_buffer
 from mpicoll.errors import InvalidCallError, UnsupportedError
 
 
@@ -353,7 +353,7 @@ def test_tensor_types_refused(torch):
 def test_neither_torch_nor_ml_dtypes_is_imported():
     code = (
         "import sys, numpy\n"
-        "import mpicoll.buffers as b\n"
+        "import mpicoll.arrays.buffers as b\n"
         "b.as_buffer(numpy.zeros(3), 'x', write=True)\n"
         "b.as_buffer(b'abc', 'x', write=False)\n"
         "assert not {'torch', 'ml_dtypes', 'mpi4py.MPI'} & set(sys.modules)\n"

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from mpicoll import calls
-from mpicoll.calls import ANY_SOURCE, UNEVEN
+from mpicoll.arrays.ops import ReduceOp
+from mpicoll.engine import calls
+from mpicoll.engine.calls import ANY_SOURCE, UNEVEN
 from mpicoll.errors import InvalidCallError
-from mpicoll.ops import ReduceOp
 
 
 def f4(n=4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpicoll.claims import Claims
+from mpicoll.engine.claims import Claims
 
 SPAN = st.tuples(st.integers(0, 300), st.sampled_from([1, 2, 3, 8, 60, 250])).map(
     lambda pair: (pair[0], pair[0] + pair[1])

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mpicoll.cuda import Gpu, device_for, open_gpu
-from mpicoll.cuda_arrays import DeviceArray
+from mpicoll.arrays.device import DeviceArray
 from mpicoll.errors import TransportError, UnsupportedError, translate
+from mpicoll.transports.cuda.gpu import Gpu, device_for, open_gpu
 
 GPU = DeviceArray(0x7F0000000000, 5, np.dtype("f4"))
 

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpicoll import calls
-from mpicoll.buffers import Blocks, DeviceBuffer, as_buffer, refuse_device
-from mpicoll.cuda_arrays import LEGACY_STREAM, UNKNOWN, DeviceArray, read_capsule, stream_of
+from mpicoll.arrays.buffers import Blocks, DeviceBuffer, as_buffer, refuse_device
+from mpicoll.arrays.device import LEGACY_STREAM, UNKNOWN, DeviceArray, read_capsule, stream_of
+from mpicoll.arrays.ops import ReduceOp
+from mpicoll.engine import calls
 from mpicoll.errors import InvalidCallError, UnsupportedError
-from mpicoll.ops import ReduceOp
 
 ADDRESS = 0x7F0000000000
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpicoll import cuda_nccl
-from mpicoll.cuda_nccl import Communicator, join
 from mpicoll.errors import TransportError, UnsupportedError
+from mpicoll.transports.cuda import binding as cuda_nccl
+from mpicoll.transports.cuda.binding import Communicator, join
 
 LIMIT = 10  # seconds
 

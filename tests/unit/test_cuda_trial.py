@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 
-from mpicoll import cuda_trial
-from mpicoll.config import child_environment
-from mpicoll.cuda_trial import Trial, reading
+from mpicoll.runtime.settings import child_environment
+from mpicoll.transports.cuda import probe
+from mpicoll.transports.cuda.probe import Trial, reading
 
 
 def test_an_end_without_error_is_a_yes():
@@ -38,7 +38,7 @@ def test_a_gpu_that_another_process_has_for_itself():
 def test_a_trial_that_dies_leaves_no_core(monkeypatch, tmp_path):
     """The limit is set before anything that may die."""
     monkeypatch.chdir(tmp_path)
-    program = cuda_trial._PROGRAM.partition("import cupy")[0]
+    program = probe._PROGRAM.partition("import cupy")[0]
     program += "print(resource.getrlimit(resource.RLIMIT_CORE))"
     said = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert said.strip() == "(0, 0)"
@@ -53,8 +53,8 @@ def test_a_real_trial_where_nothing_can_be_tried(monkeypatch):
 
 
 def test_a_trial_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(cuda_trial, "_PROGRAM", "import time; time.sleep(100)")
-    monkeypatch.setattr(cuda_trial, "LIMIT", 0.2)
+    monkeypatch.setattr(probe, "_PROGRAM", "import time; time.sleep(100)")
+    monkeypatch.setattr(probe, "LIMIT", 0.2)
     trial, end = Trial(0), time.monotonic() + 10
     while (said := trial.outcome()) is None and time.monotonic() < end:
         time.sleep(0.01)

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpicoll.dtypes import BY_CODE, BY_NAME, from_name, from_numpy, reduction
+from mpicoll.arrays.dtypes import BY_CODE, BY_NAME, from_name, from_numpy, reduction
+from mpicoll.arrays.ops import ReduceOp
 from mpicoll.errors import UnsupportedError
-from mpicoll.ops import ReduceOp
 
 INTS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 HALVES = ["float16", "bfloat16"]
@@ -188,7 +188,8 @@ def test_what_is_in_no_table_is_known_by_its_description(dtype, name, storage):
 def test_descriptions_have_one_code_each():
     dtypes = [from_numpy(np.dtype(dtype), "x") for dtype, _, _ in DESCRIBED]
     assert len({dtype.code for dtype in dtypes} | set(BY_CODE)) == len(DESCRIBED) + len(BY_CODE)
-    code = "import numpy, mpicoll.dtypes as d; print(d.from_numpy(numpy.dtype('M8[s]'), 'x').code)"
+    code = "import numpy as np, mpicoll.arrays.dtypes as d; "
+    code += "print(d.from_numpy(np.dtype('M8[s]'), 'x').code)"
     said = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert int(said) == from_numpy(np.dtype("M8[s]"), "x").code
 

@@ -10,8 +10,8 @@ import pytest
 from mpicoll.cli import findings
 from mpicoll.cli.facts import SHM, Facts, Gpu, Sight, Token
 from mpicoll.cli.findings import GROUPS, OK, OLDEST, WARNING, WRONG, Job, examine
-from mpicoll.config import launchers
-from mpicoll.memory import bytes_per_rank
+from mpicoll.runtime.memory import bytes_per_rank
+from mpicoll.runtime.settings import launchers
 from tests.harness import ROOT
 from tests.unit.test_launch import BATCH, HYDRA, PMI2, PRTE, SHELL, STEP
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from mpicoll import config
-from mpicoll.config import Launcher, daemon, launchers, local_rank
 from mpicoll.errors import InvalidCallError
-from mpicoll.launch import abortive, apart, remedy, serves, spawnless, stray
+from mpicoll.runtime import settings
+from mpicoll.runtime.launcher import abortive, apart, remedy, serves, spawnless, stray
+from mpicoll.runtime.settings import Launcher, daemon, launchers, local_rank
 from tests.harness import ROOT
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9", "MPI_LOCALNRANKS": "4"}
@@ -187,23 +187,23 @@ def test_the_ranks_on_the_node(monkeypatch, environ, ranks):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert config.ranks_on_node() == ranks
+    assert settings.ranks_on_node() == ranks
 
 
 @pytest.mark.parametrize("text, meant", [("1", True), ("0", False), ("", False)])
 def test_single(monkeypatch, text, meant):
     monkeypatch.setenv("MPICOLL_SINGLE", text)
-    assert config.single() is meant
+    assert settings.single() is meant
     monkeypatch.setenv("MPICOLL_SINGLE", "yes")
     with pytest.raises(InvalidCallError, match="MPICOLL_SINGLE must be 0 or 1, but is 'yes'"):
-        config.single()
+        settings.single()
 
 
 def test_every_variable_that_is_read_is_known():
     read = set(
-        re.findall(r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/config.py").read_text())
+        re.findall(r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/runtime/settings.py").read_text())
     )
-    assert read == set(config.SETTINGS)
+    assert read == set(settings.SETTINGS)
 
 
 def test_under_torchrun_alone_nothing_can_be_spawned():

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from mpicoll.meeting import in_order
+from mpicoll.groups.rendezvous import in_order
 
 
 def group(name, job, ranks, **others):

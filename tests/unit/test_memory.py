@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from mpicoll.memory import NodeMemory, bytes_per_rank
+from mpicoll.runtime.memory import NodeMemory, bytes_per_rank
 
 
 @pytest.fixture

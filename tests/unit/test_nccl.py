@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from mpicoll.backends import no_nccl
-from mpicoll.dtypes import BY_NAME, reduction
+from mpicoll.arrays.dtypes import BY_NAME, reduction
+from mpicoll.arrays.ops import BY_NAME as OPS
+from mpicoll.arrays.ops import ReduceOp
 from mpicoll.errors import UnsupportedError
-from mpicoll.ops import BY_NAME as OPS
-from mpicoll.ops import ReduceOp
-from mpicoll.transports.nccl import TYPES, Rule, rule
+from mpicoll.transports.cuda.nccl import TYPES, Rule, rule
+from mpicoll.transports.select import no_nccl
 
 # As NCCL's header has them.
 HEADER_TYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpicoll.config import node_sizes
 from mpicoll.errors import InvalidCallError
-from mpicoll.nodes import Nodes, shares, spans
+from mpicoll.runtime.settings import node_sizes
+from mpicoll.runtime.topology import Nodes, shares, spans
 
 
 def test_nodes_are_in_order_of_their_lowest_rank():

@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from mpicoll.arrays.ops import BY_NAME, ReduceOp, as_reduce_op
 from mpicoll.errors import InvalidCallError
-from mpicoll.ops import BY_NAME, ReduceOp, as_reduce_op
 
 
 def test_codes_are_small_stable_and_distinct():

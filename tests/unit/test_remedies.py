@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mpicoll import backends
 from mpicoll.errors import GroupClosedError, InvalidCallError
 from mpicoll.stores import FileStore, TCPStore
+from mpicoll.transports import select
 
 
 def test_a_folder_that_others_can_write_to(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_a_store_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_whose_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_factories", {})
+    monkeypatch.setattr(select, "_factories", {})
 
     def factory(*args: Any, **options: Any) -> object:
         return object()
 
     with pytest.raises(InvalidCallError, match="choose another one"):
-        backends.register_backend("auto", factory)
-    backends.register_backend("another one", factory)
-    assert backends.factory_of("another one") is factory
+        select.register_backend("auto", factory)
+    select.register_backend("another one", factory)
+    assert select.factory_of("another one") is factory

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mpicoll.rollcall import (
+from mpicoll.engine.rollcall import (
     GRACE,
     LOST,
     SHOWN,

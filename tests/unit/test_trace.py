@@ -13,10 +13,11 @@ import weakref
 import numpy as np
 import pytest
 
-from mpicoll import ReduceOp, calls, cli, recorder
+from mpicoll import ReduceOp, cli
 from mpicoll.cli import clocks, perfetto, recordings, whereabouts
 from mpicoll.cli.recordings import GroupKey, Unreadable, in_ranges
 from mpicoll.cli.stragglers import stragglers
+from mpicoll.engine import calls, recorder
 
 BEGIN = 1.7e9  # seconds of the epoch
 

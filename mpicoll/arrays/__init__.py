@@ -1,0 +1,1 @@
+"""One rank's data: dtypes, operators, buffers, on the host and on a GPU."""

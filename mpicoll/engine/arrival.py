@@ -1,0 +1,541 @@
+"""Arrival: every rank says which call it makes, and data moves only if all say the same.
+
+Over MPI the records meet in one nonblocking allreduce of each field's minimum and maximum:
+constant size at any number of ranks.  Who called what is gathered only where they differ.
+On a node they meet on a board in shared memory; across nodes on the boards first, then in an
+allreduce between the nodes' first ranks.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+import time
+from collections.abc import Generator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from ..errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
+from ..runtime.library import IDLE, MPI, Steps, pending, until
+from ..runtime.memory import NodeMemory
+from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call, digest
+from .peers import Peers
+
+# The fields of a record that arrival compares.
+_SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _STATE = range(8)
+_FIELDS = 8
+_REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
+
+_BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
+
+_ORDER = "The order of the calls is lost"
+_BROKEN = ", so the group can't be used any more"
+
+_NEWS = 0.05  # seconds that a notice may take to come
+_PAUSE = 0.05  # seconds between calls in which the peers may have given up waiting
+_LOOK = 0.001  # seconds to look for their notices then
+
+_TEXT = 448  # bytes of a call's description, where descriptions are exchanged
+_DETAIL = struct.Struct(f"<{_FIELDS + 1}q{_TEXT}s")
+_CHAIN = _FIELDS  # what is compared beside the record, where descriptions are exchanged
+
+
+# Calls whose records say the same on all ranks, or the program is wrong: no other rank's record
+# is needed to carry them out.
+_ALIKE = frozenset(
+    (
+        *("allreduce", "broadcast", "reduce", "scan", "exscan"),
+        *("allgather", "all_gather_single", "reduce_scatter", "reduce_scatter_single"),
+        *("allreduce_coalesced", "allgather_coalesced", "all_gather_single_coalesced"),
+        "reduce_scatter_single_coalesced",
+    )
+)
+_ALIKE_BY_CONTRACT = frozenset(KIND_CODES[kind] for kind in _ALIKE)
+
+Record: TypeAlias = "tuple[int, ...]"
+Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
+"""Steps that end in each field's maximum and minimum over the ranks, and the largest extent."""
+
+
+def _record(call: Call, seq: int) -> tuple[int, ...]:
+    dtype = call.dtype
+    return (
+        seq,
+        KIND_CODES[call.kind],
+        -1 if dtype is None else dtype.code,
+        -1 if call.op is None else call.op.code,
+        call.root,
+        call.count,
+        call.digest,
+        _LEAVING if call.leaving else _REFUSED if call.refused else 0,
+    )
+
+
+class Exchange:
+    """Where records meet over MPI: those of all ranks, or of the nodes' first ones.
+
+    Attributes:
+        count: meetings that this rank has begun; on all ranks the same, or one less.
+        last: the call of the last one.
+        both: what came out of it.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self.count = self.last = 0
+        self.both = bytearray(_BOTH.size)
+        self._spec = [self.both, MPI.INT64_T]
+
+    def meet(self, highest: Record, lowest: Record, extent: int) -> Meets:
+        """Publish what this rank has, and wait for all; return what differs."""
+        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
+        # The buffer is reused: calls of a group come one at a time, and after one that was
+        # abandoned there is no other.
+        _BOTH.pack_into(self.both, 0, *highest, *map(operator.neg, lowest), extent)
+        self.count += 1
+        self.last = highest[_SEQ]
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
+        return _unpacked(self.both)
+
+    def catch_up(self, count: int, left: int) -> None:
+        """Begin the meeting in which others still wait for this rank: MPI ends no other way.
+
+        It comes when all are at their ends, and nobody reads what it gives.  Not where this rank
+        left call `left` behind its meeting: MPI may expect more of it first.
+
+        Args:
+            count: meetings that others have begun.
+        """
+        if count == self.count + 1 and self.last != left:
+            self.count = count
+            pending.append(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+
+
+def _unpacked(both: bytes | bytearray | memoryview) -> tuple[Record, Record, int]:
+    """Return highest and lowest of each field, and the largest extent."""
+    fields = _BOTH.unpack_from(both)
+    return fields[:_FIELDS], tuple(map(operator.neg, fields[_FIELDS:-1])), fields[-1]
+
+
+class Arrival:
+    """The exchange of records of one group, on the group's private communicator.
+
+    Attributes:
+        exchange: where they meet over MPI; None: they don't, or not on this rank.
+    """
+
+    exchange: Exchange | None
+
+    def __init__(self, comm: MPI.Comm, peers: Peers) -> None:
+        self.exchange = Exchange(comm)
+        self._comm = comm
+        self._peers = peers
+        self._size = comm.Get_size()
+        self._rank = comm.Get_rank()
+        self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
+        self._since = time.monotonic()  # when this rank arrived last
+
+    def steps(self, call: Call, seq: int) -> Steps:
+        """Wait until every rank has arrived at a call, and compare.
+
+        Fills in `call.largest`, so that what depends on size is decided alike everywhere, notes
+        that the ranks have met, and sets `call.count` to UNEVEN on all ranks where their counts
+        differ.
+
+        Raises:
+            CollectiveMismatchError: the calls differ, or a rank's call was refused.
+            RemoteRankError: a peer has left this call, or the program.
+        """
+        self._check_left_before(seq)
+        record = _record(call, seq)
+        highest, lowest, call.largest = yield from self._meet(record, call.extent)
+        call.met = self._asked is self._comm
+        self.check_left(seq)
+        if highest == lowest and highest[_STATE] != _REFUSED:
+            if call.count == UNEVEN and call.kind in PAIRWISE:
+                yield from self._compare_pairs(call, seq)
+            return
+        differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
+        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
+            yield from self._compare_pairs(call, seq)
+            call.count = UNEVEN
+            return
+        lost = _ORDER if _SEQ in differing else ""
+        yield from self._mismatch(call, seq, lost)
+
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Return whether all have arrived without a wait: never, over MPI."""
+        return False
+
+    def forget(self) -> None:
+        """Let `steps` arrive once more in the call in which `at_once` has just arrived."""
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        """Publish this rank's record and wait for all; return what differs."""
+        assert self.exchange is not None
+        return self.exchange.meet(record, record, extent)
+
+    def check_left(self, seq: int) -> None:
+        """Raise if a peer has said that it takes no part in call `seq`."""
+        self._peers.poll()
+        for rank, notice in self._peers.left.items():
+            if notice.seq <= seq:
+                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+
+    def _check_left_before(self, seq: int) -> None:
+        """Raise if a peer has left before it arrived in call `seq`: an allreduce would never end.
+
+        If it had arrived, it is this rank's arrival that lets the allreduce end, and MPI forget it.
+        """
+        now = time.monotonic()
+        if now - self._since > _PAUSE:
+            # MPI may not see at once that a message has come.
+            while time.monotonic() < now + _LOOK:
+                self._peers.poll()
+        self._since = now
+        for rank, notice in self._peers.left.items():
+            if notice.seq < seq or (notice.seq == seq and not notice.waiting):
+                raise RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
+
+    def _compare_pairs(self, call: Call, seq: int) -> Steps:
+        """Compare what each rank sends to each other with what that one expects."""
+        sends, expects = (np.array(c, dtype=np.int64) for c in self._pair_counts(call))
+        comes = np.empty(self._size, dtype=np.int64)
+        yield from until(self._comm.Ialltoall([sends, MPI.INT64_T], [comes, MPI.INT64_T]))
+        wrong = np.array([int((comes != expects).any())], dtype=np.int64)
+        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, [wrong, MPI.INT64_T], MPI.MAX))
+        if wrong[0]:
+            odd = np.flatnonzero(comes != expects).tolist()
+            said = "; ".join(
+                f"rank {self._rank} expects {expects[j]} elements from rank {j}, "
+                f"which sends {comes[j]}"
+                for j in odd
+            )
+            yield from self._mismatch(call, seq, said=said)
+
+    def _pair_counts(self, call: Call) -> tuple[list[int], list[int]]:
+        """Return how many elements this rank sends to, and expects from, each rank."""
+        sends, expects = [0] * self._size, [0] * self._size
+        if call.kind == "gather":
+            assert call.send is not None
+            sends[call.root] = call.send.total
+            if call.recv is not None:
+                expects = list(call.recv.counts)
+        elif call.kind == "scatter":
+            assert call.recv is not None
+            expects[call.root] = call.recv.total
+            if call.send is not None:
+                sends = list(call.send.counts)
+        else:
+            assert call.send is not None and call.recv is not None
+            sends, expects = list(call.send.counts), list(call.recv.counts)
+        return sends, expects
+
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        """Gather who called what, and raise it on every rank; `lost` says why the group is."""
+        text = ((said or call.describe()) + call.since).encode()[:_TEXT]
+        mine = np.frombuffer(
+            _DETAIL.pack(*_record(call, seq), call.chain, text), dtype=np.uint8
+        ).copy()
+        everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
+        yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
+        rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
+        if len({row[_CHAIN] for row in rows}) > 1:  # what was done without a comparison differs
+            lost = lost or _ORDER
+        alike = all(row[_STATE] == _REFUSED for row in rows)
+        if call.leaving:
+            raise GroupBrokenError("this rank left the program while its peers were in other calls")
+        if call.refused and (alike or not lost):
+            return  # this rank has raised its own, more precise error
+        for rank, row in zip(self._ranks(), rows, strict=True):
+            if row[_STATE] == _LEAVING:
+                raise RemoteRankError(
+                    f"rank {rank} left the program while this rank was in {call.describe()} "
+                    f"(call #{seq})",
+                    rank=rank,
+                )
+        raise CollectiveMismatchError(
+            _explain(seq, self._ranks(), rows, lost), breaks_group=bool(lost)
+        )
+
+    def _ranks(self) -> Sequence[int]:
+        """Return the group's ranks that a mismatch is gathered from."""
+        return range(self._size)
+
+
+_MIX, _LOW = 6364136223846793005, (1 << 63) - 1  # the multiplier is Knuth's, of MMIX
+
+
+class Once:
+    """Which calls of a group go without arrival, where checks="first": all that were compared once.
+
+    It is asked when a call has its turn, after all earlier ones.  Whatever the ranks have compared
+    by then, they have compared together: so they agree on what goes without, as long as they make
+    the same calls.  Those that went without are counted, and condensed to a number that is part of
+    the next record: that they were the same is found out then, at the latest after `AGAIN` calls.
+
+    Attributes:
+        count: calls that went without since the last record.
+        last: the last of them.
+    """
+
+    AGAIN = 1000
+    ROOM = 10_000  # calls that are remembered
+
+    def __init__(self) -> None:
+        self._known: dict[Record, int] = {}
+        self.count = 0
+        self.last: Call | None = None
+        self._chain = 0
+
+    def goes_without(self, call: Call) -> bool:
+        """Return whether a call needs no arrival, and count it then."""
+        if call.turn is None or call.kind not in _ALIKE or self.count >= self.AGAIN:
+            return False
+        number = self._known.get(_record(call, 0))
+        if number is None:
+            return False
+        self.count += 1
+        self.last = call
+        self._chain = (self._chain * _MIX + number) & _LOW
+        return True
+
+    def before(self, call: Call) -> Record:
+        """Put into the record of a call what went without since the last; return it as it was."""
+        record = _record(call, 0)
+        if self.count:
+            call.chain = digest(self.count, self._chain)
+            call.digest = digest(call.digest, call.chain)
+            call.since = f", after {self.said()}"
+        self.count, self._chain, self.last = 0, 0, None
+        return record
+
+    def said(self) -> str:
+        """Say what went without since the last record."""
+        if self.last is None:
+            return "none"
+        calls = "1 call that was" if self.count == 1 else f"{self.count} calls that were"
+        return f"{calls} not compared, the last {self.last.describe()}"
+
+    def after(self, record: Record) -> None:
+        """Note that a call was compared, and is the same on all ranks."""
+        if len(self._known) < self.ROOM:
+            self._known.setdefault(record, digest(*record))
+
+
+class BoardArrival(Arrival):
+    """The same over the node's shared memory: each rank reads the others' records.
+
+    Args:
+        ranks: the group's ranks that share the memory, in order.
+    """
+
+    def __init__(
+        self, comm: MPI.Comm, peers: Peers, memory: NodeMemory, ranks: Sequence[int]
+    ) -> None:
+        super().__init__(comm, peers)
+        self.exchange = None
+        self._memory = memory
+        self._near = ranks
+        self._last = 0  # the number of the last arrival; calls count from 1
+        self.places = {rank: place for place, rank in enumerate(ranks)}
+
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Arrive, and return whether all others are there within a moment and call the same.
+
+        If not, nothing is lost: `steps` arrives once more, in the same words.
+        """
+        if seq <= self._last:
+            return False
+        call.largest = self._memory.post(_record(call, seq), call.extent)
+        if call.largest < 0 or self._memory.any_left(seq):
+            return False
+        self._last = seq
+        return True
+
+    def forget(self) -> None:
+        self._last -= 1
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        memory, seq = self._memory, record[_SEQ]
+        if seq <= self._last:  # the board would show what the others said the first time
+            raise _lost(seq, self._near[memory.rank], f"has made a call #{self._last} already")
+        self._last = seq
+        largest = memory.post(record, extent)
+        if largest >= 0:
+            return record, record, largest
+        for rank in memory.peers:
+            for found in memory.arrived(rank, seq):
+                if memory.has_skipped(rank, seq):
+                    raise _lost(seq, self._near[rank], f"is in call #{seq + 1} without it")
+                yield found
+        rows = memory.records(seq)
+        for rank, row in enumerate(rows):
+            if row[_SEQ] != seq:
+                raise _lost(seq, self._near[rank], f"is in call #{row[_SEQ]} without it")
+        largest = max(row[_FIELDS] for row in rows)
+        columns = list(zip(*rows, strict=True))[:_FIELDS]
+        return tuple(map(max, columns)), tuple(map(min, columns)), largest
+
+    def _check_left_before(self, seq: int) -> None:
+        pass  # nothing is pending in MPI after an arrival on the board
+
+    def check_left(self, seq: int) -> None:
+        for place in self._memory.peers:
+            if self._memory.has_left(place, seq):
+                rank = self._near[place]
+                # It has sent its reasons before it left the mark; they need a moment.
+                until = time.monotonic() + _NEWS
+                while rank not in self._peers.left and time.monotonic() < until:
+                    self._peers.poll()
+                notice = self._peers.left.get(rank)
+                text = "left the group" if notice is None else notice.text
+                raise RemoteRankError(f"rank {rank} {text}", rank=rank)
+
+    def has_arrived(self, rank: int, seq: int) -> bool:
+        """Return whether a rank's record of call `seq` is seen to be there."""
+        place = self.places.get(rank)
+        return place is not None and self._memory.has_posted(place, seq)
+
+    def notice(self, rank: int, seq: int) -> str:
+        """Return what a rank of this node has left on the board about call `seq`."""
+        return self._memory.notice(self.places[rank], seq).decode()
+
+    def last_seen(self, rank: int) -> str:
+        """Say what a rank of this node is doing, as the board shows it."""
+        place = self.places.get(rank)
+        if place is None:
+            return ""
+        finished = self._memory.words[self._memory.finished[place]]
+        rows = self._rows(place)
+        row = max(rows)
+        if row[_SEQ] > finished:
+            root = f", root {row[_ROOT]}" if row[_ROOT] >= 0 else ""
+            return f"it is in {KINDS[row[_KIND]]} #{row[_SEQ]}{root}"
+        if not finished:
+            return "it has made no call yet"
+        kinds = {r[_SEQ]: KINDS[r[_KIND]] for r in rows}
+        return f"last finished {kinds.get(finished, 'call')} #{finished}"
+
+    def _rows(self, place: int) -> list[list[int]]:
+        """Return the two last records of a rank of this node."""
+        return [self._memory.records(seq)[place] for seq in (0, 1)]
+
+
+class NodesArrival(BoardArrival):
+    """Across nodes: on each node's board, then between the nodes' first ranks.
+
+    The first rank puts what it hears on its node's board, so that all ranks of all nodes come
+    to one verdict.  Where only nodes are to check (`everywhere` False), calls that all ranks
+    must make alike are left to the node's own comparison; a mismatch found there breaks the
+    group, since the other nodes don't know of it.
+
+    Args:
+        near: the communicator of the node's ranks.
+        leaders: that of the nodes' first ranks; None on other ranks.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        peers: Peers,
+        memory: NodeMemory,
+        ranks: Sequence[int],
+        *,
+        near: MPI.Comm,
+        leaders: MPI.Comm | None,
+        everywhere: bool,
+    ) -> None:
+        super().__init__(comm, peers, memory, ranks)
+        self._near_comm = near
+        self.exchange = None if leaders is None else Exchange(leaders)
+        self._everywhere = everywhere
+
+    def at_once(self, call: Call, seq: int) -> bool:
+        """Return whether all have arrived without a wait: never, between nodes."""
+        return False
+
+    def _meet(self, record: Record, extent: int) -> Meets:
+        highest, lowest, largest = yield from super()._meet(record, extent)
+        self._asked = self._comm
+        if not self._everywhere and (
+            highest[_KIND] != lowest[_KIND] or highest[_KIND] in _ALIKE_BY_CONTRACT
+        ):
+            self._asked = self._near_comm
+            return highest, lowest, largest
+        memory, seq = self._memory, record[_SEQ]
+        outcome = memory.outcome(seq).cast("B")
+        if memory.rank == 0:
+            assert self.exchange is not None
+            met = yield from self.exchange.meet(highest, lowest, largest)
+            outcome[: _BOTH.size] = self.exchange.both
+            memory.conclude(seq)
+            return met
+        yield from memory.concluded(seq)
+        return _unpacked(outcome)
+
+    def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
+        if self._asked is self._near_comm:
+            lost = lost or "checks='node': the other nodes don't know of it"
+        yield from super()._mismatch(call, seq, lost, said)
+
+    def _ranks(self) -> Sequence[int]:
+        return self._near if self._asked is self._near_comm else super()._ranks()
+
+    def check_left(self, seq: int) -> None:
+        super().check_left(seq)
+        Arrival.check_left(self, seq)
+
+    def _check_left_before(self, seq: int) -> None:
+        Arrival._check_left_before(self, seq)
+
+
+def _lost(seq: int, rank: int, what: str) -> CollectiveMismatchError:
+    """Say that a rank counts its calls otherwise.
+
+    Only one side sees it.  The other hears that a peer has left: they meet in no call any more.
+    """
+    text = f"call #{seq} differs between the ranks: rank {rank} {what}. {_ORDER}{_BROKEN}"
+    return CollectiveMismatchError(text, breaks_group=True)
+
+
+def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], lost: str) -> str:
+    """Say who called what, and name the odd ones out where there is a majority."""
+    same: dict[tuple[object, ...], list[int]] = {}
+    for rank, row in zip(callers, rows, strict=True):
+        same.setdefault(row, []).append(rank)
+    sentences = []
+    for row, ranks in same.items():
+        text = row[-1]
+        assert isinstance(text, bytes)
+        words = text.rstrip(b"\0").decode(errors="replace")
+        if not words.startswith("rank "):  # a pairwise comparison has said who already
+            words = f"{listed(ranks)} called {words}"
+        sentences.append(words + (f" as its call #{row[_SEQ]}" if lost else ""))
+    head = f"call #{seq} differs between the ranks"
+    largest = max(same.values(), key=len)
+    if 2 * len(largest) > len(rows):
+        odd = sorted(set(callers) - set(largest))
+        head += f" ({listed(odd)} against the rest)" if odd else ""
+    tail = f"{lost}{_BROKEN}" if lost else "No data was moved; the group is still usable"
+    kinds, counts = {row[_KIND] for row in rows}, {row[_COUNT] for row in rows}
+    if not lost and len(kinds) == 1 and len(counts) > 1:
+        (code,) = kinds
+        assert isinstance(code, int)
+        tail += _UNEVEN_FORMS.get(KINDS[code], "")
+    return f"{head}: {'; '.join(sentences)}. {tail}"
+
+
+_UNEVEN_FORMS = {
+    "all_gather_single": ". Arrays of several sizes are gathered by allgather, into a list",
+    "reduce_scatter_single": ". Parts of several sizes are taken by reduce_scatter, from a list",
+}
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Name ranks in a message; of many only the first."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"ranks {shown}"

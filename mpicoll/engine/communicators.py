@@ -1,0 +1,279 @@
+"""How communicators come to be: duplicated, split, shrunk.  It never sees a group.
+
+Those that merge have modules of their own: rendezvous.py, merge.py and spawn.py, among the groups.
+
+Whatever blocks inside MPI comes after an arrival and under the engine's guard.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..errors import CollectiveMismatchError, CollectiveTimeoutError, UnsupportedError
+from ..runtime.library import IDLE, MPI, Steps, shrink_tag, until
+from ..runtime.memory import whereabouts
+from ..runtime.processes import Identity, identity
+from ..runtime.settings import survives_deaths
+from ..runtime.topology import Nodes
+from .arrival import listed
+from .calls import digest
+from .peers import Peers
+from .progress import engine
+
+MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
+"""Steps that end in a communicator, or in None for a rank that is not in it."""
+
+Plan = dict[str, Any]
+"""What one rank decides for all, as JSON can hold it."""
+
+STRANGER = -1
+"""Stands for the rank in MPI.COMM_WORLD of a process that is not in it."""
+
+
+def duplicate(comm: MPI.Intracomm) -> MakesComm:
+    """Make a private duplicate, without blocking inside MPI."""
+    made, request = comm.Idup()
+    yield from until(request, IDLE)
+    assert isinstance(made, MPI.Intracomm)
+    return made
+
+
+def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> MakesComm:
+    """Split a communicator; `color` None is in no part.  All ranks have arrived."""
+    place = MPI.UNDEFINED if color is None else color
+    made = yield from engine.outside(deadline, "MPI_Comm_split", lambda: comm.Split(place, key))
+    assert isinstance(made, MPI.Intracomm)
+    return None if color is None else made
+
+
+def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -> MakesComm:
+    """Split by lists of ranks: the i-th entry of a list becomes rank i.  All have arrived.
+
+    Every list that names a rank must be the list that this rank itself gives.  One allreduce
+    of three numbers per rank finds out: the digests of the lists that name it, highest and
+    lowest, and that of its own list.
+    """
+    size, me = comm.Get_size(), comm.Get_rank()
+    mine = digest(*ranks)
+    named_high, named_low, own = table = np.full((3, size), -1, dtype=np.int64)
+    top = np.iinfo(np.int64).max
+    named_high[list(ranks)] = mine
+    named_low[list(ranks)] = top - mine
+    own[me] = mine
+    yield from until(comm.Iallreduce(MPI.IN_PLACE, [table, MPI.INT64_T], MPI.MAX))
+    wrong = (named_high >= 0) & ((named_high != top - named_low) | (named_high != own))
+    if wrong.any():
+        others = np.flatnonzero(own != mine).tolist()
+        raise CollectiveMismatchError(
+            f"split_group: the lists that name ranks {np.flatnonzero(wrong).tolist()} differ "
+            f"between the ranks; rank {me} gave {list(ranks)}, {listed(others)} another. Lists "
+            "must be equal or disjoint, and each member must give its own list. The group is "
+            "still usable"
+        )
+    member = me in ranks
+    made = yield from split(
+        comm, min(ranks) if member else None, ranks.index(me) if member else 0, deadline
+    )
+    return made
+
+
+def host_mark(*more: int) -> int:
+    """Return a number that differs between machines, between containers of one, and as `more`."""
+    return digest(*MPI.Get_processor_name().encode(), whereabouts(), *more)
+
+
+def nodes_of(
+    comm: MPI.Intracomm, sizes: Sequence[int]
+) -> Generator[int, None, tuple[Nodes, dict[int, Identity]]]:
+    """Find which ranks share a node, and as which processes those of this rank's node are known.
+
+    Ranks are on one node if they have one host name and one folder for shared memory.  MPI's
+    own word for it can be wrong on a merged communicator.
+
+    Args:
+        sizes: ranks of each node to pretend, by world rank; () if none.
+    """
+    pretended = []
+    if sizes:
+        ends = list(itertools.accumulate(sizes))
+        pretended.append(bisect.bisect(ends, MPI.COMM_WORLD.Get_rank()))
+    mine = np.array([host_mark(*pretended), *identity()], dtype=np.int64)
+    table = np.empty((comm.Get_size(), mine.size), dtype=np.int64)
+    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    near = np.flatnonzero(table[:, 0] == mine[0]).tolist()
+    return Nodes.of(table[:, 0].tolist()), {r: Identity(*table[r, 1:].tolist()) for r in near}
+
+
+def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
+    """Give communicators back.  All ranks have arrived.  The steps end with it."""
+
+    def give_back() -> None:
+        for comm in comms:
+            comm.Free()
+
+    yield from engine.outside(deadline, "MPI_Comm_free", give_back)
+
+
+def world_ranks(comm: MPI.Intracomm) -> list[int]:
+    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `STRANGER` if they have none.
+
+    Members of another MPI world, separately launched or spawned, have none.
+    """
+    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ranks = group.Translate_ranks(None, world)
+    group.Free()
+    world.Free()
+    return [STRANGER if rank == MPI.UNDEFINED else rank for rank in ranks]
+
+
+def strangers(comm: MPI.Intracomm) -> list[int]:
+    """Return the ranks of a communicator that are of another MPI world than this process."""
+    return [rank for rank, known in enumerate(world_ranks(comm)) if known == STRANGER]
+
+
+# ---- shrinking ----
+#
+# After a failure the old communicator may have a collective pending, beside which it can neither
+# be duplicated nor split; messages still go.  So all who stay say so to one of them, the lowest
+# that is neither excluded nor dead.  It waits for all, and tells them who is in.  If it dies, the
+# next one is told.
+
+_attempts = itertools.count(1)  # a plan counts only for the attempt that it answers
+_PASS_ON = 0.03  # seconds that a plan may take to reach those who wait for it
+
+
+def shrink(
+    comm: MPI.Intracomm, peers: Peers, excluded: Sequence[int], deadline: float
+) -> MakesComm:
+    """Make a communicator of the ranks that are neither excluded nor dead.
+
+    Those alone call.  It takes messages and `Create_group`; or, if a rank has died and MPI's fault
+    tolerance is on, `Revoke` and `Shrink`, since Open MPI can do no more there.
+    """
+    out = yield from _agree_on_shrinking(peers, excluded, deadline)
+    if peers.dead and survives_deaths():
+        alive = set(out) - set(peers.dead)
+        if alive:
+            raise UnsupportedError(
+                f"shrink_group: ranks {sorted(peers.dead)} died, and ranks {sorted(alive)}, which "
+                "live, are excluded: after a death all that live must stay. Have them call "
+                "shrink_group too, then split the group"
+            )
+        return (yield from survivors(comm, deadline))
+    everyone = comm.Get_group()
+    members = everyone.Excl(out)
+    made = yield from engine.outside(
+        deadline, "MPI_Comm_create_group", lambda: comm.Create_group(members, shrink_tag())
+    )
+    everyone.Free()
+    members.Free()
+    assert isinstance(made, MPI.Intracomm)
+    return made
+
+
+def survivors(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, MPI.Intracomm]:
+    """Make a communicator of those who live, who all call.  It takes MPI's fault tolerance."""
+    comm.Revoke()
+    made = yield from engine.outside(deadline, "MPIX_Comm_shrink", comm.Shrink)
+    assert isinstance(made, MPI.Intracomm)
+    return made
+
+
+def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> Generator[int, None, bool]:
+    """Return whether all ranks of a communicator live, and what they made of it is `fine`.
+
+    The answer is the same on all that live.  It takes MPI's fault tolerance.
+    """
+    try:
+        if not fine:
+            comm.Revoke()  # or others would wait for this rank
+        comm.Ack_failed()
+        agreed = yield from engine.outside(
+            deadline, "MPIX_Comm_agree", lambda: comm.Agree(int(fine))
+        )
+        return bool(agreed)
+    except MPI.Exception:
+        return False
+
+
+def _agree_on_shrinking(
+    peers: Peers, excluded: Sequence[int], deadline: float
+) -> Generator[int, None, list[int]]:
+    """Wait for all who stay; return who is out."""
+    attempt, told = next(_attempts), -1
+    peers.plan = ""
+    while True:
+        try:
+            peers.poll()
+        except MPI.Exception:
+            if comm_is_revoked(peers.comm):  # others have heard the plan, and go on
+                return sorted({*excluded, *peers.dead})
+            raise
+        late = time.monotonic() - deadline
+        decider = next(r for r in range(peers.size) if r not in {*excluded, *peers.dead})
+        if decider == peers.rank:
+            plan = _plan_shrinking(peers, excluded, late > 0)
+            if plan is not None:
+                for rank, join in _joined(peers).items():
+                    peers.decide(rank, json.dumps({**plan, "to": join["attempt"]}))
+                peers.joined.clear()
+                return _follow(plan, excluded)
+        elif decider != told:
+            peers.join(decider, json.dumps({"out": list(excluded), "attempt": attempt}))
+            told = decider
+        elif peers.plan and json.loads(peers.plan)["to"] == attempt:
+            return _follow(json.loads(peers.plan), excluded)
+        elif late > _PASS_ON:
+            peers.join(decider, "")
+            return _follow({"missing": [decider]}, excluded)
+        yield IDLE
+
+
+def _joined(peers: Peers) -> dict[int, dict[str, Any]]:
+    return {rank: json.loads(text) for rank, text in peers.joined.items() if text}
+
+
+def _plan_shrinking(peers: Peers, excluded: Sequence[int], late: bool) -> Plan | None:
+    """Say what all who have come shall do, if it can be said already."""
+    joined = _joined(peers)
+    wrong = {rank: join["out"] for rank, join in joined.items() if join["out"] != list(excluded)}
+    if wrong:
+        lists = {peers.rank: list(excluded), **wrong}
+        said = "; ".join(f"rank {rank} excludes {out}" for rank, out in sorted(lists.items()))
+        return {"wrong": said}
+    out = {*excluded, *peers.dead}
+    missing = [r for r in range(peers.size) if r not in {*out, *joined, peers.rank}]
+    if missing:
+        return {"missing": missing} if late else None
+    return {"out": sorted(out)}
+
+
+def _follow(plan: Plan, excluded: Sequence[int]) -> list[int]:
+    """Return who is out, or raise what the plan says instead."""
+    if "wrong" in plan:
+        raise CollectiveMismatchError(
+            f"shrink_group: ranks_to_exclude must be the same on all ranks that stay, "
+            f"but {plan['wrong']}. No group was made; call again"
+        )
+    if "missing" in plan:
+        missing = plan["missing"]
+        raise CollectiveTimeoutError(
+            f"shrink_group: ranks {missing} have not called it in time. No group was made; "
+            f"call again, or go on without them: ranks_to_exclude={[*excluded, *missing]}",
+            op="shrink_group",
+            missing=missing,
+        )
+    out: list[int] = plan["out"]
+    return out
+
+
+def comm_is_revoked(comm: MPI.Comm) -> bool:
+    """Return whether a member has revoked a communicator."""
+    return survives_deaths() and comm.Is_revoked()

@@ -1,0 +1,382 @@
+"""How this rank's process ends, and what its peers hear of it.
+
+- An uncaught exception, in the main program or in a thread, and an exit code that is not 0 are
+  failures: the peers hear of them at once, and raise in the call in which they wait, or in their
+  next one.  If it was a thread's, and the main program doesn't hear of it, it is ended after them.
+- A rank that ends well says so in a last arrival on every open group, and waits for the others',
+  as MPI_Finalize would.
+- Members of a broken group take leave of one another at their ends.  Those that know of the failure
+  may take their time: they may be writing a checkpoint.  Those that don't have `config.grace`
+  seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
+  MPI_Finalize would hang, or takes no more messages, the job is ended.
+- Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.
+- A forked child is not a rank: it is refused, and ends without a word to MPI, as the children of
+  multiprocessing do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from _thread import start_new_thread
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any
+
+from ..errors import (
+    GroupBrokenError,
+    GroupClosedError,
+    RankFailedError,
+    RemoteRankError,
+    interrupts,
+)
+from ..runtime.library import MPI, nothing_pending
+from ..runtime.settings import default_timeout, grace, survives_deaths
+from .progress import Lane, end_job, engine
+from .recorder import leave_trace
+
+UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
+_MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
+_INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
+
+
+class _Ending:
+    """What is known of how this process ends."""
+
+    def __init__(self) -> None:
+        self.hooked = False
+        self.forked = False
+        self.over = False  # it has taken leave of its peers
+        self.failure = ""  # why it ends, in words for the peers
+        self.in_thread = False  # the failure: by itself it gives the process no bad exit code
+        self.code = 0
+        self._leaving = False
+
+    # ---- hooks ----
+
+    def hook(self) -> None:
+        """Have the ends of this process noticed, from now on."""
+        if self.hooked:
+            return
+        grace()  # a wrong MPICOLL_GRACE is refused now, not at the end
+        self.hooked = True
+        leave = sys.exit
+
+        def exit_with(status: object = None, /) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                leave(status)  # type: ignore[arg-type]
+            raise _Exit() if status is None else _Exit(status)
+
+        sys.exit = exit_with  # type: ignore[assignment]
+        _after_each_thread(self._thread_raised)
+        # Before threads are joined, which may wait for the peers.  (At the very end there is none.)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            vars(threading)["_register_atexit"](self._look_for_an_exception)
+        atexit.register(self.leave)
+        os.register_at_fork(after_in_child=self._note_fork)
+
+    def _look_for_an_exception(self) -> None:
+        """Tell the peers of the exception that ends the main program, whoever has printed it.
+
+        The interpreter leaves it where every `sys.excepthook` can be set without hiding it.  So do
+        prompts and pytest with exceptions that they have caught: those were raised further in.
+        """
+        error = getattr(sys, "last_value", None)
+        trace = getattr(sys, "last_traceback", None)
+        if not isinstance(error, BaseException) or trace is None:
+            return
+        if hasattr(sys, "ps1") or sys.flags.inspect:  # at a prompt, the program goes on
+            return
+        outermost = trace.tb_frame
+        if outermost.f_back is None and outermost.f_code.co_name in _MAINS:
+            self.code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+            self.raised(type(error), error, trace)
+
+    def _thread_raised(self, args: threading.ExceptHookArgs) -> None:
+        """Tell the peers of an exception that ended a thread."""
+        ended = issubclass(args.exc_type, SystemExit)  # as a thread may
+        if args.exc_value is None or ended or self.forked or not self._has_peers():
+            return
+        self.in_thread, self.code = True, self.code or 1
+        name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
+        self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
+        if not sys.is_finalizing():  # when no thread can be started
+            start_new_thread(self._outlive, ())
+
+    def _note_fork(self) -> None:
+        self.forked = True
+
+    @staticmethod
+    def _has_peers() -> bool:
+        return any(lane.peers.size > 1 for lane in engine.lanes())
+
+    def raised(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+        where: str = "",
+    ) -> None:
+        """Tell the peers of an exception that nobody caught."""
+        if self._peer_failed(error):
+            self.fail(f"ends, because of {type(error).__name__}: {error}")
+        else:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            self.fail(f"raised{where}:\n{text[-2500:]}")
+
+    @staticmethod
+    def _peer_failed(error: BaseException | None) -> bool:
+        """Return whether an exception goes back to a peer's failure."""
+        while error is not None:
+            if isinstance(error, (RemoteRankError, RankFailedError)):
+                return True
+            error = error.__cause__
+        return False
+
+    def fail(self, why: str) -> None:
+        """Break all open groups, and let their members know why."""
+        if self.failure or self.forked or MPI.Is_finalized():
+            return
+        self.failure = why
+        for lane in engine.lanes():
+            if lane.broken is None and lane.peers.size > 1:
+                engine.fail_all(lane, GroupBrokenError(f"this rank {why}"), why)
+
+    def note_exit(self, status: object) -> None:
+        """Note with what the program is about to be ended by SystemExit."""
+        self.code = 0 if status is None else status & 0xFF if isinstance(status, int) else 1
+
+    # ---- the end ----
+
+    def _outlive(self) -> None:
+        """End the job after a thread has failed, unless the main program comes to know of it.
+
+        It may wait for that thread for ever.
+        """
+
+        def known() -> bool:
+            return self._leaving or any(lane.told for lane in engine.broken)
+
+        self._take_leave(known)
+        if not known():
+            end_job(self.code, "a thread failed, and the main program goes on")
+
+    def leave(self) -> None:
+        """Take leave of the peers; where that can't be, end the job instead of hanging in it."""
+        try:
+            self._leave()
+        except BaseException as error:
+            if interrupts(error):  # MPI_Finalize would hang where we have stopped
+                end_job(self.code or _INTERRUPTED, f"{type(error).__name__} interrupted its end")
+            raise
+
+    def _leave(self) -> None:
+        if self.forked:  # without mpi4py's MPI_Finalize, in which a child hangs
+            _flush()
+            os._exit(self.code)
+        leave_trace()
+        if MPI.Is_finalized():
+            return
+        self._look_for_an_exception()
+        self._leaving = True
+        start = time.monotonic()
+        engine.stop()
+        if self.code and not self.failure:
+            self.fail(f"left the program with exit code {self.code}")
+        if not self.failure:
+            works = list(engine.unfinished())
+            engine.say_farewell(UNFINISHED)
+            for lane in {task.lane for task in engine.unfinished()}:
+                engine.fail_all(
+                    lane, GroupBrokenError("the program ended before the call was done")
+                )
+            leave_trace()  # with the ends of what nobody waited for
+            _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
+        settled = self._take_leave(lambda: False, start)
+        bereaved = [lane for lane in engine.broken if lane.peers.dead]
+        if bereaved and settled and survives_deaths():
+            recovered = any(lane.replaced for lane in bereaved)
+            _flush()
+            os._exit(self.code or int(not recovered))
+        if bereaved:
+            rank, how = next(iter(bereaved[0].peers.dead.items()))
+            end_job(self.code or 1, f"rank {rank} of group {bereaved[0].name!r} {how}")
+        if not settled or self.in_thread:
+            end_job(self.code or 1)
+        self.over = True
+        for lane in engine.lanes():  # what runs later may shut them down
+            lane.close("closed")
+
+    def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
+        """Wait for the ends of those who share a broken group; return whether MPI may go, too.
+
+        Not longer than `until` says so; the grace period begins at `start`, which may be past.
+        """
+        lanes = [lane for lane in engine.broken if not (survives_deaths() and lane.peers.dead)]
+        if not lanes:
+            return nothing_pending() or survives_deaths()
+        _flush()
+        for lane in lanes:
+            _go(lane, settled=False)
+        settled: list[Lane] = []
+        start = since = start or time.monotonic()
+        for_unaware, for_aware = start + grace(), start + default_timeout()
+        seen: object = None
+        while not until():
+            engine.test()
+            known, unknown = _still_there(lanes)
+            for lane in lanes:
+                if not lane.peers.there and lane not in settled and _settle(lane):
+                    settled.append(lane)
+                    _go(lane, settled=True)
+            if len(settled) == len(lanes) and _all_settled(lanes):
+                return True
+            now = time.monotonic()
+            if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in lanes))):
+                since = now  # those who were the last to come have their time, too
+            stuck = any(x.peers.is_stuck() for x in lanes)
+            if now > for_aware or (now > for_unaware and unknown and not known):
+                return False
+            if now > max(for_unaware, since + grace()) and (stuck or not (known or unknown)):
+                return False
+            time.sleep(1e-3)
+        return False
+
+
+def _go(lane: Lane, *, settled: bool) -> None:
+    met = 0 if lane.exchange is None else lane.exchange.count
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.go(met, settled=settled)
+
+
+def _settle(lane: Lane) -> bool:
+    """End what MPI has pending in a broken group, if that can be; return whether nothing is left.
+
+    All its members are at their ends: nobody there calls or receives anything any more.
+    """
+    with contextlib.suppress(MPI.Exception):
+        lane.peers.drop_messages()
+        if lane.exchange is not None:
+            lane.exchange.catch_up(max(lane.peers.met.values(), default=0), lane.left)
+    return nothing_pending()
+
+
+def _still_there(lanes: list[Lane]) -> tuple[int, int]:
+    """Count members that have not come to their ends: who know of the failure, and who don't."""
+    known = unknown = 0
+    for lane in lanes:
+        with contextlib.suppress(MPI.Exception):
+            lane.peers.poll()
+        there = lane.peers.there
+        aware = sum(rank in lane.peers.aware for rank in there)
+        known += aware
+        unknown += len(there) - aware
+    return known, unknown
+
+
+def _all_settled(lanes: list[Lane]) -> bool:
+    """Return whether every member is at its end, with nothing pending, and has been told so."""
+    return all(
+        lane.peers.all_sent()
+        and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
+        for lane in lanes
+    )
+
+
+def _after_each_thread(act: Callable[[threading.ExceptHookArgs], None]) -> None:
+    """Have a call made for each exception that ends a thread, after `threading.excepthook`.
+
+    Whoever sets that later, as pytest does, sets what is called before: the module itself finds
+    ours under this name.
+    """
+    current = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs, /) -> None:
+        try:
+            current(args)
+        finally:
+            act(args)
+
+    def get(module: ModuleType) -> Callable[[threading.ExceptHookArgs], object]:
+        return current
+
+    def put(module: ModuleType, value: Callable[[threading.ExceptHookArgs], object]) -> None:
+        nonlocal current
+        current = threading.__excepthook__ if value is hook else value
+
+    kind = type("Threading", (type(threading),), {"excepthook": property(get, put)})
+    vars(threading)["excepthook"] = hook
+    threading.__class__ = kind
+
+
+def _warn(unasked: list[tuple[BaseException, str]]) -> None:
+    """Say what became of calls that nobody waited for, if they did not end well."""
+    if not unasked:
+        return
+    error, place = unasked[0]
+    said = str(error) if place in str(error) else f"{error} (called at {place})"
+    more = f" (and so {len(unasked) - 1} more)" if len(unasked) > 1 else ""
+    with contextlib.suppress(Exception):  # standard error may be closed
+        rank = MPI.COMM_WORLD.Get_rank()
+        print(f"mpicoll: rank {rank}: nobody waited for {said}{more}", file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+_CODE: Any = vars(SystemExit)["code"]
+
+
+class _Exit(SystemExit):
+    """What sys.exit raises.  When the interpreter itself asks for the code, it ends with it.
+
+    Neither sys.excepthook nor atexit learns of the code; and until then the program may still catch
+    the exception, and go on.
+    """
+
+    def _get(self) -> Any:
+        code = _CODE.__get__(self)
+        try:
+            sys._getframe(1)
+        except ValueError:  # nobody called this from Python
+            ending.note_exit(code)
+        return code
+
+    def _set(self, code: Any) -> None:
+        _CODE.__set__(self, code)
+
+    code = property(_get, _set)
+
+    def __reduce__(self) -> tuple[type[SystemExit], tuple[Any, ...]]:
+        return SystemExit, self.args
+
+
+_Exit.__name__ = _Exit.__qualname__ = "SystemExit"
+_Exit.__module__ = "builtins"
+
+ending = _Ending()
+
+
+def check_process() -> None:
+    """Refuse a forked child, and a process that has finalized MPI."""
+    if ending.forked:
+        raise GroupClosedError(
+            f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
+            "use mpicoll in the parent only"
+        )
+    if ending.over:
+        raise GroupClosedError(
+            "this process is at its end, and has taken leave of its peers: make calls before, as "
+            "at the end of the program, or in a function that atexit calls and that is registered "
+            "after the first group was made"
+        )
+    if MPI.Is_finalized():
+        raise GroupClosedError("MPI was finalized: make and use groups before MPI.Finalize()")

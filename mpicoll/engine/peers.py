@@ -1,0 +1,486 @@
+"""What the members of a group know of one another outside their collectives.
+
+A rank that waits, or that leaves a call early, sends short notices point to point on the
+group's communicator, under a tag of our own:
+
+    QUERY  "where are you?"               asked shortly before a deadline
+    ROLL   "who is missing in call k?"    to the rank that decides it (rollcall.py)
+    STATE  "I am in call k; it is ..."    the answer to both, given by every rank that waits
+    ABSENT "these are missing in it"      what was decided
+    LEFT   "I left call k, and why"       by a rank that timed out, raised or aborted
+    DIED   "rank k died, and how"         by a rank that noticed it
+    HEARD  "I know that it is broken"     by a rank that only follows another's failure
+    GONE   "I am leaving the process"     by every member of a broken group, at its end; again
+                                          when MPI has nothing pending there
+    JOIN   "I am in shrink_group"         to the rank that decides there, and
+    PLAN   "these will be members"        its answer (communicators.py)
+
+Nothing is sent while all goes well.  That a peer of this machine died is seen without a word from
+it (processes.py); deaths elsewhere are MPI's to report, where its fault tolerance is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from ..runtime import processes
+from ..runtime.library import MPI, Taken, notice_tag, pending, take
+from ..runtime.processes import Identity, watch
+from ..runtime.settings import survives_deaths
+from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
+
+QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
+
+_HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
+_TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
+_FEW = 16  # unfinished sends that are kept without a look at them
+_RANKS = 1000  # bytes of them that ranks may take, or a verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What a peer said last: in or about which call, in its words, and who was missing there."""
+
+    seq: int
+    waiting: bool
+    text: str
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What this rank is doing, as far as it concerns one call.
+
+    Attributes:
+        waiting: whether it waits in it.
+        arrived: whether it has arrived in it, and not left it early.
+        said: where it is.
+    """
+
+    waiting: bool
+    arrived: bool
+    said: Said
+
+
+class Peers:
+    """The other members of one communicator, and what is known of each.
+
+    Args:
+        comm: the group's communicator.
+        state: says what this rank is doing, with regard to the call of a number.
+
+    Attributes:
+        left: the last words of those who left a call or the group.
+        dead: those who died, and how.
+        aware: those who know that the group is broken.
+        gone: those who are at the end of their process.
+        settled: those of them with whom MPI has nothing pending.
+        met: how many meetings of records over MPI those at their ends have begun.
+        joined: what was said by those who are in `shrink_group`.
+        plan: what was decided there.
+        silence: what is said of those who don't answer.
+    """
+
+    def __init__(self, comm: MPI.Comm, state: Callable[[int], State]) -> None:
+        self.comm = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.left: dict[int, Notice] = {}
+        self.dead: dict[int, str] = {}
+        self.aware: set[int] = set()
+        self.gone: set[int] = set()
+        self.settled: set[int] = set()
+        self.met: dict[int, int] = {}
+        self.joined: dict[int, str] = {}
+        self.plan = ""
+        self.forget_node()
+        self.silence = "gave no answer: it is busy outside mpicoll, stopped or dead"
+        self._answers: dict[int, str] = {}
+        self._rolls: dict[int, RollCall] = {}  # that are being called, by the number of the call
+        self._decided: Verdict | None = None  # the last one that was asked for
+        self._posted: Verdict | None = None  # the one that this node sees
+        self._state = state
+        self._tag = notice_tag()
+        self._kept: list[tuple[int, MPI.Request, bytes]] = []  # unfinished sends: to whom, and what
+        self._many = _FEW  # so many are worth a look whether they are still unfinished
+        self._inbox = bytearray(_HEAD.size + _TEXT)
+        self._watched: dict[int, Identity] = {}
+        self._look_at_locks = Every(0.05)
+        self._deaths_seen = 0
+
+    def forget_node(self) -> None:
+        """Do without what the memory of the node would show."""
+        self.mark_left: Callable[[int], None] = lambda seq: None
+        self.near: Collection[int] = ()  # ranks of the node: what follows is about them
+        self.post_notice: Callable[[int, bytes], bool] = lambda seq, text: False
+        self.notice: Callable[[int, int], str] = lambda rank, seq: ""
+        self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
+        self.last_seen: Callable[[int], str] = lambda rank: ""
+        self._locks: dict[int, Callable[[], bool]] = {}
+
+    # ---- who is alive ----
+
+    def observe(self, others: dict[int, Identity], strangers: Collection[int]) -> None:
+        """Watch ranks of this machine and pid namespace from now on; some are of other worlds."""
+        for rank, who in others.items():
+            if rank != self.rank:
+                watch.add(who, stranger=rank in strangers)
+                self._watched[rank] = who
+
+    def observe_locks(self, locks: dict[int, Callable[[], bool]]) -> None:
+        """Watch ranks through what says, for each, whether it has died."""
+        self._locks = {rank: died for rank, died in locks.items() if rank != self.rank}
+
+    def look(self) -> None:
+        """Look for ranks of this machine that have died."""
+        if len(watch.dead) > self._deaths_seen:
+            self._deaths_seen = len(watch.dead)
+            for rank, who in self._watched.items():
+                if who in watch.dead:
+                    self.dead.setdefault(rank, watch.dead[who])
+        if self._locks and self._look_at_locks.due():
+            for rank, died in self._locks.items():
+                if rank not in self.dead and died():
+                    self.dead[rank] = "died"
+
+    @property
+    def there(self) -> list[int]:
+        """The other ranks that are neither dead nor at the end of their process."""
+        away = {self.rank, *self.dead, *self.gone}
+        return [rank for rank in range(self.size) if rank not in away]
+
+    def _heard_of_deaths(self) -> bool:
+        """Note the deaths that MPI has reported; return whether it is able to."""
+        if not survives_deaths():
+            return False
+        with contextlib.suppress(MPI.Exception):
+            self.comm.Ack_failed()
+            failed, mine = self.comm.Get_failed(), self.comm.Get_group()
+            for rank in failed.Translate_ranks(None, mine):
+                self.dead.setdefault(rank, "died")
+            failed.Free()
+            mine.Free()
+        return True
+
+    # ---- what they say ----
+
+    def ask(self, ranks: Iterable[int] | None = None) -> None:
+        """Ask peers where they are, all or some; the answers come in with `poll`."""
+        for rank in range(self.size) if ranks is None else ranks:
+            if rank != self.rank:
+                self._answers.pop(rank, None)
+                if rank not in self.dead:
+                    self._tell(rank, QUERY)
+
+    def leave(self, seq: int, text: str, *, arrived: bool) -> None:
+        """Tell every peer that this rank leaves call `seq` and makes no later one.
+
+        `arrived` says whether it had arrived in that call before it gave up.
+        """
+        found = "" if self._decided is None else self._decided.encode(_RANKS)
+        self._tell_all(LEFT, seq, f"{found}\0{_cut(text, _TEXT - len(found))}", arrived)
+        self.mark_left(seq)
+
+    def report_death(self, rank: int) -> None:
+        """Tell every peer that a rank died, and so that this one knows that the group is broken."""
+        self._tell_all(DIED, rank, _cut(self.dead[rank]))
+
+    def follow(self) -> None:
+        """Tell every peer that this rank has heard of a failure, and sends no cause of its own."""
+        self._tell_all(HEARD)
+
+    def go(self, met: int, *, settled: bool) -> None:
+        """Tell every peer that this process ends; `settled`, if MPI has nothing pending here.
+
+        Args:
+            met: meetings of records over MPI that this rank has begun in the group.
+        """
+        self._tell_all(GONE, met, waiting=not settled)
+
+    def join(self, rank: int, text: str) -> None:
+        """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
+        self._tell(rank, JOIN, text=text)
+
+    def decide(self, rank: int, text: str) -> None:
+        """Tell a rank what was decided in `shrink_group`."""
+        self._tell(rank, PLAN, text=text)
+
+    def poll(self) -> None:
+        """Read what the peers have said; answer their questions."""
+        if self.size == 1:
+            return
+        self.look()
+        try:
+            self._read_all()
+        except MPI.Exception:
+            if not self._heard_of_deaths():
+                raise
+            self._read_all()
+        for roll in list(self._rolls.values()):
+            self._go_on(roll)
+
+    def _read_all(self) -> None:
+        status = MPI.Status()
+        # What was found is received, not looked for again.  A receive from any does not return
+        # under MPICH between nodes and where worlds have merged; and one from the source that was
+        # found fails under Open MPI's fault tolerance if that has died.
+        while message := self.comm.Improbe(MPI.ANY_SOURCE, self._tag, status):
+            source = status.Get_source()
+            size = status.Get_count(MPI.BYTE)
+            if size > len(self._inbox):
+                self._inbox = bytearray(size)
+            message.Recv([self._inbox, MPI.BYTE])
+            what, seq, waiting = _HEAD.unpack_from(self._inbox)
+            text = self._inbox[_HEAD.size : size].decode(errors="replace")
+            self._take(source, what, seq, bool(waiting), text)
+
+    def _take(self, source: int, what: int, seq: int, waiting: bool, text: str) -> None:
+        if what == QUERY:
+            self._answer(source, seq)
+        elif what == STATE:
+            arrived, calls, said = text.split("\0", 2)
+            self._answers[source] = said
+            if seq in self._rolls:
+                told = Said(said, tuple((mark, number) for mark, number in json.loads(calls)))
+                self._rolls[seq].hear(source, waiting, from_ranges(arrived), told, time.monotonic())
+        elif what == ROLL:
+            self._is_called(source, seq, text)
+        elif what == ABSENT:
+            if seq in self._rolls:
+                self._rolls[seq].adopt(Verdict.decode(text))
+        elif what == JOIN:
+            self.joined[source] = text
+        elif what == PLAN:
+            self.plan = text
+        else:
+            self.aware.add(source)
+            if what == LEFT:
+                found, _, text = text.partition("\0")
+                verdict = Verdict.decode(found) if found else None
+                self.left.setdefault(source, Notice(seq, waiting, text, verdict))
+                for roll in self._rolls.values():
+                    self._learn(roll, source)
+            elif what == DIED:
+                self.dead.setdefault(seq, text)
+            elif what == GONE:
+                self.gone.add(source)
+                self.met[source] = seq
+                if not waiting:
+                    self.settled.add(source)
+
+    def _answer(self, rank: int, seq: int) -> None:
+        """Tell a peer where this rank is, and who is known to have arrived in call `seq`."""
+        state = self._state(seq)
+        arrived = ""
+        if state.arrived:
+            arrived = to_ranges([r for r in self.near if self.has_arrived(r, seq)])
+        arrived = arrived if len(arrived) <= _RANKS else ""
+        calls = json.dumps(state.said.calls)
+        text = f"{arrived}\0{calls}\0{_cut(state.said.text, _TEXT - len(arrived) - len(calls))}"
+        self._tell(rank, STATE, seq, text, state.arrived)
+
+    def drop_messages(self) -> None:
+        """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
+        while found := self.unwanted():
+            pending.append(found.request)
+
+    def unwanted(
+        self, wanted: Callable[[int, int], bool] = lambda source, tag: False
+    ) -> Taken | None:
+        """Begin to receive the next message that is not `wanted`.
+
+        Args:
+            wanted: whether somebody is to receive one from this rank, with this tag.
+        """
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            source, tag = status.Get_source(), status.Get_tag()
+            if tag == self._tag:
+                self.poll()
+                continue
+            if wanted(source, tag):
+                return None
+            return take(self.comm, source, tag)
+        return None
+
+    def answers(self) -> dict[int, str]:
+        """Return what each peer has said of where it is; nothing of those that did not answer."""
+        return dict(self._answers)
+
+    def whereabouts(self, rank: int) -> str:
+        """Say where a peer is that was asked, as far as is known."""
+        if rank in self.dead or rank in self._answers:
+            return self.dead.get(rank) or self._answers[rank]
+        return self._silent(rank, "has not answered: it is busy outside mpicoll, or slow")
+
+    # ---- who is missing ----
+
+    def call_roll(self, seq: int, deadline: float) -> RollCall:
+        """Begin to find out who will be missing in call `seq` at its deadline."""
+        roll = self._rolls.get(seq)
+        if roll is None:
+            roll = self._rolls[seq] = RollCall(
+                seq,
+                self.rank,
+                self.size,
+                time.monotonic(),
+                near=self.near,
+                sees=lambda rank: self.has_arrived(rank, seq),
+                lost=self._is_lost,
+            )
+            for rank in self.left:
+                self._learn(roll, rank)
+        roll.deadline = min(roll.deadline, deadline)
+        return roll
+
+    def find_missing(self, seq: int, deadline: float) -> Verdict | None:
+        """Return who is missing in call `seq`, or None while that is being found out."""
+        roll = self.call_roll(seq, deadline)
+        now = time.monotonic()
+        if roll.verdict is None and now >= deadline + LOST:
+            roll.give_up_waiting(now)
+        with contextlib.suppress(MPI.Exception):
+            self.poll()
+        if self.size == 1:
+            self._go_on(roll)
+        if roll.verdict is None and roll.everyone_is_there(now):
+            roll.adopt(Verdict(seq, self.rank, ()))
+            self._pass_on(roll)
+        self._decided = roll.verdict
+        return roll.verdict
+
+    def describe(self, verdict: Verdict) -> dict[int, str]:
+        """Say what is known of those who are missing, but for all that are beyond `SHOWN`."""
+        found = {}
+        for rank in verdict.missing[:SHOWN]:
+            if rank in self.dead:
+                found[rank] = self.dead[rank]
+            elif verdict.said is not None:
+                said = verdict.said.get(rank)
+                known = f"last heard of in call #{verdict.seq - 1}" if verdict.seq > 1 else ""
+                found[rank] = said.text if said is not None else self._silent(rank, last=known)
+        return found
+
+    def _is_called(self, rank: int, seq: int, text: str) -> None:
+        """Answer a peer that wants this rank to decide who is missing."""
+        remaining, _, arrived = text.partition("\0")
+        in_time = float(remaining)
+        if self._state(seq).arrived:
+            now = time.monotonic()
+            self.call_roll(seq, now + in_time).is_called(rank, from_ranges(arrived), in_time, now)
+        self._answer(rank, seq)
+
+    def _learn(self, roll: RollCall, rank: int) -> None:
+        """Take what a rank that has left says of the call whose roll is called."""
+        notice = self.left[rank]
+        if notice.verdict is not None and notice.verdict.seq == roll.seq:
+            roll.adopt(notice.verdict)
+        if notice.seq == roll.seq and notice.waiting:
+            roll.has_arrived(rank)
+
+    def _go_on(self, roll: RollCall) -> None:
+        """Take a turn in a roll call: look, call, ask, and pass on what was decided."""
+        now = time.monotonic()
+        state = self._state(roll.seq)
+        if not (state.waiting or roll.followers):
+            self._rolls.pop(roll.seq, None)
+            return
+        for rank in self.near if roll.verdict is None else ():
+            if rank != self.rank and (text := self.notice(rank, roll.seq)):
+                roll.adopt(Verdict.decode(text))
+        if roll.verdict is None:
+            calls, questions = roll.turn(now)
+            if calls:
+                arrived = to_ranges(roll.arrived)
+                arrived = arrived if len(arrived) <= _RANKS else ""
+                for rank in calls:
+                    self._tell(rank, ROLL, roll.seq, f"{roll.deadline - now}\0{arrived}")
+            for rank in questions:
+                self._tell(rank, QUERY, roll.seq)
+        if roll.verdict is not None:
+            self._pass_on(roll)
+
+    def _pass_on(self, roll: RollCall) -> None:
+        """Tell those who wait for the verdict; on the node it is there to be seen."""
+        assert roll.verdict is not None
+        text = roll.verdict.encode()
+        if self._posted is not roll.verdict and self.post_notice(roll.seq, text.encode()):
+            self._posted = roll.verdict
+        for rank in roll.followers:
+            if self._posted is not roll.verdict or rank not in self.near:
+                self._tell(rank, ABSENT, roll.seq, text)
+        roll.followers.clear()
+
+    def _is_lost(self, rank: int) -> bool:
+        """Return whether a peer can't answer."""
+        who = self._watched.get(rank)
+        return rank in self.dead or (who is not None and processes.is_stopped(who))
+
+    def _silent(self, rank: int, said: str = "", last: str = "") -> str:
+        """Say what is known of a peer that has not answered."""
+        who, said = self._watched.get(rank), said or self.silence
+        if who is not None and processes.is_stopped(who):
+            said = f"was stopped by a signal (its process {who.pid} doesn't run)"
+        last = self.last_seen(rank) or last
+        return f"{said}; {last}" if last else said
+
+    def all_sent(self) -> bool:
+        """Return whether every notice of this rank has left it."""
+        self._kept = [kept for kept in self._kept if not _is_over(kept[1])]
+        return not self._kept
+
+    def is_stuck(self) -> bool:
+        """Return whether MPI holds back a notice to a rank that knows of the failure.
+
+        The room for messages to ranks that don't take theirs is limited, and theirs may use it up.
+        """
+        return not self.all_sent() and any(rank in self.aware for rank, _, _ in self._kept)
+
+    def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
+        for rank in range(self.size):
+            if rank != self.rank and rank not in self.dead:
+                self._tell(rank, what, seq, text, waiting)
+
+    def _tell(
+        self, rank: int, what: int, seq: int = 0, text: str = "", waiting: bool = False
+    ) -> None:
+        message = _HEAD.pack(what, seq, waiting) + text.encode()
+        with contextlib.suppress(MPI.Exception):  # the receiver may have died
+            request = self.comm.Isend([message, MPI.BYTE], rank, self._tag)
+            if not _is_over(request):
+                self._kept.append((rank, request, message))
+        if len(self._kept) >= self._many:  # twice as many as at the last look: it costs little each
+            self.all_sent()
+            self._many = max(_FEW, 2 * len(self._kept))
+
+
+def _cut(text: str, room: int = _TEXT) -> str:
+    """Return what of a text fits into so many bytes."""
+    return text.encode()[:room].decode(errors="ignore")
+
+
+def _is_over(request: MPI.Request) -> bool:
+    try:
+        return bool(request.Test())
+    except MPI.Exception:  # its receiver died
+        return True
+
+
+class Every:
+    """Says yes at most once in so many seconds: for what is too dear to do in each pass."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self.next = 0.0
+
+    def due(self, now: float | None = None) -> bool:
+        now = time.monotonic() if now is None else now
+        if now < self.next:
+            return False
+        self.next = now + self._interval
+        return True

@@ -1,0 +1,218 @@
+"""`Work`: the user's handle on one call."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+from ..errors import InvalidCallError, MpicollError, Unique, interrupts
+from ..runtime.settings import seconds
+from .calls import Call, Peer
+from .progress import Lane, Task, engine
+from .recorder import Entry, Recorder, end, number, place
+
+
+class Work(Task, Unique):
+    """One call under way.  It owns the arrays of the call until the call is done.
+
+    Works of one group run in program order.  Dropping a Work drops nothing else: the call
+    goes on, and if it fails, the group's next call raises its error.
+    """
+
+    __slots__ = ("_entry",)
+
+    _instead = "wait() for it, and copy the arrays that you gave to the call"
+
+    def __init__(
+        self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
+    ) -> None:
+        Task.__init__(self, lane, call, seq, timeout)
+        self._entry: Entry = recorder.note(seq, call, self.called)
+
+    def __repr__(self) -> str:
+        state = "under way" if not self.done else "done" if self.error is None else "failed"
+        return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
+
+    def take_number(self, seq: int) -> None:
+        """Give the call its number, if that was not known when it was made."""
+        self.seq = seq
+        number(self._entry, seq)
+
+    def place(self) -> str:
+        """Return the file and line of the user's that called."""
+        file, line = place(self._entry)
+        return f"{file}:{line}" if file else "?"
+
+    def ended(self) -> None:
+        """Enter the end in the flight recorder, and let those behind it have their turn."""
+        end(self._entry, self.error)
+        if self.call.turn is not None:
+            self.call.turn.over = True
+
+    def wait(self, timeout: object = None) -> bool:
+        """Wait until the call is done, and return True.
+
+        Waiting advances everything that was launched in this process.  If NCCL carries out the
+        call, and no timeout is given, the host waits until it is enqueued only, and the current
+        stream for the rest; so it does, whatever the timeout, while that captures a CUDA graph.
+
+        Args:
+            timeout: seconds or a `timedelta`; where it ends before the call's own deadline
+                it becomes the call's.
+
+        Raises:
+            MpicollError: what became of the call; its class says in which state the group is.
+        """
+        try:
+            if timeout is not None and not self.call.captured:
+                engine.wait(self, seconds(timeout, 0.0))
+            elif not self.done:
+                engine.wait(self, on_host=False)
+                if not self.done:
+                    self.call.enqueued.hold()
+                    engine.release(self)
+                    return True
+            return self._ended_well()
+        except BaseException as error:
+            if interrupts(error):  # nobody waits at the end of the program, either
+                self.left = self.lane.deserted = True
+            raise
+
+    def _ended_well(self) -> bool:
+        if self.error is not None:
+            self.lane.told = True
+            self.fetch()
+            raise self.error
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the call is over, well or not.  Makes one pass of progress."""
+        if not self.done:
+            try:
+                engine.test()
+            except BaseException as error:
+                if interrupts(error):
+                    self.left = self.lane.deserted = True
+                raise
+        return self.done
+
+    def is_success(self) -> bool:
+        """Return whether the call is over and went well."""
+        return self.is_completed() and self.error is None
+
+    def exception(self) -> BaseException | None:
+        """Return the call's error, if it is over and failed."""
+        if self.error is not None:
+            self.fetch()
+        return self.error
+
+    def result(self) -> list[object]:
+        """Return the arrays that hold the call's results, as they were given.
+
+        The call must be over, or left to the GPU by `wait`.
+
+        Raises:
+            InvalidCallError: the call is still under way.
+        """
+        if not (self.done or self._left_to_the_gpu()):
+            raise InvalidCallError(f"result() of a call under way, {self!r}: wait() first")
+        error = self.exception()
+        if error is not None:
+            raise error
+        return list(self.call.outputs)
+
+    def _left_to_the_gpu(self) -> bool:
+        return self.call.enqueued is not None and self.call.enqueued.waited
+
+    def source_rank(self) -> int | Peer:
+        """Return the rank that a finished receive took its message from, or `PROC_NULL`."""
+        if self.call.kind != "recv":
+            raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
+        if not self.done:
+            raise InvalidCallError("source_rank() of a recv under way: wait() first")
+        found: int | Peer | None = self.call.result
+        return -1 if found is None else found
+
+    def synchronize(self) -> None:
+        """Block the host until the call is done.
+
+        Raises:
+            InvalidCallError: it is captured in a CUDA graph, so the GPU has not even begun it.
+        """
+        if self.call.captured:
+            raise InvalidCallError(
+                f"synchronize() of {self.call.describe()}, which is captured in a CUDA graph: "
+                "wait() for it, and synchronize the stream in which you launch the graph"
+            )
+        engine.wait(self)
+        self._ended_well()
+
+    def get_future(self) -> Future:
+        """Return a future of `result()`.  It completes without wait(), from a thread."""
+        future = Future()
+
+        def settle() -> None:  # once more, if an exception struck here
+            if future.done() and not future.cancelled():
+                return
+            if not (future.running() or future.set_running_or_notify_cancel()):
+                return  # whoever asked for it has cancelled it; the call is what it is
+            error = self.exception()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(self.result())
+
+        if not self.done:
+            engine.background()
+        engine.when_done(self, settle)
+        return future
+
+    def __await__(self) -> Generator[Any, None, bool]:
+        yield from asyncio.wrap_future(self.get_future()).__await__()
+        return True
+
+
+class Future(concurrent.futures.Future[Any]):
+    """A `concurrent.futures.Future` that also answers to torch.futures' names."""
+
+    def wait(self) -> Any:
+        """Block until done, and return the value."""
+        return self.result()
+
+    def value(self) -> Any:
+        """Return the value of a future that is done."""
+        return self.result(0)
+
+    def then(self, callback: Callable[[Future], Any]) -> Future:
+        """Return a future of what `callback` makes of this one, once it is done."""
+        after = Future()
+
+        def run(_: object) -> None:
+            if not after.set_running_or_notify_cancel():
+                return
+            try:
+                after.set_result(callback(self))
+            except BaseException as error:
+                after.set_exception(error)
+
+        self.add_done_callback(run)
+        return after
+
+
+def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
+    """Wait for several Works, and return True.
+
+    All of them are waited for; then the first error, in the order given, is raised.
+    """
+    errors: list[MpicollError] = []
+    listed: Sequence[Work] = list(works)
+    for work in listed:
+        try:
+            work.wait(timeout)
+        except MpicollError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return True

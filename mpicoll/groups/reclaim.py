@@ -1,0 +1,113 @@
+"""What becomes of groups that were merely dropped.
+
+To free a communicator is collective, and garbage collection is not: it strikes each rank at another
+time.  So nothing happens when a group is collected.  The next call that makes a group out of the
+same parent, where all ranks of the parent meet anyway, finds with one allreduce of a byte per child
+those that all ranks have dropped, and frees them.  Groups made by merges have members outside the
+parent, and broken groups may have something pending: those stay.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..engine import communicators
+from ..engine.progress import Lane, engine
+from ..engine.recorder import Recorder
+from ..runtime.library import MPI, Steps, until
+from ..transports.base import Transport
+
+
+class Child:
+    """One group as its parent remembers it on this rank.
+
+    Args:
+        group: the user's object; it is gone when the program has dropped it.
+        comms: the group's communicators.
+        transport: what moves its data; the collector must not destroy that of NCCL, either.
+        lane, recorder: its own.
+        children: those of the group itself.
+    """
+
+    __slots__ = ("_children", "_comms", "_group", "_lane", "_recorder", "_transport")
+
+    def __init__(
+        self,
+        group: object,
+        comms: Sequence[MPI.Intracomm],
+        transport: Transport,
+        lane: Lane,
+        recorder: Recorder,
+        children: Children,
+    ) -> None:
+        self._group = weakref.ref(group)
+        self._comms = comms
+        self._transport = transport
+        self._lane = lane
+        self._recorder = recorder
+        self._children = children
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has no more use for the group, nor for any that was made out of it."""
+        lane = self._lane
+        if lane.broken is not None or lane.busy:
+            return False
+        return bool(lane.closed) or (self._group() is None and self._children.done)
+
+    def free(self, deadline: float) -> Steps:
+        """Give the communicators back, unless `shutdown` did.  All members do so now."""
+        if not self._lane.closed:
+            yield from self._children.free(deadline)
+            engine.delist(self._lane)
+            yield from self._transport.clear(self._lane)
+            self._lane.close("reclaimed")
+            self._recorder.close()
+            yield from self._transport.close()
+            self._transport.release(together=True)
+            yield from communicators.free(self._comms, deadline)
+
+
+class Children:
+    """The groups that were made out of one parent, in the order of the calls that made them.
+
+    The order is alike on all ranks of the parent; None stands for a group that this rank is not in.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Child | None] = []
+
+    def add(self, child: Child | None) -> None:
+        """Remember the group that a call has made."""
+        self._made.append(child)
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has no more use for any of them."""
+        return all(child is None or child.done for child in self._made)
+
+    def reclaim(self, comm: MPI.Intracomm, deadline: float) -> Steps:
+        """Free the children with which all ranks of `comm`, the parent's, are done.
+
+        All have arrived.
+        """
+        if not self._made:
+            return
+        done = np.array([child is None or child.done for child in self._made], dtype=np.uint8)
+        yield from until(comm.Iallreduce(MPI.IN_PLACE, [done, MPI.UINT8_T], MPI.MIN))
+        made, self._made = self._made, []
+        for child, agreed in zip(made, done.tolist(), strict=True):
+            if not agreed:
+                self._made.append(child)
+            elif child is not None:
+                yield from child.free(deadline)
+
+    def free(self, deadline: float) -> Steps:
+        """Free all of them: their parent goes, since all its ranks are done with it and them."""
+        for child in self._made:
+            if child is not None:
+                yield from child.free(deadline)
+        self._made.clear()

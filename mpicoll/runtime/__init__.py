@@ -1,0 +1,1 @@
+"""What lies beneath: environment, launcher, MPI library, processes, the node's memory."""

