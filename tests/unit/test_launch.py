@@ -201,7 +201,9 @@ def test_single(monkeypatch, text, meant):
 
 def test_every_variable_that_is_read_is_known():
     read = set(
-        re.findall(r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/runtime/settings.py").read_text())
+        re.findall(
+            r'environ[^\n]*"(MPICOLL_\w+)"', (ROOT / "mpicoll/runtime/settings.py").read_text()
+        )
     )
     assert read == set(settings.SETTINGS)
 
