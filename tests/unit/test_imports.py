@@ -104,3 +104,10 @@ print(sorted(heavy & set(sys.modules)))
 """
     loaded = subprocess.check_output([sys.executable, "-c", script], text=True)
     assert ast.literal_eval(loaded) == []
+
+
+def test_the_picture_of_the_rooms_is_of_today():
+    drawn = subprocess.check_output(
+        [sys.executable, PACKAGE.parent / "scripts/rooms.py"], text=True
+    )
+    assert drawn == (PACKAGE.parent / "docs/rooms.svg").read_text(), "draw it again, and look at it"
