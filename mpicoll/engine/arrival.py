@@ -112,6 +112,35 @@ class Exchange:
             pending.append(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
 
 
+class Gathering:
+    """Where all ranks of a group are told who called what, if their calls differ.
+
+    Attributes:
+        count: how many of these this rank has begun; on all ranks the same, or one less.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self._size = comm.Get_size()
+        self._kept: Sequence[bytearray] = ()
+        self.count = 0
+
+    def gather(self, mine: bytes) -> Generator[int, None, bytearray]:
+        """Return what all ranks say, in their order."""
+        everyone = bytearray(self._size * len(mine))
+        self.count += 1
+        yield from until(self._comm.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
+        return everyone
+
+    def catch_up(self, count: int) -> None:
+        """Begin the one in which others still wait for this rank; see `Exchange`."""
+        if count == self.count + 1:
+            self.count = count
+            nothing, everyone = bytearray(_DETAIL.size), bytearray(self._size * _DETAIL.size)
+            self._kept = nothing, everyone
+            pending.append(self._comm.Iallgather([nothing, MPI.BYTE], [everyone, MPI.BYTE]))
+
+
 def _unpacked(both: bytes | bytearray | memoryview) -> tuple[Record, Record, int]:
     """Return highest and lowest of each field, and the largest extent."""
     fields = _BOTH.unpack_from(both)
@@ -123,12 +152,14 @@ class Arrival:
 
     Attributes:
         exchange: where they meet over MPI; None: they don't, or not on this rank.
+        gathering: where it is told who called what.
     """
 
     exchange: Exchange | None
 
     def __init__(self, comm: MPI.Comm, peers: Peers) -> None:
         self.exchange = Exchange(comm)
+        self.gathering = Gathering(comm)
         self._comm = comm
         self._peers = peers
         self._size = comm.Get_size()
@@ -234,13 +265,11 @@ class Arrival:
 
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         """Gather who called what, and raise it on every rank; `lost` says why the group is."""
-        text = ((said or call.describe()) + call.since).encode()[:_TEXT]
-        mine = np.frombuffer(
-            _DETAIL.pack(*_record(call, seq), call.chain, text), dtype=np.uint8
-        ).copy()
-        everyone = np.empty(self._asked.Get_size() * _DETAIL.size, dtype=np.uint8)
-        yield from until(self._asked.Iallgather([mine, MPI.BYTE], [everyone, MPI.BYTE]))
-        rows = list(_DETAIL.iter_unpack(everyone.tobytes()))
+        text = ((said or call.describe()) + call.since).encode(errors="replace")[:_TEXT]
+        mine = _DETAIL.pack(*_record(call, seq), call.chain, text)
+        near = self._asked is not self._comm
+        asked = Gathering(self._asked) if near else self.gathering
+        rows = list(_DETAIL.iter_unpack((yield from asked.gather(mine))))
         if len({row[_CHAIN] for row in rows}) > 1:  # what was done without a comparison differs
             lost = lost or _ORDER
         alike = all(row[_STATE] == _REFUSED for row in rows)

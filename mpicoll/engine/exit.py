@@ -219,7 +219,10 @@ class _Ending:
         """
         lanes = [lane for lane in engine.broken if not (survives_deaths() and lane.peers.dead)]
         if not lanes:
-            return nothing_pending() or survives_deaths()
+            last = time.monotonic() + UNFINISHED
+            while not (over := nothing_pending()) and time.monotonic() < last:
+                time.sleep(1e-3)
+            return over or survives_deaths()
         _flush()
         for lane in lanes:
             _go(lane, settled=False)
@@ -250,8 +253,9 @@ class _Ending:
 
 def _go(lane: Lane, *, settled: bool) -> None:
     met = 0 if lane.exchange is None else lane.exchange.count
+    told = 0 if lane.gathering is None else lane.gathering.count
     with contextlib.suppress(MPI.Exception):
-        lane.peers.go(met, settled=settled)
+        lane.peers.go(met, told, settled=settled)
 
 
 def _settle(lane: Lane) -> bool:
@@ -261,8 +265,11 @@ def _settle(lane: Lane) -> bool:
     """
     with contextlib.suppress(MPI.Exception):
         lane.peers.drop_messages()
+        begun = lane.peers.begun.values()
         if lane.exchange is not None:
-            lane.exchange.catch_up(max(lane.peers.met.values(), default=0), lane.left)
+            lane.exchange.catch_up(max((met for met, _ in begun), default=0), lane.left)
+        if lane.gathering is not None:
+            lane.gathering.catch_up(max((told for _, told in begun), default=0))
     return nothing_pending()
 
 

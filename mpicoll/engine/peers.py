@@ -38,6 +38,7 @@ QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
+_BITS = 24  # of a number that counts gatherings; mismatches are rare
 _FEW = 16  # unfinished sends that are kept without a look at them
 _RANKS = 1000  # bytes of them that ranks may take, or a verdict
 
@@ -80,7 +81,8 @@ class Peers:
         aware: those who know that the group is broken.
         gone: those who are at the end of their process.
         settled: those of them with whom MPI has nothing pending.
-        met: how many meetings of records over MPI those at their ends have begun.
+        begun: how many meetings of records over MPI, and gatherings of who called what, those at
+            their ends have begun.
         joined: what was said by those who are in `shrink_group`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
@@ -95,7 +97,7 @@ class Peers:
         self.aware: set[int] = set()
         self.gone: set[int] = set()
         self.settled: set[int] = set()
-        self.met: dict[int, int] = {}
+        self.begun: dict[int, tuple[int, int]] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.forget_node()
@@ -194,13 +196,14 @@ class Peers:
         """Tell every peer that this rank has heard of a failure, and sends no cause of its own."""
         self._tell_all(HEARD)
 
-    def go(self, met: int, *, settled: bool) -> None:
+    def go(self, met: int, told: int, *, settled: bool) -> None:
         """Tell every peer that this process ends; `settled`, if MPI has nothing pending here.
 
         Args:
-            met: meetings of records over MPI that this rank has begun in the group.
+            met, told: meetings of records over MPI, and gatherings of who called what, that this
+                rank has begun in the group.
         """
-        self._tell_all(GONE, met, waiting=not settled)
+        self._tell_all(GONE, met << _BITS | told, waiting=not settled)
 
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
@@ -212,7 +215,7 @@ class Peers:
 
     def poll(self) -> None:
         """Read what the peers have said; answer their questions."""
-        if self.size == 1:
+        if self.size == 1 or self._is_freed():
             return
         self.look()
         try:
@@ -269,7 +272,7 @@ class Peers:
                 self.dead.setdefault(seq, text)
             elif what == GONE:
                 self.gone.add(source)
-                self.met[source] = seq
+                self.begun[source] = seq >> _BITS, seq & (1 << _BITS) - 1
                 if not waiting:
                     self.settled.add(source)
 
@@ -286,8 +289,12 @@ class Peers:
 
     def drop_messages(self) -> None:
         """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
-        while found := self.unwanted():
+        while not self._is_freed() and (found := self.unwanted()):
             pending.append(found.request)
+
+    def _is_freed(self) -> bool:
+        """Return whether the communicator was given back; a failure may have struck after that."""
+        return bool(self.comm == MPI.COMM_NULL)
 
     def unwanted(
         self, wanted: Callable[[int, int], bool] = lambda source, tag: False
@@ -442,14 +449,14 @@ class Peers:
         return not self.all_sent() and any(rank in self.aware for rank, _, _ in self._kept)
 
     def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
-        for rank in range(self.size):
+        for rank in () if self._is_freed() else range(self.size):
             if rank != self.rank and rank not in self.dead:
                 self._tell(rank, what, seq, text, waiting)
 
     def _tell(
         self, rank: int, what: int, seq: int = 0, text: str = "", waiting: bool = False
     ) -> None:
-        message = _HEAD.pack(what, seq, waiting) + text.encode()
+        message = _HEAD.pack(what, seq, waiting) + text.encode(errors="replace")
         with contextlib.suppress(MPI.Exception):  # the receiver may have died
             request = self.comm.Isend([message, MPI.BYTE], rank, self._tag)
             if not _is_over(request):
@@ -461,7 +468,7 @@ class Peers:
 
 def _cut(text: str, room: int = _TEXT) -> str:
     """Return what of a text fits into so many bytes."""
-    return text.encode()[:room].decode(errors="ignore")
+    return text.encode(errors="replace")[:room].decode(errors="ignore")
 
 
 def _is_over(request: MPI.Request) -> bool:

@@ -69,7 +69,7 @@ from .recorder import leave_trace
 from .rollcall import SHOWN, Said, Verdict
 
 if TYPE_CHECKING:
-    from .arrival import Exchange, Once
+    from .arrival import Exchange, Gathering, Once
     from .calls import Call
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
@@ -270,6 +270,7 @@ class Lane:
         self.mark = ""  # by which its members tell the group from others
         self.left = 0  # the call that it was broken in, or before
         self.exchange: Exchange | None = None  # where its records meet over MPI
+        self.gathering: Gathering | None = None  # where it is told who called what
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[str, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
@@ -408,6 +409,7 @@ class Engine:
         self._parked = False  # the keeper waits until something is under way again
         self._unpark = _Signal()
         self._stepping: Task | None = None  # whose step is being taken
+        self._ending: tuple[Task, MpicollError | None] | None = None  # what has ended, and how
         self._steps = 0  # that were taken so far
         self.inside: Callable[[], None] | None = None  # frees the step that may block, as in NCCL
         self._freed: Task | None = None  # whose step was stuck, and was freed
@@ -439,6 +441,7 @@ class Engine:
                 if not attempt(task.call, task.seq):
                     self._stepping, self._struck = None, False
                     return False
+                self._ending = task, None
                 self._settle(task, None)
                 if task.called >= self._poll.next:
                     self._hear(task.called)  # who never waits answers its peers' questions, too
@@ -446,7 +449,7 @@ class Engine:
                 if interrupts(error):
                     raise
                 self._end(task, self._fault(task, error))
-            self._stepping = None
+            self._stepping = self._ending = None
             self._leave()
         if self._ended:
             self._run_callbacks()
@@ -461,7 +464,9 @@ class Engine:
         with self._lock:
             self._enter()
             self._admit(task)
-            if not task.queued:
+            if task.lane.broken is not None and not task.recovers:  # just now
+                self._break(task.lane, task.lane.broken, task.seq, arrived=False)
+            elif not task.queued:
                 self._step(task)
                 self._rest(task.lane)
             elif task.lane.queue[0] is task:
@@ -631,6 +636,11 @@ class Engine:
             self._leave()
         if self._ended:
             self._run_callbacks()
+
+    def mend(self) -> None:
+        """Put right what an exception has struck, if one has: what is looked at next is true."""
+        if self._struck:
+            self.between_steps(lambda: None)
 
     def delist(self, lane: Lane) -> None:
         """Listen to a lane no more: its group is closed, or made."""
@@ -864,10 +874,11 @@ class Engine:
 
     def _mend(self) -> None:
         """Put right what an exception left half done that struck the last holder of the lock."""
-        task = self._stepping
-        if task is not None and not task.done:
-            self._forget(task, _interrupted(task))
-        self._stepping = None
+        if self._ending is not None:
+            self._end(*self._ending)
+        elif self._stepping is not None and not self._stepping.done:
+            self._forget(self._stepping, _interrupted(self._stepping))
+        self._stepping = self._ending = None
         for lane in dict.fromkeys([*self._lanes, *self._active]):
             if lane.broken is not None and (lane.busy or not lane.said):
                 self._give_up(lane, lane.broken, "")
@@ -983,14 +994,15 @@ class Engine:
                 return mood
             self._end(task, self._stuck(task))
         except StopIteration:
-            self._end(task, self._stuck(task) if task is self._freed else None)
+            self._ending = task, self._stuck(task) if task is self._freed else None
+            self._end(*self._ending)
         except BaseException as error:
             struck = self._ended_by(task, error)
             if struck is error:
                 raise
             if struck is not None:
                 raise struck from struck.__cause__
-        self._stepping = None
+        self._stepping = self._ending = None
         return MOVED
 
     def _ended_by(self, task: Task, error: BaseException) -> BaseException | None:
@@ -1130,7 +1142,7 @@ class Engine:
         if lane.broken is None:
             lane.broken, lane.left = error, seq
         if not lane.said:
-            if lane.peers.size > 1 and not MPI.Is_finalized():
+            if not MPI.Is_finalized():
                 self.broken[lane] = None
                 with contextlib.suppress(MPI.Exception):
                     if isinstance(error, RemoteRankError):  # the cause must not be buried

@@ -118,6 +118,7 @@ class ProcessGroup(Unique):
         self._lane.abort = self._transport.abort
         self._arrival = select.arrival(ground, self._lane.peers, wanted)
         self._lane.exchange = self._arrival.exchange
+        self._lane.gathering = self._arrival.gathering
         self._once = self._lane.once = Once() if wanted.checks == "first" else None
         self._world_ranks = communicators.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
@@ -144,6 +145,7 @@ class ProcessGroup(Unique):
     @property
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
+        engine.mend()
         return self._lane.broken is not None
 
     @property

@@ -363,3 +363,22 @@ report(total=x[0])
     ended = job(3, script, fails=True, env={"MPICOLL_GRACE": "1"})
     assert [told["total"] for told in ended.ranks[:2]] == [2, 2]
     assert ended.at - ended.ranks[0]["wall"] <= 5
+
+
+@pytest.mark.parametrize("backend", ["auto", "mpi"])
+def test_a_refused_call_with_an_abort_behind_it_leaves_nothing_pending(job, backend):
+    """The peers tell who called what, in which the rank that gave up may not have begun to."""
+    script = f"""
+for _ in range(30):
+    pg = mc.new_group({backend!r}, timeout=20)
+    pg.barrier().wait()
+    try:
+        pg.allreduce("text" if RANK == 0 else np.ones(3)).wait()
+    except InvalidCallError:
+        pg.abort()
+    except (CollectiveMismatchError, RemoteRankError):
+        pass
+report(done=True)
+"""
+    ended = job(3, script)
+    assert [rank["done"] for rank in ended.ranks] == [True] * 3, ended.output
