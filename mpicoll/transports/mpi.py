@@ -252,7 +252,7 @@ class MpiTransport(Transport):
         already, so those of a tag are taken one at a time.
         """
         if call.peer != ANY:
-            found = self._claim(call)
+            found = self._claim(call) if self._taken else None
             yield from self._recv_from(call) if found is None else self._recv_taken(call, found)
             return
         status, queue, turn = MPI.Status(), self._from_any[call.tag], object()
@@ -267,7 +267,7 @@ class MpiTransport(Transport):
                 if interrupts(error):
                     raise Expired from error  # nothing has begun
                 raise
-            found = self._claim(call)
+            found = self._claim(call) if self._taken else None
             if found is None:
                 call.peer = status.Get_source()
                 yield from self._recv_from(call)
