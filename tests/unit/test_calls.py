@@ -86,7 +86,7 @@ def test_only_the_counts_that_must_agree_enter_the_digest():
 
 
 def test_a_digest_is_the_same_in_every_process():
-    code = "from mpicoll.calls import digest; print(digest(1, -2, 3))"
+    code = "from mpicoll.engine.calls import digest; print(digest(1, -2, 3))"
     run = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)]
     assert run[0] == run[1] == f"{calls.digest(1, -2, 3)}\n"
 
