@@ -252,20 +252,20 @@ STAGES = {
     "b, connecting": ("b", "Connect", ""),
 }
 KILLED = """
-from mpicoll import connecting
+from mpicoll.groups import merge as merging
 def die(*arguments, **options):
     report(died=time.monotonic())
     os.kill(os.getpid(), 9)
 def killed_in(stage, key):
     if stage == "Connect":
-        connecting._take_in = die
+        merging._take_in = die
         return
-    real = getattr(connecting._Talk, stage)
+    real = getattr(merging._Talk, stage)
     def until_then(talk, *arguments):
         real(talk, *arguments)
         if not key or arguments[0] == key:
             die()
-    setattr(connecting._Talk, stage, until_then)
+    setattr(merging._Talk, stage, until_then)
 """
 
 
