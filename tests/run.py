@@ -62,8 +62,8 @@ ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
 }
 
 
-# 1 to 3 ranks show all that these do.
-IN_PLACE_OF_GPUS = ("test_aware", "test_nccl", "test_staged")
+# 1 to 3 ranks show all that these do: stand-ins for GPUs, and what is refused.
+FEW_RANKS = ("test_aware", "test_nccl", "test_staged", "test_bad_input", "test_remedies")
 
 
 def stages(soak: bool) -> list[Stage]:
@@ -74,9 +74,7 @@ def stages(soak: bool) -> list[Stage]:
             Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 300 * slower)
             for n in (1, 2, 3)
         ),
-        Stage(
-            "contract, 4 ranks", 4, ["tests/contract"], 300 * slower, leaves_out=IN_PLACE_OF_GPUS
-        ),
+        Stage("contract, 4 ranks", 4, ["tests/contract"], 300 * slower, leaves_out=FEW_RANKS),
         *(
             Stage(f"contract, {n} ranks on 2 nodes", n, ACROSS_NODES[n], 300 * slower, "2")
             for n in (3, 4)
