@@ -6,7 +6,7 @@
 - A rank that ends well says so in a last arrival on every open group, and waits for the others',
   as MPI_Finalize would.
 - Members of a broken group take leave of one another at their ends.  Those that know of the failure
-  may take their time: they may be writing a checkpoint.  Those that don't have `config.grace`
+  may take their time: they may be writing a checkpoint.  Those that don't have `settings.grace`
   seconds to hear of it.  If then somebody is missing, or MPI still has something pending, in which
   MPI_Finalize would hang, or takes no more messages, the job is ended.
 - Where MPI survived the death of a rank, MPI_Finalize is left out: it may wait for the dead.

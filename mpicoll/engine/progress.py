@@ -544,13 +544,7 @@ class Engine:
 
     def forsake(self, task: Task, error: BaseException) -> None:
         """End a task that nobody can wait for, as an exception struck before its call returned."""
-        if self._is_inside():
-            self._handed.append(lambda: self._forsake(task, error))
-            return
-        with self._lock:
-            self._enter()
-            self._forsake(task, error)
-            self._leave()
+        self.between_steps(lambda: self._forsake(task, error))
 
     def _forsake(self, task: Task, error: BaseException) -> None:
         cancelled = _interrupted(task, error, cancelled=True)
@@ -587,15 +581,7 @@ class Engine:
 
     def fail_all(self, lane: Lane, error: BaseException, said: str = "") -> None:
         """Give up everything that a lane has under way; tell the peers so, in these words."""
-        if self._is_inside():
-            self._handed.append(lambda: self._give_up(lane, error, said))
-            return
-        with self._lock:
-            self._enter()
-            self._give_up(lane, error, said)
-            self._leave()
-        if self._ended:
-            self._run_callbacks()
+        self.between_steps(lambda: self._give_up(lane, error, said))
 
     def look(self, at: Callable[[], T]) -> T | None:
         """Look at what the steps work on; None where a signal handler has interrupted one."""
@@ -612,12 +598,9 @@ class Engine:
 
     def check_peers(self, lane: Lane) -> None:
         """Break a lane, if a peer has left it or died, and raise that."""
-        for rank, notice in lane.peers.left.items():
-            gone: MpicollError = RemoteRankError(f"rank {rank} {notice.text}", rank=rank)
-            self.fail_all(lane, gone)
-            raise gone
-        for rank, how in lane.peers.dead.items():
-            gone = _died(rank, how)
+        peers = lane.peers
+        left = [RemoteRankError(f"rank {r} {said.text}", rank=r) for r, said in peers.left.items()]
+        for gone in (*left, *(_died(rank, how) for rank, how in peers.dead.items())):
             self.fail_all(lane, gone)
             raise gone
 
@@ -1017,9 +1000,7 @@ class Engine:
             self._end(task, error.error)
         elif isinstance(error, Expired):
             self._forget(task, _interrupted(task, struck, cancelled=True))
-        elif (
-            cast("GeneratorType[int, None, None]", task.steps).gi_frame is None
-        ):  # else it struck when the step was taken already
+        elif _are_over(task.steps):  # else it struck when the step was taken already
             self._abandoned.append(error.__traceback__)  # its frames hold what MPI may still use
             self._forget(task, _interrupted(task, struck))
         self._stepping = None
@@ -1418,6 +1399,10 @@ def check_threads() -> None:
             "MPI_THREAD_MULTIPLE, but MPI was initialized with less: leave mpi4py.rc.thread_level "
             "and mpi4py.rc.threads as they are, or ask for MPI.THREAD_MULTIPLE; or use wait()"
         )
+
+
+def _are_over(steps: Steps) -> bool:
+    return cast("GeneratorType[int, None, None]", steps).gi_frame is None
 
 
 def _interrupted(

@@ -73,8 +73,8 @@ from .reclaim import Child, Children
 SUM = ReduceOp.SUM
 
 _VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
-_FAILURES = 64  # Works that failed and may have been dropped, which a call looks at
 _SLACK = 3.0  # the same, where it waited for others than the group's ranks
+_FAILURES = 64  # Works that failed and may have been dropped, which a call looks at
 
 
 class ProcessGroup(Unique):

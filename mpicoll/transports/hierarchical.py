@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import Reduction
-from ..engine.calls import UNEVEN, Call, Message
-from ..engine.progress import Lane
+from ..engine.calls import UNEVEN, Call
 from ..runtime.library import IDLE, MPI, Abandoned, Steps
 from ..runtime.memory import NodeMemory
 from ..runtime.topology import Nodes, shares, spans
-from .base import Transport, inner_call
+from .base import inner_call
 from .kernels import decode, encode, reducing
-from .mpi import MpiTransport
+from .mpi import MessagesByMpi, MpiTransport
 from .shm.transport import ShmTransport
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +35,7 @@ PIECE = 512 * 1024  # bytes of one stripe that are between the nodes at a time
 _NOTHING = np.empty(0, np.uint8)
 
 
-class HierarchicalTransport(Transport):
+class HierarchicalTransport(MessagesByMpi):
     """The collectives of a group on several nodes, some with more than one rank.
 
     Args:
@@ -216,18 +215,6 @@ class HierarchicalTransport(Transport):
 
     def exscan(self, call: Call) -> Steps:
         return self._mpi.exscan(call)
-
-    def send(self, call: Call) -> Steps:
-        return self._mpi.send(call)
-
-    def recv(self, call: Call) -> Steps:
-        return self._mpi.recv(call)
-
-    def probe(self, peer: int, tag: int) -> Message | None:
-        return self._mpi.probe(peer, tag)
-
-    def clear(self, lane: Lane) -> Steps:
-        return self._mpi.clear(lane)
 
     # ---- what these are made of ----
 

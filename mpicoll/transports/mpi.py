@@ -447,6 +447,24 @@ class MpiTransport(Transport):
         return heard
 
 
+class MessagesByMpi(Transport):
+    """What transports share that carry collectives otherwise, and messages by MPI."""
+
+    _mpi: MpiTransport
+
+    def send(self, call: Call) -> Steps:
+        return self._mpi.send(call)
+
+    def recv(self, call: Call) -> Steps:
+        return self._mpi.recv(call)
+
+    def probe(self, peer: int, tag: int) -> Message | None:
+        return self._mpi.probe(peer, tag)
+
+    def clear(self, lane: Lane) -> Steps:
+        return self._mpi.clear(lane)
+
+
 def _opened(data: Array) -> tuple[Any, ...]:
     """Return a message's header; of one that is not ours, none that is known."""
     return _HEADER.unpack_from(data.data) if data.size >= _HEADER.size else (b"", 0, 0, b"")

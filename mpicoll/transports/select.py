@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from ..engine import communicators as rendezvous
+from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
 from ..engine.calls import digest
 from ..engine.peers import Peers
@@ -220,7 +220,7 @@ def prepare(
         why = str(error)
     rank, heard = yield from _first_reason(comm, why)
     if heard:
-        yield from rendezvous.free(ground.comms, deadline)
+        yield from communicators.free(ground.comms, deadline)
         raise UnsupportedError(
             f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
         )
@@ -238,7 +238,7 @@ def prepare(
             return replace(ground, aware=True)
         why = f"rank {rank} finds that its MPI library is not CUDA-aware: {said or heard}"
     if wanted.backend in ("nccl", "mpi"):
-        yield from rendezvous.free(ground.comms, deadline)
+        yield from communicators.free(ground.comms, deadline)
         raise UnsupportedError(
             f"backend {wanted.backend!r} can't be had for GPU memory: {why}. "
             "Pass 'auto' or 'staged'"
@@ -359,7 +359,7 @@ def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int
     told = local_rank(environment())
     if told is not None:
         return told
-    nodes, _ = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    nodes, _ = yield from communicators.nodes_of(comm, wanted.sizes)
     return nodes.locate(comm.Get_rank())[1]
 
 
@@ -381,7 +381,7 @@ def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
     """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
         return Ground(comm)
-    nodes, processes = yield from rendezvous.nodes_of(comm, wanted.sizes)
+    nodes, processes = yield from communicators.nodes_of(comm, wanted.sizes)
     spaces = {who.namespace for who in processes.values()}
     mine = processes[comm.Get_rank()].namespace
     neighbours = {r: who for r, who in processes.items() if mine == who.namespace != NOBODY}
@@ -392,16 +392,16 @@ def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
         shared = yield from memory.share(comm, locked=locked)
         return Ground(comm, shared, neighbours=neighbours)
     node, place = nodes.locate(comm.Get_rank())
-    near = yield from rendezvous.split(comm, node, place, deadline)
+    near = yield from communicators.split(comm, node, place, deadline)
     assert near is not None
     shared = yield from memory.share(near, locked=locked)
     agreed = np.array([shared is not None], dtype=np.int64)
     yield from until(comm.Iallreduce(MPI.IN_PLACE, [agreed, MPI.INT64_T], MPI.MIN))
     if not agreed[0]:
-        yield from rendezvous.free([near], deadline)
+        yield from communicators.free([near], deadline)
         return Ground(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None
-    across = yield from rendezvous.split(comm, stripe, node, deadline)
+    across = yield from communicators.split(comm, stripe, node, deadline)
     return Ground(comm, shared, nodes, near, across, neighbours)
 
 
@@ -413,10 +413,10 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
             ground = yield from prepare(comm, wanted, deadline)
         except MPI.Exception:  # a member died, or has seen one die
             pass
-        fine = yield from rendezvous.all_succeeded(comm, ground is not None, deadline)
+        fine = yield from communicators.all_succeeded(comm, ground is not None, deadline)
         if fine and ground is not None:
             return ground
-        comm = yield from rendezvous.survivors(comm, deadline)
+        comm = yield from communicators.survivors(comm, deadline)
     return (yield from prepare(comm, wanted, deadline))
 
 
@@ -448,7 +448,7 @@ def _host_transport(ground: Ground) -> Transport:
 
 def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(ground.neighbours, rendezvous.strangers(ground.comm))
+    peers.observe(ground.neighbours, communicators.strangers(ground.comm))
     shared = ground.shared
     if shared is None:
         return Arrival(ground.comm, peers)

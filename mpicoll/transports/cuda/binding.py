@@ -95,7 +95,7 @@ class _Aside(threading.Thread):
 
 
 class Communicator:
-    """Keeps `transports.nccl.Nccl`: the addresses, counts and numbers are NCCL's own.
+    """Keeps `cuda.nccl.Nccl`: the addresses, counts and numbers are NCCL's own.
 
     Args:
         make: makes NCCL's communicator, aside.

@@ -19,13 +19,11 @@ import numpy as np
 
 from ...arrays.buffers import Blocks
 from ...arrays.dtypes import Reduction
-from ...engine.calls import Call, Message
-from ...engine.progress import Lane
+from ...engine.calls import Call
 from ...runtime.library import MOVED, MPI, Steps
 from ...runtime.memory import SLOT, NodeMemory
-from ..base import Transport
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
-from ..mpi import MpiTransport
+from ..mpi import MessagesByMpi, MpiTransport
 from . import cma, inline
 from .symmetric import SharedArrays
 
@@ -40,7 +38,7 @@ _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
 
 
-class ShmTransport(Transport):
+class ShmTransport(MessagesByMpi):
     """The collectives of a group whose ranks share one node's memory."""
 
     name = "shm"
@@ -439,18 +437,6 @@ class ShmTransport(Transport):
             for start, end in spans(into.size, READ):
                 cma.read(self._processes[r], address + start, into[start:end])
                 yield MOVED
-
-    def send(self, call: Call) -> Steps:
-        return self._mpi.send(call)
-
-    def recv(self, call: Call) -> Steps:
-        return self._mpi.recv(call)
-
-    def probe(self, peer: int, tag: int) -> Message | None:
-        return self._mpi.probe(peer, tag)
-
-    def clear(self, lane: Lane) -> Steps:
-        return self._mpi.clear(lane)
 
     def _large(self, call: Call) -> bool:
         """Decide from what all ranks have said: `largest` is the same everywhere."""
