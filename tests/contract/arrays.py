@@ -90,6 +90,10 @@ class Kind:
     def full(self, shape: int | Sequence[int], value: Any, dtype: Any = np.float32) -> Any:
         return self.array(np.full(shape, value, dtype))
 
+    def fill(self, array: Any, values: Array) -> None:
+        """Write the values into an array, or a part of one."""
+        self.numpy(array)[...] = values
+
     def same(self, array: Any, expected: Array) -> bool:
         """Whether `array` has exactly the expected dtype, shape and values (NaN equals NaN)."""
         got = self.numpy(array)

@@ -36,17 +36,12 @@ def own(array, rank, length):
     return array[rank * length : (rank + 1) * length]
 
 
-def fill(part, values, kind):
-    """Write a part of an array before the call."""
-    kind.numpy(part)[...] = values
-
-
 def test_all_gather_single_in_place(pg, kind, length, odd):
     n, me = pg.size(), pg.rank()
     parts = [data(r, length) for r in range(n)]
     output = kind.full(n * length, 9)
     source = own(output, me, length) if here(pg, odd) else kind.full(length, 0)
-    fill(source, parts[me], kind)
+    kind.fill(source, parts[me])
     pg.all_gather_single(output, source).wait()
     assert kind.same(output, np.concatenate(parts))
 
@@ -56,7 +51,7 @@ def test_allgather_in_place(pg, kind, length, odd):
     parts = [data(r, length + r, "i2") for r in range(n)]
     outputs = [kind.full(length + r, 9, "i2") for r in range(n)]
     source = outputs[me] if here(pg, odd) else kind.full(length + me, 0, "i2")
-    fill(source, parts[me], kind)
+    kind.fill(source, parts[me])
     pg.allgather(outputs, source).wait()
     assert all(map(kind.same, outputs, parts))
 
@@ -66,7 +61,7 @@ def test_gather_in_place(pg, kind, length):
     for root in range(n):
         parts = [data(r, length + r, "f8", seed=root) for r in range(n)]
         outputs = [kind.full(length + r, 9, "f8") for r in range(n)]
-        fill(outputs[me], parts[me], kind)
+        kind.fill(outputs[me], parts[me])
         pg.gather(outputs, outputs[me], root).wait()
         if me == root:
             assert all(map(kind.same, outputs, parts))
@@ -136,7 +131,7 @@ def test_all_to_all_single_with_ones_own_in_place(pg, kind, length):
         source, gives, gets = output[1:], [0] * n, [0] * n
         gives[me] = gets[me] = length
         gets[0] = 1
-        fill(source, parts[me], kind)
+        kind.fill(source, parts[me])
     pg.all_to_all_single(output, source, gets, gives).wait()
     assert kind.same(
         output, np.concatenate([sent[me - 1 : me], parts[me]]) if me else parts[0].copy()
@@ -149,7 +144,7 @@ def test_coalesced_calls_in_place(pg, kind, length):
     outputs = [kind.full(n * length, 9) for _ in parts]
     sources = [own(outputs[0], me, length), kind.full(length, 9)]
     for source, values in zip(sources, parts, strict=True):
-        fill(source, values[me], kind)
+        kind.fill(source, values[me])
     pg.all_gather_single_coalesced(outputs, sources).wait()
     assert all(kind.same(o, np.concatenate(p)) for o, p in zip(outputs, parts, strict=True))
     inputs = [kind.array(np.concatenate(p) + me) for p in parts]
@@ -227,6 +222,6 @@ def test_rows_of_an_array_in_place(pg, kind):
     n, me = pg.size(), pg.rank()
     parts = [data(r, (3, 2)) for r in range(n)]
     output = kind.full((n, 3, 2), 9)
-    fill(output[me], parts[me], kind)
+    kind.fill(output[me], parts[me])
     pg.allgather(output, output[me]).wait()
     assert kind.same(output, np.stack(parts))

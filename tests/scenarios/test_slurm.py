@@ -58,6 +58,7 @@ if pg.rank() == 3:
     if sys.argv[1] == "raise":
         raise ValueError("rank 3 can't go on")
     if sys.argv[1] == "kill":
+        time.sleep(0.5)  # until srun has what rank 0 printed
         os.kill(os.getpid(), 9)
     time.sleep(60)
 pg.allreduce(x, timeout=2 if sys.argv[1] == "late" else 20).wait()
@@ -109,7 +110,9 @@ def badly(ended):
 
 def seen(output):
     """What the ranks of the program say of where they are: (host, ranks on it), by rank."""
-    (line,) = [line for line in output.splitlines() if line.startswith("seen: ")]
+    lines = [line for line in output.splitlines() if line.startswith("seen: ")]
+    assert len(lines) == 1, output
+    (line,) = lines
     return ast.literal_eval(line.removeprefix("seen: "))
 
 
