@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import CollectiveMismatchError, CollectiveTimeoutError, UnsupportedError
+from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, shrink_tag, until
 from ..runtime.memory import whereabouts
 from ..runtime.processes import Identity, identity
@@ -62,12 +63,12 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     """
     size, me = comm.Get_size(), comm.Get_rank()
     mine = digest(*ranks)
-    named_high, named_low, own = table = np.full((3, size), -1, dtype=np.int64)
+    table = np.full((3, size), -1, dtype=np.int64)
     top = np.iinfo(np.int64).max
-    named_high[list(ranks)] = mine
-    named_low[list(ranks)] = top - mine
-    own[me] = mine
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [table, MPI.INT64_T], MPI.MAX))
+    table[0, list(ranks)] = mine
+    table[1, list(ranks)] = top - mine
+    table[2, me] = mine
+    named_high, named_low, own = yield from agreement.reduced(comm, table, MPI.MAX)
     wrong = (named_high >= 0) & ((named_high != top - named_low) | (named_high != own))
     if wrong.any():
         others = np.flatnonzero(own != mine).tolist()
@@ -104,10 +105,8 @@ def nodes_of(
     if sizes:
         ends = list(itertools.accumulate(sizes))
         pretended.append(bisect.bisect(ends, MPI.COMM_WORLD.Get_rank()))
-    mine = np.array([host_mark(*pretended), *identity()], dtype=np.int64)
-    table = np.empty((comm.Get_size(), mine.size), dtype=np.int64)
-    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
-    near = np.flatnonzero(table[:, 0] == mine[0]).tolist()
+    table = yield from agreement.rows(comm, host_mark(*pretended), *identity())
+    near = np.flatnonzero(table[:, 0] == table[comm.Get_rank(), 0]).tolist()
     return Nodes.of(table[:, 0].tolist()), {r: Identity(*table[r, 1:].tolist()) for r in near}
 
 

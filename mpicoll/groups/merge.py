@@ -16,11 +16,9 @@ all groups of the plan are left as they were.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -32,33 +30,22 @@ from ..errors import (
     UnsupportedError,
     interrupts,
 )
-from ..runtime.library import (
-    IDLE,
-    KEEN,
-    MPI,
-    Abandoned,
-    Steps,
-    greeting_tag,
-    merge_tag,
-    pause,
-    pending,
-)
+from ..runtime.agreement import Decides, before, decision, too_late
+from ..runtime.library import KEEN, MPI, Steps, greeting_tag, merge_tag, pause, pending
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
 from .rendezvous import BEAT, PREFIX, Entry
 
 CONNECTING = 10  # seconds that a side which says it is about to connect, or accept, may still take
 
-_SAYS = 2048  # bytes of what a leader tells its members, as JSON
 _OP = "merge_remote_group"
 _USABLE = ". The group is still usable"
-_LAST_WORD = 0.5  # seconds that a leader's word may take to its members
 
 
 def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:
     """Merge the groups of a plan.  Rank 0 of each, its leader, has the store."""
     if "late" in plan:
-        raise too_late(plan["late"])
+        raise too_late(plan["late"], _OP)
     if plan["wrong"]:
         raise InvalidCallError(f"{_OP}: {plan['wrong']}")
     if plan.get("apart"):
@@ -109,7 +96,8 @@ def _take_in(
         except MPI.Exception as error:
             raise too_late(
                 f"{what} failed: its leader said that it is about to "
-                f"{'accept' if joins else 'connect'}, but has not: {error}"
+                f"{'accept' if joins else 'connect'}, but has not: {error}",
+                _OP,
             ) from error
         finally:
             info.Free()
@@ -132,14 +120,13 @@ def _agree(
     merged: MPI.Intracomm, talk: _Talk | None, i: int, deadline: float
 ) -> Generator[int, None, str]:
     """Have the leaders say that they are about to connect group `i`; return the port."""
-    said: dict[str, str] = {}
-    if merged.Get_rank() == 0:
-        assert talk is not None
-        said = yield from talk.about(i)
-    said = yield from tell(merged, said, deadline, _OP)
-    if "failed" in said:
-        raise too_late(said["failed"])
-    return str(said["port"])
+
+    def about() -> Decides:
+        assert talk is not None  # this is rank 0
+        return talk.about(i)
+
+    agreed = yield from decision(merged, about, deadline, _OP)
+    return str(agreed["port"])
 
 
 class _Talk:
@@ -152,8 +139,8 @@ class _Talk:
         self._place: int = plan["place"]
         self._deadline = deadline
 
-    def about(self, i: int) -> Generator[int, None, dict[str, str]]:
-        """Make sure that both sides of step `i` are there; return the port, or what failed."""
+    def about(self, i: int) -> Decides:
+        """Make sure that both sides of step `i` are there; return the port, or why not."""
         port = ""
         try:
             if self._place == i:
@@ -177,7 +164,7 @@ class _Talk:
             why = f"the store failed: {error!r}"
         if port and self._place != i:
             MPI.Close_port(port)
-        return {"failed": why}
+        return why
 
     def give_up(self, why: str) -> None:
         """Let the other leaders know that there will be no merge."""
@@ -227,24 +214,6 @@ class _Talk:
             )
 
 
-# ---- what spawn.py does alike ----
-
-
-def tell(
-    comm: MPI.Intracomm, said: dict[str, Any], deadline: float, op: str
-) -> Generator[int, None, dict[str, Any]]:
-    """Return on all ranks what rank 0 says."""
-    room = np.zeros(_SAYS, dtype=np.uint8)
-    if comm.Get_rank() == 0:
-        text = json.dumps(said)
-        if len(text) > _SAYS:  # an error's, or a group's name
-            text = json.dumps({"failed": str(said)[: _SAYS // 12]})  # 6 letters may stand for one
-        room[: len(text)] = np.frombuffer(text.encode(), dtype=np.uint8)
-    yield from _before(comm.Ibcast([room, MPI.BYTE], 0), deadline, IDLE, op)
-    told: dict[str, Any] = json.loads(room.tobytes().rstrip(b"\0"))
-    return told
-
-
 def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     """Exchange a byte with every rank of another world, so that MPI has connected them all.
 
@@ -257,24 +226,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
     for place, request in enumerate(requests):
         try:
-            yield from _before(request, deadline, KEEN, op)
+            yield from before(request, deadline, KEEN, op)
         except BaseException:
             pending.extend(requests[place + 1 :])
             raise
-
-
-def _before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
-    """Wait for a request; raise if the deadline passes, as where a process of the peers' died."""
-    try:
-        while not request.Test():
-            if time.monotonic() > deadline + _LAST_WORD:
-                raise too_late("some that were there have not gone on in time", op)
-            yield mood
-    except (Abandoned, CollectiveTimeoutError):
-        pending.append(request)
-        raise
-
-
-def too_late(why: str, op: str = _OP) -> CollectiveTimeoutError:
-    """Return the error of a merge to which not all came, or not in time."""
-    return CollectiveTimeoutError(f"{op}: {why}{_USABLE}", op=op, breaks_group=False)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..engine import communicators
 from ..engine.progress import Lane, engine
 from ..engine.recorder import Recorder
-from ..runtime.library import MPI, Steps, until
+from ..runtime import agreement
+from ..runtime.library import MPI, Steps
 from ..transports.base import Transport
 
 
@@ -96,11 +95,11 @@ class Children:
         """
         if not self._made:
             return
-        done = np.array([child is None or child.done for child in self._made], dtype=np.uint8)
-        yield from until(comm.Iallreduce(MPI.IN_PLACE, [done, MPI.UINT8_T], MPI.MIN))
+        votes = [child is None or child.done for child in self._made]
+        done = yield from agreement.unanimous(comm, *votes)
         made, self._made = self._made, []
-        for child, agreed in zip(made, done.tolist(), strict=True):
-            if not agreed:
+        for child, everywhere in zip(made, done, strict=True):
+            if not everywhere:
                 self._made.append(child)
             elif child is not None:
                 yield from child.free(deadline)

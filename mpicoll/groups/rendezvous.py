@@ -21,7 +21,7 @@ import numpy as np
 
 from ..engine.communicators import STRANGER, Plan, host_mark, world_ranks
 from ..errors import MpicollError, interrupts
-from ..runtime import launcher
+from ..runtime import agreement, launcher
 from ..runtime.library import MPI, Steps, pause, until
 from ..runtime.processes import identity
 from ..runtime.settings import daemon, environment
@@ -33,7 +33,8 @@ Entry = dict[str, Any]
 BEAT = 0.02  # seconds between looks at the store
 PREFIX = "mpicoll/merge/"
 
-_MEMBER = struct.Struct("<16sq")  # a process: its world and its rank there
+_JOB = 16  # bytes of the name of an MPI world
+_MEMBER = struct.Struct(f"<{_JOB}sq")  # a process: its world and its rank there
 
 _job = b""
 """Names this MPI world: the same on all its ranks once a group over the world was made."""
@@ -42,10 +43,9 @@ _job = b""
 def name_job(comm: MPI.Intracomm) -> Steps:
     """Agree on a name for this MPI world, by which groups that merge know one another."""
     global _job
-    name = np.frombuffer(_job or os.urandom(16), dtype=np.uint8).copy()
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
+    name = yield from agreement.bytes_of(comm, _job or os.urandom(_JOB), _JOB)
     if not _job or comm.Get_size() == MPI.COMM_WORLD.Get_size():
-        _job = name.tobytes()
+        _job = name
 
 
 def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
@@ -56,6 +56,7 @@ def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
     own = _MEMBER.pack(_job, MPI.COMM_WORLD.Get_rank())
     mine = np.frombuffer(own, dtype=np.uint8).copy()
     everyone = np.empty(comm.Get_size() * _MEMBER.size, dtype=np.uint8)
+    # Rank 0 alone needs them, so this is a gather and no exchange of `agreement`.
     yield from until(comm.Igather([mine, MPI.BYTE], [everyone, MPI.BYTE], 0))
     found: dict[str, list[int]] = {}
     if comm.Get_rank() == 0:

@@ -20,8 +20,9 @@ from typing import Any
 from ..engine.communicators import MakesComm
 from ..engine.progress import engine
 from ..errors import UnsupportedError
+from ..runtime.agreement import Decides, decision
 from ..runtime.library import MPI, greeting_tag, pause, pending
-from .merge import greet, tell, too_late
+from .merge import greet
 
 READY, HELLO, COMING, LEFT = "ready", "hello", "coming", "left"
 
@@ -52,12 +53,8 @@ def spawn(
     except MPI.Exception as error:
         raise UnsupportedError(f"spawn: {_why(comm, n, error)}") from error
     deadline = max(deadline, time.monotonic() + STARTED)
-    said: dict[str, Any] = {}
-    if comm.Get_rank() == 0:
-        said = yield from _meet_children(inter, hello, deadline)
-    said = yield from tell(comm, said, deadline, "spawn")
-    if "failed" in said:
-        raise too_late(said["failed"], "spawn")
+    meet = partial(_meet_children, inter, hello, deadline)
+    yield from decision(comm, meet, deadline, "spawn")
     return (yield from _merge(inter, deadline, joins=False))
 
 
@@ -65,15 +62,11 @@ def join_parents(
     comm: MPI.Intracomm, parents: MPI.Intercomm, deadline: float
 ) -> Generator[int, None, tuple[MPI.Intracomm, Hello]]:
     """Merge with those who started this world, all of whose ranks have arrived."""
-    said: dict[str, Any] = {}
-    if comm.Get_rank() == 0:
-        said = yield from _meet_parents(parents, deadline)
-    said = yield from tell(comm, said, deadline, "parent_group")
-    if "failed" in said:
-        raise too_late(said["failed"], "parent_group")
+    meet = partial(_meet_parents, parents, deadline)
+    agreed = yield from decision(comm, meet, deadline, "parent_group")
     made = yield from _merge(parents, deadline, joins=True)
     assert made is not None
-    return made, said["hello"]
+    return made, agreed["hello"]
 
 
 def _merge(inter: MPI.Intercomm, deadline: float, *, joins: bool) -> MakesComm:
@@ -101,19 +94,19 @@ def _why(comm: MPI.Intracomm, n: int, error: MPI.Exception) -> str:
     return text + ". The launcher may say more above. The group is still usable"
 
 
-def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says:
+def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> Decides:
     word = yield from _hear(inter, deadline)
     if word is None:
         # Not a word to those who may never read it: MPI could not be finalized here or there.
         engine.listen(partial(_turn_away, inter))
-        return {"failed": "the started ranks have not all called parent_group in time"}
+        return "the started ranks have not all called parent_group in time"
     if word == LEFT:
-        return {"failed": "the started ranks gave up in parent_group"}
+        return "the started ranks gave up in parent_group"
     _say(inter, HELLO, hello)
     word = yield from _hear(inter, deadline + _ANSWER)
     if word != COMING:
         _say(inter, LEFT)
-        return {"failed": "the started ranks gave up in parent_group"}
+        return "the started ranks gave up in parent_group"
     return {}
 
 
@@ -125,19 +118,16 @@ def _turn_away(inter: MPI.Intercomm) -> bool:
     return word is not None
 
 
-def _meet_parents(inter: MPI.Intercomm, deadline: float) -> _Says:
+def _meet_parents(inter: MPI.Intercomm, deadline: float) -> Decides:
     _say(inter, READY)
     word = yield from _hear(inter, deadline)
     if word is None:
         _say(inter, LEFT)
-        return {"failed": "the ranks that started this one have not merged with it in time"}
+        return "the ranks that started this one have not merged with it in time"
     if word == LEFT:
-        return {"failed": "the ranks that started this one gave up in spawn"}
+        return "the ranks that started this one gave up in spawn"
     _say(inter, COMING)
     return {"hello": word}
-
-
-_Says = Generator[int, None, dict[str, Any]]
 
 
 def _say(inter: MPI.Intercomm, word: str, more: Hello | None = None) -> None:

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from .library import IDLE, MOVED, MPI, Steps, until
+from . import agreement
+from .library import IDLE, MOVED, MPI, Steps
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -46,6 +47,7 @@ _SAID = struct.Struct("8q")  # a record after its number, and the extent
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
 _FOLDER = "/dev/shm"
+_NAME = 256  # bytes of the name of a file there, at most
 _SEGMENTS = (f"{_FOLDER}/mpich_shm_", f"{_FOLDER}/sm_segment.")  # MPICH's, Open MPI's
 
 
@@ -299,7 +301,6 @@ def _map(
 ) -> Generator[int, None, tuple[mmap.mmap | None, int | None]]:
     """Map a file; with `lock`, hold a lock on that byte, and return the open file, too."""
     rank = comm.Get_rank()
-    name = np.zeros(256, dtype=np.uint8)
     file, path, full = -1, "", False
     if rank == 0:
         with contextlib.suppress(OSError):
@@ -308,23 +309,21 @@ def _map(
                 os.posix_fallocate(file, 0, nbytes)
             except OSError:
                 full = True
-            said = path.encode()
-            name[: len(said)] = np.frombuffer(said, dtype=np.uint8)
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    if rank > 0 and name.any():
+    name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")
+    if rank > 0 and name:
         with contextlib.suppress(OSError):
-            file = os.open(name.tobytes().rstrip(b"\0"), os.O_RDWR | os.O_CLOEXEC)
+            file = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     if file >= 0 and lock is not None:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
     # The inode too: another node may hold a file of that name.
     inode = os.fstat(file).st_ino if file >= 0 else 0
-    heard = np.array([inode if file >= 0 and not full else -1, -inode], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [heard, MPI.INT64_T], MPI.MIN))
+    mine = inode if file >= 0 and not full else -1, -inode
+    lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
     if path:
         with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
             os.unlink(path)
     room = None
-    if heard[0] > 0 and heard[0] == -heard[1]:
+    if lowest > 0 and lowest == -minus_highest:
         room = mmap.mmap(file, nbytes)
     elif full:
         warnings.warn(

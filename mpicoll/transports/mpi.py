@@ -14,7 +14,7 @@ import functools
 import struct
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..arrays.dtypes import BY_CODE, Reduction
 from ..engine.calls import ANY, UNEVEN, Call, Message
 from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from ..errors import CollectiveMismatchError, interrupts
+from ..runtime import agreement
 from ..runtime.library import (
     IDLE,
     KEEN,
@@ -390,18 +391,17 @@ class MpiTransport(Transport):
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
-        open_ends = [self._sent.total() - self._received.total(), len(lane.beside)]
-        total = np.array(open_ends, np.int64)
-        yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [total, MPI.INT64_T], MPI.SUM))
-        if not total.any():
+        open_ends = self._sent.total() - self._received.total(), len(lane.beside)
+        if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
             (task for task in lane.beside if task.call.kind == "send"),
             key=lambda task: task.called,
         )
-        due = yield from self._tell_each(self._sent)
+        everyone = range(self.size)
+        due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
         dropped: dict[int, list[tuple[int, int, int]]] = {}
-        while any(due[rank] > self._received[rank] for rank in range(self.size)):
+        while any(due[rank] > self._received[rank] for rank in everyone):
             found = self._unwanted() or lane.peers.unwanted(partial(_is_awaited, lane))
             if found is None:
                 yield KEEN
@@ -418,7 +418,8 @@ class MpiTransport(Transport):
             )
             engine.cancel(task, unmatched, unmatched)
         # (Once all have told, none looks for messages any more: what follows is not dropped.)
-        lost = yield from self._tell_each({rank: len(said) for rank, said in dropped.items()})
+        counts = [len(dropped.get(rank, ())) for rank in everyone]
+        lost = yield from agreement.exchanged(self.comm, counts)
         tables = {int(rank): np.empty((lost[rank], 3), np.int64) for rank in np.flatnonzero(lost)}
         tag = exchange_tag()
         requests = [self.comm.Irecv([t, MPI.INT64_T], rank, tag) for rank, t in tables.items()]
@@ -437,14 +438,6 @@ class MpiTransport(Transport):
                 self._taken.remove(found)
                 return found
         return None
-
-    def _tell_each(self, numbers: Mapping[int, int]) -> Generator[int, None, Array]:
-        """Tell each rank a number; return what each has told this one."""
-        told, heard = np.zeros(self.size, np.int64), np.empty(self.size, np.int64)
-        for rank, number in numbers.items():
-            told[rank] = number
-        yield from until(self.comm.Ialltoall([told, MPI.INT64_T], [heard, MPI.INT64_T]))
-        return heard
 
 
 class MessagesByMpi(Transport):

@@ -11,15 +11,14 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
 from ..engine.calls import digest
 from ..engine.peers import Peers
 from ..errors import InvalidCallError, UnsupportedError
-from ..runtime import memory
-from ..runtime.library import IDLE, MPI, until
+from ..runtime import agreement, memory
+from ..runtime.agreement import first_reason
+from ..runtime.library import IDLE, MPI
 from ..runtime.processes import NOBODY, Identity
 from ..runtime.settings import (
     environment,
@@ -44,8 +43,6 @@ OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 
 NCCL_NAME = 128  # bytes of the name of one of NCCL's communicators
 NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
-
-_REASON = 400  # bytes of why a rank can't use its GPU that the others are told
 
 
 class ProcessGroupFactory(Protocol):
@@ -218,7 +215,7 @@ def prepare(
         gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
     except UnsupportedError as error:
         why = str(error)
-    rank, heard = yield from _first_reason(comm, why)
+    rank, heard = yield from first_reason(comm, why)
     if heard:
         yield from communicators.free(ground.comms, deadline)
         raise UnsupportedError(
@@ -233,7 +230,7 @@ def prepare(
             return replace(ground, nccl=nccl)
     if wanted.choice in ("auto", "mpi"):
         said = yield from probe.takes_gpu_memory(gpu.device)
-        rank, heard = yield from _first_reason(comm, said)
+        rank, heard = yield from first_reason(comm, said)
         if not heard:
             return replace(ground, aware=True)
         why = f"rank {rank} finds that its MPI library is not CUDA-aware: {said or heard}"
@@ -260,23 +257,21 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
         why = str(error)
     except Exception as error:  # of CuPy, in a class of its own
         why = f"{type(error).__name__}: {error}"
-    mine = np.array([digest(*identity.encode()), version], dtype=np.int64)
-    table = np.empty((size, 2), dtype=np.int64)
-    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    table = yield from agreement.rows(comm, digest(*identity.encode()), version)
     threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     why = why or no_nccl(table.tolist(), own, shares=nccl_shares_gpus(), threads=threads)
-    name = np.zeros(NCCL_NAME, dtype=np.uint8)
+    name = b""
     if own == 0 and not why:
         try:
-            name[:] = np.frombuffer(binding.unique_id(), np.uint8)
+            name = binding.unique_id()
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-    rank, heard = yield from _first_reason(comm, why)
+    rank, heard = yield from first_reason(comm, why)
     if heard:
         return None, f"rank {rank} says: {heard}"
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    made, why = yield from _made(lambda: binding.join(gpu, size, name.tobytes(), own))
-    rank, heard = yield from _first_reason(comm, why)
+    name = yield from agreement.bytes_of(comm, name, NCCL_NAME)
+    made, why = yield from _made(lambda: binding.join(gpu, size, name, own))
+    rank, heard = yield from first_reason(comm, why)
     if not heard:
         return made, ""
     if made is not None:
@@ -325,7 +320,7 @@ def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, Non
     while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
         yield IDLE
     part, why = yield from _made(lambda: nccl.split(color, key))
-    _, heard = yield from _first_reason(parent.comm, why)
+    _, heard = yield from first_reason(parent.comm, why)
     if heard and part is not None:
         part.abort()
     return None if heard or comm is None else part
@@ -363,20 +358,6 @@ def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int
     return nodes.locate(comm.Get_rank())[1]
 
 
-def _first_reason(comm: MPI.Intracomm, why: str) -> Generator[int, None, tuple[int, str]]:
-    """Tell all ranks the lowest rank that gives a reason, and the reason; "" if none does."""
-    size = comm.Get_size()
-    first = np.array([comm.Get_rank() if why else size], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [first, MPI.INT64_T], MPI.MIN))
-    if first[0] == size:
-        return size, ""
-    text = np.zeros(_REASON, np.uint8)
-    said = why.encode()[:_REASON]
-    text[: len(said)] = np.frombuffer(said, np.uint8)
-    yield from until(comm.Ibcast([text, MPI.BYTE], int(first[0])))
-    return int(first[0]), text.tobytes().rstrip(b"\0").decode(errors="replace")
-
-
 def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
     """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
@@ -395,9 +376,8 @@ def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
     near = yield from communicators.split(comm, node, place, deadline)
     assert near is not None
     shared = yield from memory.share(near, locked=locked)
-    agreed = np.array([shared is not None], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [agreed, MPI.INT64_T], MPI.MIN))
-    if not agreed[0]:
+    (everywhere,) = yield from agreement.unanimous(comm, shared is not None)
+    if not everywhere:
         yield from communicators.free([near], deadline)
         return Ground(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None

@@ -14,7 +14,13 @@ import mpicoll
 PACKAGE = Path(mpicoll.__file__).parent
 ROOMS = [  # each imports only from those above it; so does each module, inside of its room
     ("", ["errors"]),
-    ("runtime", ["settings", "launcher", "library", "processes", "memory", "topology"]),
+    (
+        "runtime",
+        [
+            *("settings", "launcher", "library", "processes"),
+            *("agreement", "memory", "topology"),
+        ],
+    ),
     ("arrays", ["ops", "dtypes", "device", "buffers"]),
     (
         "engine",
