@@ -5,7 +5,7 @@ goes through a `Reduction`: in place where MPI computes exactly what is promised
 of a wire array that is encoded before and decoded after.
 
 MPI's counts and displacements are C ints.  A call in which any rank touches more than
-`MAX_COUNT` elements is cut in pieces, or moved point to point, block by block.
+`Tuning.mpi_elements` elements is cut in pieces, or moved point to point, block by block.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ from ..runtime.library import (
     until_all,
 )
 from .base import Transport
+from .tuning import Tuning
 
 Array = np.ndarray[Any, Any]
-
-MAX_COUNT = 2**30  # elements that one MPI call is given at most
 
 EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
@@ -59,8 +58,9 @@ class MpiTransport(Transport):
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, tuning: Tuning) -> None:
         self.comm = comm
+        self._most = tuning.mpi_elements
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self._sent: Counter[int] = Counter()  # messages, by receiver
@@ -73,14 +73,14 @@ class MpiTransport(Transport):
 
     def allreduce(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
         if not plan.direct:
             plan.decode(wire, array)
 
     def reduce(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             spec = [piece, _number(plan)]
             if self.rank == call.root:
                 request = self.comm.Ireduce(MPI.IN_PLACE, spec, _op(plan), call.root)
@@ -97,7 +97,7 @@ class MpiTransport(Transport):
         array = recv.flat()
         apart = plan.direct and not call.in_place
         out = array if apart else np.empty(array.size, dtype=plan.wire)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             yield from self._reduce_to_each(wire, out, send, plan)
         elif call.count == UNEVEN:
             yield from until(
@@ -120,14 +120,15 @@ class MpiTransport(Transport):
         """A reduce_scatter too large for one call: a reduce to each rank, in pieces."""
         for root, (start, count) in enumerate(zip(send.displs, send.counts, strict=True)):
             block = wire[start : start + count]
-            pieces = zip(_pieces(block), _pieces(out if self.rank == root else block), strict=True)
-            for piece, into in pieces:
+            pieces = _pieces(block, self._most)
+            results = _pieces(out if self.rank == root else block, self._most)
+            for piece, into in zip(pieces, results, strict=True):
                 target = [into, _number(plan)] if self.rank == root else None
                 yield from until(self.comm.Ireduce([piece, _number(plan)], target, _op(plan), root))
 
     def scan(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             yield from until(self.comm.Iscan(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
         if not plan.direct:
             plan.decode(wire, array)
@@ -136,7 +137,7 @@ class MpiTransport(Transport):
         """Reduce what the lower ranks gave.  Rank 0's array stays as it is."""
         plan, array, wire = _wire(call)
         out = np.empty_like(wire)  # MPI leaves rank 0's output undefined: not the user's memory
-        for piece, into in zip(_pieces(wire), _pieces(out), strict=True):
+        for piece, into in zip(_pieces(wire, self._most), _pieces(out, self._most), strict=True):
             yield from until(
                 self.comm.Iexscan([piece, _number(plan)], [into, _number(plan)], _op(plan))
             )
@@ -150,12 +151,12 @@ class MpiTransport(Transport):
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        for piece in _pieces(blocks.flat()):
+        for piece in _pieces(blocks.flat(), self._most):
             yield from until(self.comm.Ibcast([piece, _element(piece)], call.root))
 
     def allgather(self, call: Call) -> Steps:
         send, recv = _two(call)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             mine = send.flat()
             yield from self._exchange([mine] * self.size, _each(recv), call.in_place)
             return
@@ -168,7 +169,7 @@ class MpiTransport(Transport):
         assert call.send is not None
         wire = call.send.flat()
         none: list[Array | None] = [None] * self.size
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             outgoing = none.copy()
             outgoing[call.root] = wire
             incoming = _each(call.recv) if call.recv else none
@@ -187,7 +188,7 @@ class MpiTransport(Transport):
         assert call.recv is not None
         into = call.recv.flat()
         none: list[Array | None] = [None] * self.size
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             incoming = none.copy()
             incoming[call.root] = into
             outgoing = _each(call.send) if call.send else none
@@ -199,7 +200,7 @@ class MpiTransport(Transport):
 
     def alltoall(self, call: Call) -> Steps:
         send, recv = _two(call)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             yield from self._exchange(_each(send), _each(recv), call.in_place)
             return
         into = recv.landing()
@@ -223,9 +224,9 @@ class MpiTransport(Transport):
             if rank == self.rank:
                 continue
             into, wire = incoming[rank], outgoing[rank]
-            for piece in () if into is None else _pieces(into):
+            for piece in () if into is None else _pieces(into, self._most):
                 requests.append(self.comm.Irecv([piece, _element(piece)], rank, tag))
-            for piece in () if wire is None else _pieces(wire):
+            for piece in () if wire is None else _pieces(wire, self._most):
                 requests.append(self.comm.Isend([piece, _element(piece)], rank, tag))
         yield from until_all(requests)
 
@@ -235,7 +236,7 @@ class MpiTransport(Transport):
         assert call.send is not None
         payload = call.send.flat()
         header = np.frombuffer(_header(call.send), dtype=np.uint8)
-        message = _message(header, payload)
+        message = _message(header, payload, self._most)
         try:
             request = self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag)
             self._sent[call.peer] += 1
@@ -345,7 +346,7 @@ class MpiTransport(Transport):
             status = MPI.Status()
             payload = call.recv.flat()
             header = np.zeros(_HEADER.size, dtype=np.uint8)
-            message = _message(header, payload)
+            message = _message(header, payload, self._most)
             mood = KEEN if payload.nbytes > EAGER else IDLE
             post(requests, self.comm.Irecv, [MPI.BOTTOM, 1, message], call.peer, call.tag)
             yield MOVED
@@ -530,10 +531,10 @@ def _two(call: Call) -> tuple[Blocks, Blocks]:
     return call.send, call.recv
 
 
-def _pieces(array: Array) -> Iterator[Array]:
+def _pieces(array: Array, most: int) -> Iterator[Array]:
     """Cut an array in pieces that one MPI call can take; an empty one is one empty piece."""
-    for start in range(0, max(array.size, 1), MAX_COUNT):
-        yield array[start : start + MAX_COUNT]
+    for start in range(0, max(array.size, 1), most):
+        yield array[start : start + most]
 
 
 def _each(blocks: Blocks) -> list[Array]:
@@ -625,10 +626,10 @@ def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException)
     return bool(status.Is_cancelled())
 
 
-def _message(header: Array, payload: Array) -> MPI.Datatype:
+def _message(header: Array, payload: Array, most: int) -> MPI.Datatype:
     """Describe header and payload as one MPI datatype of absolute addresses."""
     lengths, places, types = [header.size], [MPI.Get_address(header)], [MPI.BYTE]
-    for piece in _pieces(payload):
+    for piece in _pieces(payload, most):
         if piece.size:
             lengths.append(piece.size)
             places.append(MPI.Get_address(piece))

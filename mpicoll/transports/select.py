@@ -37,6 +37,7 @@ from .cuda.staged import StagedTransport
 from .hierarchical import HierarchicalTransport
 from .mpi import MpiTransport
 from .shm.transport import ShmTransport
+from .tuning import Tuning
 
 OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
@@ -402,6 +403,9 @@ def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> P
 
 _turns = Turns()
 
+tuning = Tuning()
+"""Of the groups that are made from now on; the tests replace it, on all ranks alike."""
+
 
 def transport(ground: Ground) -> Transport:
     """Return the transport of a group."""
@@ -409,20 +413,20 @@ def transport(ground: Ground) -> Transport:
     if ground.gpu is None:
         return host
     if ground.nccl is not None:
-        return NcclTransport(host, ground.gpu, ground.nccl, _turns)
+        return NcclTransport(host, ground.gpu, ground.nccl, _turns, tuning)
     if ground.aware:
-        return AwareTransport(host, ground.gpu, ground.comm)
-    return StagedTransport(host, ground.gpu)
+        return AwareTransport(host, ground.gpu, ground.comm, tuning)
+    return StagedTransport(host, ground.gpu, tuning)
 
 
 def _host_transport(ground: Ground) -> Transport:
     if ground.shared is None:
-        return MpiTransport(ground.comm)
+        return MpiTransport(ground.comm, tuning)
     if ground.nodes is None:
-        return ShmTransport(ground.comm, ground.shared)
+        return ShmTransport(ground.comm, ground.shared, tuning)
     assert ground.near is not None
     return HierarchicalTransport(
-        ground.comm, ground.nodes, ground.near, ground.shared, ground.across
+        ground.comm, ground.nodes, ground.near, ground.shared, ground.across, tuning
     )
 
 

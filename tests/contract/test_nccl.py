@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ from mpicoll.errors import (
 )
 from mpicoll.runtime.library import IDLE, MOVED, pause
 from mpicoll.transports import select
-from mpicoll.transports.cuda import nccl
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
+from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -49,10 +50,11 @@ pytestmark = pytest.mark.mpi
 TURNS = Turns()
 
 
-def queue_of(pg: mc.ProcessGroup) -> Queue:
+def queue_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Queue:
     if not isinstance(pg._transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
-        pg._transport = NcclTransport(pg._transport, queue, Communicator(queue), TURNS)
+        nccl = Communicator(queue)
+        pg._transport = NcclTransport(pg._transport, queue, nccl, TURNS, tuning)
         pg._lane.abort = pg._transport.abort
     return pg._transport._gpu
 
@@ -65,9 +67,9 @@ def pg() -> mc.ProcessGroup:
 
 
 @pytest.fixture
-def fresh() -> Iterator[mc.ProcessGroup]:
+def fresh(tuning) -> Iterator[mc.ProcessGroup]:
     pg = mc.new_group(timeout=20, progress="thread")
-    queue_of(pg)
+    queue_of(pg, tuning)
     yield pg
     queue_of(pg).open = True
     pg.abort()
@@ -583,9 +585,9 @@ def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead,
             ahead.allgather_object(3)
 
 
-def test_only_so_many_calls_are_ahead_of_the_gpu(ahead, monkeypatch):
+@pytest.mark.parametrize("tuning", [replace(select.tuning, nccl_ahead=4)], ids=["4"])
+def test_only_so_many_calls_are_ahead_of_the_gpu(ahead):
     """Else CUDA would block the host, where no deadline is kept."""
-    monkeypatch.setattr(nccl, "AHEAD", 4)
     queue = queue_of(ahead)
     queue.open = False
     x = ELSEWHERE.full(5, 0)
@@ -699,7 +701,7 @@ def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
     key = members.index(fresh.rank())
     assert queue.log[-1] == ("split", members[0], key) and queue.passed == 1
     assert (made.comm.rank, made.comm.size) == (key, len(members)) == (part.rank(), part.size())
-    part._transport = NcclTransport(part._transport, made.q, made, TURNS)
+    part._transport = NcclTransport(part._transport, made.q, made, TURNS, select.tuning)
     x = ELSEWHERE.full(5, fresh.rank())
     part.allreduce(x).synchronize()
     assert (x.values == sum(members)).all()

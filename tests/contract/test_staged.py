@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mpicoll.errors import (
     InvalidCallError,
     UnsupportedError,
 )
+from mpicoll.transports import select
 from mpicoll.transports.cuda import staged
 from mpicoll.transports.cuda.staged import StagedTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
@@ -34,23 +36,22 @@ from tests.contract.test_p2p import (  # noqa: F401
 pytestmark = pytest.mark.mpi
 ELSEWHERE = ElsewhereKind()
 PIECE = 32 * 1024  # so that the arrays of the tests go in several pieces
+TUNING = replace(select.tuning, staged_piece=PIECE)
 
 
 @pytest.fixture(params=BACKENDS)
-def pg(request, monkeypatch) -> mc.ProcessGroup:
+def pg(request) -> mc.ProcessGroup:
     """A group over each backend in turn, whose arrays are staged."""
-    monkeypatch.setattr(staged, "PIECE", PIECE)
     pg = _groups(backend=request.param, group_name="staged")
     if not isinstance(pg._transport, StagedTransport):
-        pg._transport = StagedTransport(pg._transport, LateCopies())
+        pg._transport = StagedTransport(pg._transport, LateCopies(), TUNING)
     return pg
 
 
 @pytest.fixture
-def fresh(monkeypatch) -> Iterator[mc.ProcessGroup]:
-    monkeypatch.setattr(staged, "PIECE", PIECE)
+def fresh() -> Iterator[mc.ProcessGroup]:
     pg = mc.new_group(timeout=20)
-    pg._transport = StagedTransport(pg._transport, LateCopies())
+    pg._transport = StagedTransport(pg._transport, LateCopies(), TUNING)
     yield pg
     pg.shutdown()
 

@@ -32,7 +32,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "transports",
         [
-            *("base", "kernels", "mpi"),
+            *("tuning", "base", "kernels", "mpi"),
             *("shm.symmetric", "shm.cma", "shm.inline", "shm.transport", "hierarchical"),
             *("cuda.gpu", "cuda.binding", "cuda.probe", "cuda.staged", "cuda.aware", "cuda.nccl"),
             "select",

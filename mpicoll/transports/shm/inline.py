@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...engine.calls import PAIRWISE, UNEVEN, Call
-from ...runtime.memory import PAYLOAD, NodeMemory
+from ...runtime.memory import NodeMemory
 from ..kernels import fold
 
 READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
@@ -24,15 +24,18 @@ _KINDS = frozenset(
 )
 
 
-def fits(call: Call, extent: int, size: int) -> bool:
-    """Return whether a call rides, if this is the largest extent of all its ranks."""
+def fits(call: Call, extent: int, size: int, most: int) -> bool:
+    """Return whether a call rides, if this is the largest extent of all its ranks.
+
+    `most` is the number of bytes of one rank that may ride.
+    """
     if call.kind not in _KINDS or (call.count == UNEVEN and call.kind in PAIRWISE):
         return False
     if call.reduction is not None:
         nbytes = extent * call.reduction.wire.itemsize
-        return nbytes <= PAYLOAD and nbytes * size <= READ
+        return nbytes <= most and nbytes * size <= READ
     blocks = call.send or call.recv
-    return blocks is None or extent * blocks.dtype.itemsize <= PAYLOAD
+    return blocks is None or extent * blocks.dtype.itemsize <= most
 
 
 def give(call: Call, seq: int, memory: NodeMemory) -> None:
