@@ -49,7 +49,7 @@ Array = np.ndarray[Any, Any]
 EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
 CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
-_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype in words
+_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype as text
 _MAGIC = b"mpc2"
 
 
@@ -250,7 +250,7 @@ class MpiTransport(Transport):
         Then MPI is asked which message is there, and only after that for this one.  MPICH 5.0
         loses messages that come before a receive from any source, where some ranks of the
         communicator share memory and others don't: on several nodes, and where MPI worlds have
-        merged.  Over libfabric it goes on to tell of a message for which a receive is posted
+        merged.  Over libfabric it goes on to report a message for which a receive is posted
         already, so those of a tag are taken one at a time.
         """
         if call.peer != ANY:
@@ -296,10 +296,10 @@ class MpiTransport(Transport):
             self._taken.append(found)
         if not found.request.Test():
             return None
-        magic, code, count, said = _opened(found.data)
+        magic, code, count, text = _opened(found.data)
         if magic != _MAGIC:
             return Message(found.source, tag, "unknown", found.data.size)
-        return Message(found.source, tag, _name(code, said), count)
+        return Message(found.source, tag, _name(code, text), count)
 
     def _find(self, peer: int, tag: int) -> Taken | None:
         """Return the first message that `probe` has taken from a peer, or from any."""
@@ -386,9 +386,10 @@ class MpiTransport(Transport):
     def clear(self, lane: Lane) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more.
 
-        Where something is under way, or was never received, each rank learns how many messages it
-        was sent.  It drops what no receive takes, so that the sends end, too, and tells their
-        senders.  When it has all, the receives that are left can match nothing, and are cancelled.
+        Where something is under way, or was never received, each rank learns how many messages were
+        sent to it.  It drops those that no receive takes, so that the sends end, too, and sends a
+        list of them to their senders.  When it has all, the receives that are left can match
+        nothing, and are cancelled.
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
@@ -418,14 +419,14 @@ class MpiTransport(Transport):
                 f"{lane.name!r}: no message came for it"
             )
             engine.cancel(task, unmatched, unmatched)
-        # (Once all have told, none looks for messages any more: what follows is not dropped.)
+        # (After this exchange no rank looks for messages: those that follow it are not dropped.)
         counts = [len(dropped.get(rank, ())) for rank in everyone]
         lost = yield from agreement.exchanged(self.comm, counts)
         tables = {int(rank): np.empty((lost[rank], 3), np.int64) for rank in np.flatnonzero(lost)}
         tag = exchange_tag()
         requests = [self.comm.Irecv([t, MPI.INT64_T], rank, tag) for rank, t in tables.items()]
-        for rank, said in dropped.items():
-            requests.append(self.comm.Isend([np.array(said), MPI.INT64_T], rank, tag))
+        for rank, messages in dropped.items():
+            requests.append(self.comm.Isend([np.array(messages), MPI.INT64_T], rank, tag))
         yield from until_all(requests)
         while not all(task.done for task in sends):
             yield KEEN
@@ -477,11 +478,11 @@ def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) 
 
     Of messages that are alike the receiver has taken the first ones.
     """
-    for said in lost:
+    for message in lost:
         for task in reversed(sends):
             call = task.call
             assert call.send is not None
-            alike = [call.tag, call.send.dtype.code, call.send.total] == said
+            alike = [call.tag, call.send.dtype.code, call.send.total] == message
             if call.peer == rank and alike and task.error is None:
                 task.error = CollectiveMismatchError(
                     f"{call.describe()} at {task.place()} was not received by the end of group "
@@ -520,8 +521,8 @@ _WIDER = Reduction(
 def _apart(send: Array, into: Array) -> Array:
     """Return what to send: a copy where it is a part of what is received into: MPI refuses that.
 
-    Users' arrays are where the call is in place; so are the stripes of one across nodes.  MPI has
-    a word for it, which all ranks must say or none; but each rank decides for itself.
+    Users' arrays are where the call is in place; so are the stripes of one across nodes.  MPI's
+    `IN_PLACE` must be given by all ranks or by none; but here each rank decides for itself.
     """
     return send.copy() if np.may_share_memory(send, into) else send
 
@@ -579,8 +580,8 @@ def _op(plan: Reduction) -> MPI.Op:
 
 def _header(blocks: Blocks) -> bytes:
     dtype = blocks.dtype
-    said = b"" if dtype.code in BY_CODE else dtype.name.encode()
-    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, said)
+    text = b"" if dtype.code in BY_CODE else dtype.name.encode()
+    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, text)
 
 
 def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | None:
@@ -589,7 +590,7 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     The group stays usable.
     """
     assert call.recv is not None
-    magic, code, count, said = _opened(header)
+    magic, code, count, text = _opened(header)
     if magic != _MAGIC:
         return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
@@ -598,15 +599,15 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     if code == call.recv.dtype.code and count == call.recv.total:
         return None
     return CollectiveMismatchError(
-        f"{call.describe()}: rank {source} sent {_name(code, said)}[{count}], but the array is "
+        f"{call.describe()}: rank {source} sent {_name(code, text)}[{count}], but the array is "
         f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost; pg.probe(src, tag) tells "
         "what the next one is before it is received"
     )
 
 
-def _name(code: int, said: bytes) -> str:
-    """Return the name of the dtype that a header tells of."""
-    return BY_CODE[code].name if code in BY_CODE else said.rstrip(b"\0").decode(errors="replace")
+def _name(code: int, text: bytes) -> str:
+    """Return the name of the dtype that a header holds."""
+    return BY_CODE[code].name if code in BY_CODE else text.rstrip(b"\0").decode(errors="replace")
 
 
 def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException) -> bool:

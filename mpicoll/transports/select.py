@@ -43,7 +43,7 @@ OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
 
 NCCL_NAME = 128  # bytes of the name of one of NCCL's communicators
-NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
+NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, where that is set
 
 
 class ProcessGroupFactory(Protocol):
@@ -216,11 +216,11 @@ def prepare(
         gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
     except UnsupportedError as error:
         why = str(error)
-    rank, heard = yield from first_reason(comm, why)
-    if heard:
+    rank, reason = yield from first_reason(comm, why)
+    if reason:
         yield from communicators.free(ground.comms, deadline)
         raise UnsupportedError(
-            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
+            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or reason}"
         )
     assert gpu is not None
     ground, why = replace(ground, gpu=gpu), ""
@@ -230,11 +230,11 @@ def prepare(
         if nccl is not None:
             return replace(ground, nccl=nccl)
     if wanted.choice in ("auto", "mpi"):
-        said = yield from probe.takes_gpu_memory(gpu.device)
-        rank, heard = yield from first_reason(comm, said)
-        if not heard:
+        own = yield from probe.takes_gpu_memory(gpu.device)
+        rank, reason = yield from first_reason(comm, own)
+        if not reason:
             return replace(ground, aware=True)
-        why = f"rank {rank} finds that its MPI library is not CUDA-aware: {said or heard}"
+        why = f"rank {rank} finds that its MPI library is not CUDA-aware: {own or reason}"
     if wanted.backend in ("nccl", "mpi"):
         yield from communicators.free(ground.comms, deadline)
         raise UnsupportedError(
@@ -248,7 +248,7 @@ _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
 
 
 def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
-    """Make a communicator of NCCL, on all ranks or on none; then say why not."""
+    """Make a communicator of NCCL, on all ranks or on none; in the second case return why."""
     size, own = comm.Get_size(), comm.Get_rank()
     version, identity, why = 0, "", ""
     order_nccl_launches()
@@ -267,21 +267,21 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
             name = binding.unique_id()
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-    rank, heard = yield from first_reason(comm, why)
-    if heard:
-        return None, f"rank {rank} says: {heard}"
+    rank, reason = yield from first_reason(comm, why)
+    if reason:
+        return None, f"rank {rank} says: {reason}"
     name = yield from agreement.bytes_of(comm, name, NCCL_NAME)
     made, why = yield from _made(lambda: binding.join(gpu, size, name, own))
-    rank, heard = yield from first_reason(comm, why)
-    if not heard:
+    rank, reason = yield from first_reason(comm, why)
+    if not reason:
         return made, ""
     if made is not None:
         made.abort()
-    return None, f"on rank {rank} it could not be initialized: {heard}"
+    return None, f"on rank {rank} it could not be initialized: {reason}"
 
 
 def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
-    """Begin to make a communicator of NCCL, and wait until it is made; else say why not."""
+    """Begin to make a communicator of NCCL, and wait until it is made; else return why not."""
     made: Nccl | None = None
     try:
         made = begin()
@@ -291,7 +291,7 @@ def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
         if made is not None:
             made.abort()
         return None, f"{type(error).__name__}: {error}"
-    except BaseException:  # nobody waits for it any more
+    except BaseException:  # no call waits for it any more
         if made is not None:
             made.abort()
         raise
@@ -321,10 +321,10 @@ def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, Non
     while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
         yield IDLE
     part, why = yield from _made(lambda: nccl.split(color, key))
-    _, heard = yield from first_reason(parent.comm, why)
-    if heard and part is not None:
+    _, reason = yield from first_reason(parent.comm, why)
+    if reason and part is not None:
         part.abort()
-    return None if heard or comm is None else part
+    return None if reason or comm is None else part
 
 
 def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
@@ -352,9 +352,9 @@ def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) ->
 
 def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
     """Return this rank's number on its node: the launcher's, else that within the group."""
-    told = local_rank(environment())
-    if told is not None:
-        return told
+    launched = local_rank(environment())
+    if launched is not None:
+        return launched
     nodes, _ = yield from communicators.nodes_of(comm, wanted.sizes)
     return nodes.locate(comm.Get_rank())[1]
 
@@ -387,7 +387,7 @@ def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
 
 
 def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
-    """`prepare` for those who survived a failure; if one dies meanwhile, for those who are left."""
+    """`prepare` for the survivors of a failure; if one dies meanwhile, for those that are left."""
     while survives_deaths():
         ground = None
         try:

@@ -35,7 +35,7 @@ class Device(Copies, Protocol):
     """A GPU whose memory MPI is given the addresses of."""
 
     def within(self, source: DeviceArray, into: DeviceArray) -> Done:
-        """Start a copy inside the GPU's memory; return what tells whether it is done."""
+        """Start a copy inside the GPU's memory; return a function that says whether it is done."""
 
     def is_done(self, mark: object) -> bool:
         """Return whether the GPU has passed a mark."""
@@ -76,7 +76,7 @@ class AwareTransport(StagedTransport):
             thrown = None
             try:
                 yield mood
-            except BaseException as error:  # the engine's word that nobody waits any more
+            except BaseException as error:  # thrown in by the engine: no call waits any more
                 thrown = error
 
     def _move(self, call: Call, parts: tuple[Call, ...]) -> Steps:
@@ -91,7 +91,7 @@ class AwareTransport(StagedTransport):
                 yield from self._blocks_at_once(part)
 
     def _broadcast(self, call: Call) -> Steps:
-        """Deal out the root's array in even parts, and let everyone pass its own on.
+        """Deal out the root's array in even parts, and let each rank pass its own on.
 
         So no rank sends more than twice the array.  van de Geijn's algorithm (Chan et al.,
         "Collective communication: theory, practice, and experience", 2007).  What is small, or has

@@ -277,7 +277,7 @@ class NcclTransport(StagedTransport):
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1
             yield MOVED  # the engine sees that it is enqueued
-            # What is captured the GPU passes when the graph is launched, which nobody tells us.
+            # The GPU passes what is captured when the graph is launched, of which we learn nothing.
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
                 yield IDLE

@@ -62,10 +62,10 @@ class Copies(Protocol):
         """Let the copies that are started from now on come after what a mark has noted."""
 
     def to_host(self, source: DeviceArray, into: Array) -> Done:
-        """Start a copy; return what tells whether it is done."""
+        """Start a copy; return a function that says whether it is done."""
 
     def to_device(self, source: Array, into: DeviceArray) -> Done:
-        """Start a copy; return what tells whether it is done."""
+        """Start a copy; return a function that says whether it is done."""
 
 
 class StagedTransport(Transport):

@@ -1,8 +1,8 @@
 """Small calls ride along with the records of their arrival.
 
-Each rank writes what it gives before it arrives.  After that all is there to be read, without a
-flag, and it stays until the call after the next: by then all have arrived at the next, so are done
-with this one.
+Each rank writes what it gives before it arrives.  Once all have arrived, everything is there to be
+read, without a flag.  It stays until the call after the next: by then all ranks have arrived at the
+next one, so they are done with this one.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ class ShmTransport(MessagesByMpi):
                     into[...] = slots[r][self.rank * room :][: into.size]
         self._announce(_END)
 
-    # ---- large moves: everyone reads what it gets from the arrays of the others ----
+    # ---- large moves: each rank reads what it gets from the arrays of the others ----
 
     def _move_large(self, call: Call, by_mpi: Callable[[Call], Steps]) -> Steps:
         yield from self._begin()
@@ -440,7 +440,7 @@ class ShmTransport(MessagesByMpi):
                 yield MOVED
 
     def _large(self, call: Call) -> bool:
-        """Decide from what all ranks have said: `largest` is the same everywhere."""
+        """Decide alike on all ranks: `largest` is the same everywhere since arrival."""
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
         return call.largest * blocks.dtype.itemsize > self._read_above
