@@ -12,9 +12,11 @@ These exchanges are not here, as they need something of their own:
     arrival.Exchange    the hot path: one buffer that is used again, and meetings that are counted,
                         so that a rank that ends can begin those in which others still wait
     arrival.Gathering   counted in the same way
+    peers, rollcall     notices between two ranks, at any time, whatever the others do
     communicators       `shrink` sends messages, as a collective may be pending on the communicator
     spawn               its two sides have no communicator in common yet
-    a merge's plan      as long as it may be, it goes by the group's own `broadcast_object`
+    rendezvous.members  a gather, since rank 0 alone needs the result
+    a merge's plan      may be of any length, so it goes by the group's own `broadcast_object`
     doctor              must work where collectives don't, and where a rank never comes
 """
 
