@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine import calls
+from ..engine.calls import Call
 from ..engine.communicators import MakesComm, Plan, free, host_mark, strangers
 from ..engine.progress import engine
 from ..errors import (
@@ -45,6 +47,8 @@ from ..runtime.library import (
 )
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
+from . import rendezvous
+from .caller import SLACK, Caller
 from .rendezvous import BEAT, PREFIX, Entry
 
 CONNECTING = 10  # seconds that a side which says it is about to connect, or accept, may still take
@@ -55,7 +59,48 @@ _USABLE = ". The group is still usable"
 _LAST_WORD = 0.5  # seconds that a leader's word may take to its members
 
 
-def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:
+def merge_remote_group(
+    group: Caller,
+    store: Store,
+    size: int,
+    timeout: object,
+    name: str | None,
+    desc: str | None,
+) -> Caller:
+    """Merge a group with the others that its rank 0, the leader, meets in the store."""
+
+    def check(rank: int, own: int) -> Call:
+        total = calls.int32(size, "size")
+        if total < own:
+            raise InvalidCallError(
+                f"size must be at least this group's {own} ranks, but got {total}"
+            )
+        for method in ("set", "get", "add"):
+            if rank == 0 and not callable(getattr(store, method, None)):
+                raise InvalidCallError(
+                    f"store must have {method}(), as c10d's stores do, but got "
+                    f"{type(store).__name__}: use FileStore or TCPStore"
+                )
+        return Call(_OP, root=0, count=total)
+
+    def make(call: Call, deadline: float) -> MakesComm:
+        members = yield from rendezvous.members(group.comm)
+        if group.rank == 0:
+            mine = rendezvous.entry(group.lane.name, group.options.alike(), members, call.count)
+            plan = yield from rendezvous.meet(store, mine, deadline)
+            call.payload = json.dumps(plan).encode()
+        yield from group.transport.broadcast_object(call)
+        call.payload = json.loads(bytes(call.result))
+        made = yield from _merge(group.comm, call.payload, store, deadline)
+        return made
+
+    made, call = group.make_comm(_OP, timeout, check, make, slack=SLACK, parts=False)
+    assert made is not None
+    first = call.payload["groups"][0]["name"]
+    return group.successor(made, name or f"{first}:merge", desc, timeout)
+
+
+def _merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:
     """Merge the groups of a plan.  Rank 0 of each, its leader, has the store."""
     if "late" in plan:
         raise too_late(plan["late"])

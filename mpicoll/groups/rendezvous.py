@@ -64,11 +64,11 @@ def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
     return found
 
 
-def entry(name: str, wanted: str, members: dict[str, list[int]], size: int) -> Entry:
+def entry(name: str, options: str, members: dict[str, list[int]], size: int) -> Entry:
     """Return what this process, rank 0 of a group, says of it in the store.
 
     Args:
-        wanted: what the group runs on; groups that merge must say the same.
+        options: what the group runs on; groups that merge must say the same.
         members: as the function of that name returns it.
         size: ranks of all groups together, as this group was told.
     """
@@ -76,7 +76,7 @@ def entry(name: str, wanted: str, members: dict[str, list[int]], size: int) -> E
     return {
         "nonce": os.urandom(16).hex(),
         "name": name,
-        "wanted": wanted,
+        "options": options,
         "members": members,
         "size": size,
         "job": _job.hex(),
@@ -154,13 +154,13 @@ class _Meeting:
     def _plan(self, entries: list[Entry], there: int) -> Plan:
         plan: Plan = {"nonces": [one["nonce"] for one in entries], "wrong": "", "groups": []}
         processes = [(job, r) for one in entries for job, rs in one["members"].items() for r in rs]
-        wanted = {one["wanted"] for one in entries}
+        options = {one["options"] for one in entries}
         if len({one["size"] for one in entries}) > 1 or there > self.entry["size"]:
             plan["wrong"] = f"size must be the ranks of all groups together, {self.came()}"
         elif len(set(processes)) < len(processes):
             plan["wrong"] = f"the groups must not share a rank, {self.came()}"
-        elif len(wanted) > 1:
-            plan["wrong"] = f"groups must be made alike, but there are {' and '.join(wanted)}"
+        elif len(options) > 1:
+            plan["wrong"] = f"groups must be made alike, but there are {' and '.join(options)}"
         else:
             if len({one["job"] for one in entries}) > 1:
                 libraries = [one["library"] for one in entries]

@@ -12,15 +12,22 @@ MPI's merge, which blocks, rank 0 of each says over MPI's intercommunicator:
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
+from ..engine import calls
+from ..engine.calls import Call
 from ..engine.communicators import MakesComm
 from ..engine.progress import engine
-from ..errors import UnsupportedError
+from ..errors import InvalidCallError, UnsupportedError
+from ..runtime import launcher
 from ..runtime.library import MPI, greeting_tag, pause, pending
+from ..runtime.settings import environment, launchers
+from ..transports.select import GroupOptions
+from .caller import SLACK, Caller
 from .merge import greet, tell, too_late
 
 READY, HELLO, COMING, LEFT = "ready", "hello", "coming", "left"
@@ -35,7 +42,56 @@ Hello = dict[str, Any]
 """What the parents say of the group that is to be, as JSON can hold it."""
 
 
-def spawn(
+def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Caller:
+    """Start `n` ranks, and make the group of these parents and those, who come last."""
+
+    def check(rank: int, size: int) -> Call:
+        count, words = calls.int32(n, "n"), list(argv)
+        if count < 1:
+            raise InvalidCallError(f"n must be at least 1, but got {count}")
+        if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
+            raise InvalidCallError(f"argv must be a list of str, but got {argv!r}")
+        spawned = MPI.Comm.Get_parent() != MPI.COMM_NULL
+        vendor, _ = MPI.get_vendor()
+        why = launcher.spawnless(vendor, launchers(environment()), spawned=spawned)
+        if why:
+            raise UnsupportedError(f"spawn: {why}")
+        if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
+            raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
+        text = "\0".join(words).encode("utf-8", "surrogateescape")
+        return Call("spawn", count=count, digest=calls.digest(*text), payload=words)
+
+    def make(call: Call, deadline: float) -> MakesComm:
+        hello = {"name": name, "options": parents.options.as_json()}
+        return _start(parents.comm, call.payload, call.count, hello, deadline)
+
+    name = f"{parents.lane.name}:spawn"
+    made, _ = parents.make_comm("spawn", timeout, check, make, slack=SLACK, parts=False)
+    assert made is not None
+    return parents.successor(made, name, None, timeout)
+
+
+def join_parents(own: Caller, parents: MPI.Intercomm, timeout: object) -> Caller:
+    """Make the group of the parents, who started this world, and of this world's ranks."""
+
+    def make(call: Call, deadline: float) -> MakesComm:
+        made, call.payload = yield from _join(own.comm, parents, deadline)
+        own.options = GroupOptions.from_json(call.payload["options"])  # as the parents have it
+        return made
+
+    made, call = own.make_comm(
+        "parent_group",
+        timeout,
+        lambda rank, size: Call("parent_group"),
+        make,
+        slack=SLACK,
+        parts=False,
+    )
+    assert made is not None
+    return own.successor(made, call.payload["name"], None, timeout)
+
+
+def _start(
     comm: MPI.Intracomm, argv: Sequence[str], n: int, hello: Hello, deadline: float
 ) -> MakesComm:
     """Start `n` ranks and merge with them; they come last.  All ranks have arrived.
@@ -61,7 +117,7 @@ def spawn(
     return (yield from _merge(inter, deadline, joins=False))
 
 
-def join_parents(
+def _join(
     comm: MPI.Intracomm, parents: MPI.Intercomm, deadline: float
 ) -> Generator[int, None, tuple[MPI.Intracomm, Hello]]:
     """Merge with those who started this world, all of whose ranks have arrived."""
