@@ -26,7 +26,7 @@ import numpy as np
 
 from ..engine import calls
 from ..engine.calls import Call
-from ..engine.communicators import MakesComm, Plan, free, host_mark, strangers
+from ..engine.communicators import MakesComm, Plan, foreign_ranks, free, host_mark
 from ..engine.progress import engine
 from ..errors import (
     CollectiveTimeoutError,
@@ -264,7 +264,7 @@ class _Talk:
         who = Identity(*peer["process"])
         if peer["host"] != host_mark() or who.namespace == NOBODY:
             return
-        watch.add(who, stranger=True)
+        watch.add(who, foreign=True)
         watch.look()
         if who in watch.dead:
             raise CollectiveTimeoutError(
@@ -296,7 +296,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     It connects two ranks when the first message goes, and crashes where one of them has died: a
     failure would be the worst time to speak for the first time.
     """
-    others, tag = strangers(comm), greeting_tag()
+    others, tag = foreign_ranks(comm), greeting_tag()
     room = np.zeros((2, comm.Get_size()), dtype=np.uint8)
     requests = [comm.Irecv([room[0, r : r + 1], MPI.BYTE], r, tag) for r in others]
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]

@@ -152,16 +152,15 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
         made = None  # nobody else could have lost the order
     if made is None:
         if parent != MPI.COMM_SELF:
-            _refuse_stray()
+            _refuse_singleton()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        made = Lane("new_group", parent), recorder, Children()
-        # Between the makings of groups nobody listens there.
-        made[
-            0
-        ].peers.silence = (
+        lane = Lane("new_group", parent)
+        # Between the makings of groups no rank listens there.
+        lane.peers.silence = (
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
+        made = lane, recorder, Children()
         parent.Set_attr(_creation_key, made)
     lane, recorder, children = made
     engine.enlist(lane)
@@ -169,13 +168,13 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
     return lane, recorder, children
 
 
-def _refuse_stray() -> None:
+def _refuse_singleton() -> None:
     """Refuse to work alone where the launcher has started several ranks."""
     world = MPI.COMM_WORLD.Get_size()
     if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # ranks that another program has spawned are as many as it asked for
     vendor, _ = MPI.get_vendor()
-    why = launcher.stray(world, vendor, launchers(environment()))
+    why = launcher.singleton(world, vendor, launchers(environment()))
     if why:
         raise TransportError(
             f"{why}: {launcher.remedy(vendor, launcher.library_file())}. Where single ranks are "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.communicators import STRANGER, Plan, host_mark, world_ranks
+from ..engine.communicators import FOREIGN, Plan, host_mark, world_ranks
 from ..errors import MpicollError, interrupts
 from ..runtime import launcher
 from ..runtime.library import MPI, Steps, pause, until
@@ -51,7 +51,7 @@ def name_job(comm: MPI.Intracomm) -> Steps:
 def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
     """Return who is in a communicator, as ranks of their worlds by world; to rank 0 alone."""
     ranks = world_ranks(comm)
-    if STRANGER not in ranks:
+    if FOREIGN not in ranks:
         return {_job.hex(): ranks}
     own = _MEMBER.pack(_job, MPI.COMM_WORLD.Get_rank())
     mine = np.frombuffer(own, dtype=np.uint8).copy()

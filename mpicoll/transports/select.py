@@ -418,7 +418,7 @@ def _host_transport(resources: Resources) -> Transport:
 
 def arrival(resources: Resources, peers: Peers, options: GroupOptions) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(resources.neighbours, communicators.strangers(resources.comm))
+    peers.observe(resources.neighbours, communicators.foreign_ranks(resources.comm))
     shared = resources.shared
     if shared is None:
         return Arrival(resources.comm, peers)
