@@ -148,7 +148,7 @@ class Caller:
         return work
 
     def _at_once(self, call: Call, seq: int) -> bool:
-        """Carry out a call whose data ride on the records, if all others are there already."""
+        """Carry out a call whose data travel beside the records, if all ranks are there already."""
         transport = self.transport
         if not (transport.prepare(call, seq) and self.arrival.at_once(call, seq)):
             return False
@@ -159,6 +159,7 @@ class Caller:
         return True
 
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+        """Arrive, then move the data, or take the steps of `then`."""
         call, transport = work.call, self.transport
         if self.once is not None and then is None and self.once.goes_without(call):
             yield from transport.steps(call)
@@ -187,7 +188,7 @@ class Caller:
             self.once.after(record)
 
     def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
-        """Let the peers hear in this call that this rank's arguments were refused."""
+        """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         work = Work(self.lane, call, seq, self.timeout, self.recorder)
         engine.launch(work, self._arrive(work))
@@ -200,7 +201,7 @@ class Caller:
     def message(
         self, kind: str, timeout: object, check: Callable[..., Call], *arguments: object
     ) -> Work:
-        """Launch a send or recv: it takes no number and waits for no queue.
+        """Launch a send or recv, which takes no number and waits in no queue.
 
         Args:
             check: makes the `Call` of the number of ranks, the highest tag and the arguments.
@@ -254,18 +255,20 @@ class Caller:
         slack: float = VERDICT,
         parts: bool = True,
     ) -> tuple[Resources | None, Call]:
-        """Run a call that makes a communicator, wait for it, and return what came of both.
+        """Run a call that makes a communicator, and wait for it.
+
+        Return what the new group runs on, None on a rank that is not in it; and the call.
 
         Args:
-            make: the steps that make it, of the call and its deadline; all ranks have arrived.
-            slack: the seconds past the deadline that their verdict may take to reach all ranks.
+            make: returns the steps that make it, given the call and its deadline, after arrival.
+            slack: the seconds past the deadline that the verdict may take to reach all ranks.
             parts: whether all members of the communicator are members of this group.
         """
 
         def then(work: Work) -> Steps:
             deadline = work.deadline
-            # All ranks of this group are here.  What makes the communicator keeps the deadline
-            # itself, and its verdict needs some time to reach them all.
+            # All ranks of this group are here.  `make` keeps the deadline itself, and its
+            # verdict needs some time to reach them all.
             work.deadline += slack
             yield from self.children.reclaim(self.comm, deadline)
             comm = yield from make(work.call, deadline)
@@ -307,9 +310,9 @@ class Caller:
 
             def then(work: Work) -> Steps:
                 while lane.enqueued:
-                    yield IDLE  # what was left to the GPU comes first
+                    yield IDLE  # the calls that were left to the GPU come first
                 yield from self.transport.clear(lane)
-                engine.delist(lane)  # nobody may listen on it any more
+                engine.delist(lane)  # no rank may listen on it any more
                 yield from self.transport.close()
                 yield from communicators.free(self.resources.comms, work.deadline)
 
@@ -362,7 +365,7 @@ class Caller:
             ) from lane.broken
 
     def _raise_unfetched(self) -> None:
-        """Raise the error of a Work that was dropped before anybody asked for it."""
+        """Raise the error of a Work that the program dropped before it asked for the error."""
         failures, error = self.lane.failures, None
         for _ in range(min(len(failures), _FAILURES)):
             failure = failures.popleft()
@@ -377,7 +380,7 @@ class Caller:
 
 
 def wait_through(work: Work) -> None:
-    """Wait for a call of which nothing is left to wait for if an exception ends the wait."""
+    """Wait for a call whose Work the user never gets; an exception that ends the wait ends it."""
     try:
         work.wait()
     except BaseException as error:
@@ -387,15 +390,15 @@ def wait_through(work: Work) -> None:
 
 
 def _no_message(call: Call) -> Steps:
-    """Send nothing to nobody, or receive it."""
+    """Send to `PROC_NULL`, or receive from it: no data move."""
     call.result = PROC_NULL
     yield from ()
 
 
 def _refuse_busy(call: Call, lane: Lane) -> Task | None:
-    """Refuse memory that an unfinished Work of any group is using in a way that conflicts.
+    """Raise if a call's memory conflicts with what an unfinished Work of any group is using.
 
-    Return a receive in whose place the new call goes on, if the wait for that was interrupted.
+    Return the receive that the new call takes over, if the wait for that receive was interrupted.
     """
     task = engine.make_room(call, lane)
     if task is None or task.done:
@@ -407,7 +410,7 @@ def _refuse_busy(call: Call, lane: Lane) -> Task | None:
 
 
 def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
-    """Launch this rank's last arrival in a group, which waits for the others' for long."""
+    """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
     lane.seq += 1
     call = Call("shutdown", leaving=True)
     work = Work(lane, call, lane.seq, default_timeout(), recorder)

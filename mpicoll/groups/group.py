@@ -44,7 +44,7 @@ SUM = ReduceOp.SUM
 
 
 class ProcessGroup(Unique):
-    """A group of ranks that call collectives together.  Made by `new_group` and its kin.
+    """A group of ranks that call collectives together, as `new_group` makes it.
 
     ``with new_group() as pg:`` shuts the group down at the end, or aborts it if the body raises.
 
@@ -61,7 +61,7 @@ class ProcessGroup(Unique):
     def __init__(self, caller: Caller) -> None:
         self.comm = caller.comm
         self._caller = caller
-        self._call = caller.call  # which each collective finds with one look
+        self._call = caller.call  # bound once: one look-up less in each collective
         self._rank = caller.rank
         self._size = caller.size
 
@@ -226,11 +226,7 @@ class ProcessGroup(Unique):
         return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
 
     def reduce_scatter(
-        self,
-        output: object,
-        input: object,
-        op: object = SUM,
-        timeout: object = None,
+        self, output: object, input: object, op: object = SUM, timeout: object = None
     ) -> Work:
         """Reduce a list of arrays over all ranks, and give the i-th result to rank i.
 
@@ -243,11 +239,7 @@ class ProcessGroup(Unique):
         return self._call("reduce_scatter", timeout, calls.reduce_scatter, output, input, op)
 
     def reduce_scatter_single(
-        self,
-        output: object,
-        input: object,
-        op: object = SUM,
-        timeout: object = None,
+        self, output: object, input: object, op: object = SUM, timeout: object = None
     ) -> Work:
         """Reduce an array over all ranks, and give the i-th equal part of it to rank i.
 

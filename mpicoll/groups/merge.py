@@ -1,17 +1,17 @@
-"""How the groups of a plan become one communicator: the first takes in the others, one by one.
+"""How groups merge: the first group of a plan takes in the others, one by one.
 
 Groups whose leaders are of one MPI world reach one another through it.  Separately launched jobs
 are connected by a port that the first group's leader opens.  MPI's calls for that block, and can
-crash if the other side has died, so nobody makes them before both leaders have said, through the
-store, that they are about to:
+crash if the other side has died, so no rank makes them before both leaders have written to the
+store that they are about to:
 
-    offer      "connect to this port"     the first group's leader, to the one whose turn it is
-    coming     "I am about to connect"    its answer
-    accepting  "I am about to accept"     the first one again
-    failed     "there will be no merge"   whoever gives up, to all, and why
+    offer      "connect to this port"     the first group's leader, to the leader whose turn it is
+    coming     "I am about to connect"    that leader's answer
+    accepting  "I am about to accept"     the first group's leader again
+    failed     "there will be no merge"   a leader that gives up, to all, with its reason
 
-Whatever a leader learns, it broadcasts to those who then make the same call.  Where a step fails,
-all groups of the plan are left as they were.
+A leader broadcasts what it learns to the ranks that then make the same call with it.  Where a step
+fails, all groups of the plan are left as they were.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from . import rendezvous
 from .caller import SLACK, Caller
 from .rendezvous import BEAT, PREFIX, Entry
 
-CONNECTING = 10  # seconds that a side which says it is about to connect, or accept, may still take
+CONNECTING = 10  # seconds that MPI's call may take on a side that has said it is about to make it
 
-_SAYS = 2048  # bytes of what a leader tells its members, as JSON
+_SAYS = 2048  # bytes of the message, in JSON, that a leader broadcasts to its group
 _OP = "merge_remote_group"
 _USABLE = ". The group is still usable"
-_LAST_WORD = 0.5  # seconds that a leader's word may take to its members
+_LAST_WORD = 0.5  # seconds past the deadline that a leader's message may take to its group
 
 
 def merge_remote_group(
@@ -129,7 +129,7 @@ def _merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float
     except CollectiveTimeoutError as error:
         if talk is not None:
             talk.give_up(str(error))
-        raise  # what has merged so far stays where it is: its members may be gone
+        raise  # what has merged so far is not freed: some of its ranks may be gone
     return merged
 
 
@@ -176,7 +176,7 @@ def _take_in(
 def _agree(
     merged: MPI.Intracomm, talk: _Talk | None, i: int, deadline: float
 ) -> Generator[int, None, str]:
-    """Have the leaders say that they are about to connect group `i`; return the port."""
+    """Have both leaders write that they are about to connect group `i`; return the port."""
     said: dict[str, str] = {}
     if merged.Get_rank() == 0:
         assert talk is not None
@@ -188,7 +188,7 @@ def _agree(
 
 
 class _Talk:
-    """What one leader says to the others through the store, and hears from them."""
+    """One leader's messages to the other leaders through the store, and theirs to it."""
 
     def __init__(self, store: Store, plan: Plan, deadline: float) -> None:
         self._store = store
@@ -205,7 +205,7 @@ class _Talk:
                 port = yield from self._hear(f"{i}/offer", self._groups[0])
                 self._say(f"{i}/coming")
                 yield from self._hear(f"{i}/accepting", self._groups[0])
-                yield from pause(BEAT)  # a process that dies of what it is about to do is seen to
+                yield from pause(BEAT)  # by then it shows if the other process died of the call
                 self._look_after(self._groups[0])
                 return {"port": port}
             if self._groups[0]["job"] != self._groups[i]["job"]:
@@ -228,7 +228,7 @@ class _Talk:
         """Let the other leaders know that there will be no merge."""
         try:
             self._say("failed", why.removeprefix(f"{_OP}: ").removesuffix(_USABLE))
-        except Exception as error:  # they find out by themselves, at their deadlines
+        except Exception as error:  # the other leaders find out at their deadlines
             if interrupts(error):
                 raise
 
@@ -242,7 +242,7 @@ class _Talk:
         return bytes(self._store.get(f"{self._prefix}{key}")).decode()
 
     def _hear(self, key: str, peer: Entry) -> Generator[int, None, str]:
-        """Wait for a word of another leader."""
+        """Wait for another leader's message."""
         while True:
             self._look_after(peer)
             said = self._said(key)
@@ -260,7 +260,7 @@ class _Talk:
 
     @staticmethod
     def _look_after(peer: Entry) -> None:
-        """Raise if another leader is of this machine, and seen to be dead."""
+        """Raise if another leader runs on this machine, and is seen to be dead."""
         who = Identity(*peer["process"])
         if peer["host"] != host_mark() or who.namespace == NOBODY:
             return
@@ -272,17 +272,17 @@ class _Talk:
             )
 
 
-# ---- what spawn.py does alike ----
+# ---- what spawn.py uses, too ----
 
 
 def tell(
     comm: MPI.Intracomm, said: dict[str, Any], deadline: float, op: str
 ) -> Generator[int, None, dict[str, Any]]:
-    """Return on all ranks what rank 0 says."""
+    """Broadcast rank 0's message, and return it on all ranks."""
     room = np.zeros(_SAYS, dtype=np.uint8)
     if comm.Get_rank() == 0:
         text = json.dumps(said)
-        if len(text) > _SAYS:  # an error's, or a group's name
+        if len(text) > _SAYS:  # for an error's text, or a group's name, in it
             text = json.dumps({"failed": str(said)[: _SAYS // 12]})  # 6 letters may stand for one
         room[: len(text)] = np.frombuffer(text.encode(), dtype=np.uint8)
     yield from _before(comm.Ibcast([room, MPI.BYTE], 0), deadline, IDLE, op)
@@ -293,8 +293,8 @@ def tell(
 def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     """Exchange a byte with every rank of another world, so that MPI has connected them all.
 
-    It connects two ranks when the first message goes, and crashes where one of them has died: a
-    failure would be the worst time to speak for the first time.
+    MPI connects two ranks when the first message goes between them, and crashes where one of them
+    has died: so the first message must not be the one that reports a failure.
     """
     others, tag = foreign_ranks(comm), greeting_tag()
     room = np.zeros((2, comm.Get_size()), dtype=np.uint8)
@@ -309,7 +309,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
 
 
 def _before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
-    """Wait for a request; raise if the deadline passes, as where a process of the peers' died."""
+    """Wait for a request; raise if the deadline passes, as it does where a peer has died."""
     try:
         while not request.Test():
             if time.monotonic() > deadline + _LAST_WORD:
@@ -321,5 +321,5 @@ def _before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
 
 
 def too_late(why: str, op: str = _OP) -> CollectiveTimeoutError:
-    """Return the error of a merge to which not all came, or not in time."""
+    """Return the error of a merge to which some ranks did not come in time."""
     return CollectiveTimeoutError(f"{op}: {why}{_USABLE}", op=op, breaks_group=False)

@@ -128,7 +128,7 @@ def new_group(
         raise
     if refusal is not None:
         if parent.Get_size() > 1:
-            with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
+            with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
                 engine.background()
         raise refusal
     wait_through(work)
@@ -140,16 +140,16 @@ def new_group(
 
 
 def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
-    """Return the lane on which groups over `parent` are made, and what was made on it."""
+    """Return the lane on which groups over `parent` are made, its recorder, and those groups."""
     global _creation_key
     if not _creation_key:
         ending.hook()
         share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
         _creation_key = MPI.Comm.Create_keyval()
-    # An attribute, since it goes with the communicator; a handle may come to mean another one.
+    # It is an attribute, since that goes with the communicator: a handle may come to mean another.
     made: Any = parent.Get_attr(_creation_key)
     if made is not None and made[0].broken is not None and parent.Get_size() == 1:
-        made = None  # nobody else could have lost the order
+        made = None  # there is no other rank, with which the order could be lost
     if made is None:
         if parent != MPI.COMM_SELF:
             _refuse_singleton()
@@ -172,7 +172,7 @@ def _refuse_singleton() -> None:
     """Refuse to work alone where the launcher has started several ranks."""
     world = MPI.COMM_WORLD.Get_size()
     if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
-        return  # ranks that another program has spawned are as many as it asked for
+        return  # a program that spawns ranks gets as many as it asked for
     vendor, _ = MPI.get_vendor()
     why = launcher.singleton(world, vendor, launchers(environment()))
     if why:
@@ -183,11 +183,12 @@ def _refuse_singleton() -> None:
 
 
 def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
+    """Make a communicator and what else the new group runs on, `work.call.result`."""
     made = yield from communicators.duplicate(parent)
     assert made is not None
     yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
     if work.call.refused:
-        return  # the peers have heard of it, and go no further
+        return  # the peers know of it by their arrival, and go no further
     yield from children.reclaim(made, work.deadline)
     yield from rendezvous.name_job(made)
     work.call.result = yield from select.prepare(made, work.call.payload, work.deadline)

@@ -1,12 +1,12 @@
-"""How a group grows by ranks that it starts: `MPI_Comm_spawn`, and a merge with what came of it.
+"""How a group grows by ranks that it starts: `MPI_Comm_spawn`, and a merge with the started ranks.
 
-The started program gets to `parent_group` when it likes, or never.  So, before both sides enter
-MPI's merge, which blocks, rank 0 of each says over MPI's intercommunicator:
+The started program may call `parent_group` late, or never.  So, before both sides enter MPI's
+merge, which blocks, rank 0 of each side sends messages over MPI's intercommunicator:
 
     READY   "all of us are in parent_group"    the children
     HELLO   "then merge", and how              the parents
     COMING  "we do"                            the children
-    LEFT    "there will be no merge"           whoever gives up
+    LEFT    "there will be no merge"           a side that gives up
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .merge import greet, tell, too_late
 
 READY, HELLO, COMING, LEFT = "ready", "hello", "coming", "left"
 
-STARTED = 0.5  # seconds that ranks get when they have initialized MPI, even if the time is over
+STARTED = 0.5  # seconds that started ranks get after MPI is initialized, even past the deadline
 _ANSWER = 0.05  # seconds past the deadline that an answer may take to come
 _LOOK = 0.002  # seconds between looks for it
 
 _kept: list[bytes] = []  # messages that MPI may still read
 
 Hello = dict[str, Any]
-"""What the parents say of the group that is to be, as JSON can hold it."""
+"""What the parents write about the new group, as JSON can hold it: its name and its options."""
 
 
 def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Caller:
-    """Start `n` ranks, and make the group of these parents and those, who come last."""
+    """Start `n` ranks, and make the group of the parents and of those, which come last."""
 
     def check(rank: int, size: int) -> Call:
         count, words = calls.int32(n, "n"), list(argv)
@@ -72,7 +72,7 @@ def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Call
 
 
 def join_parents(own: Caller, parents: MPI.Intercomm, timeout: object) -> Caller:
-    """Make the group of the parents, who started this world, and of this world's ranks."""
+    """Make the group of the parents, which started this world, and of this world's ranks."""
 
     def make(call: Call, deadline: float) -> MakesComm:
         made, call.payload = yield from _join(own.comm, parents, deadline)
@@ -94,7 +94,7 @@ def join_parents(own: Caller, parents: MPI.Intercomm, timeout: object) -> Caller
 def _start(
     comm: MPI.Intracomm, argv: Sequence[str], n: int, hello: Hello, deadline: float
 ) -> MakesComm:
-    """Start `n` ranks and merge with them; they come last.  All ranks have arrived.
+    """Start `n` ranks and merge with them; they come last.  All parents have arrived.
 
     Raises:
         UnsupportedError: MPI or the launcher could not start them.
@@ -120,7 +120,7 @@ def _start(
 def _join(
     comm: MPI.Intracomm, parents: MPI.Intercomm, deadline: float
 ) -> Generator[int, None, tuple[MPI.Intracomm, Hello]]:
-    """Merge with those who started this world, all of whose ranks have arrived."""
+    """Merge with the ranks that started this world, all of whose ranks have arrived."""
     said: dict[str, Any] = {}
     if comm.Get_rank() == 0:
         said = yield from _meet_parents(parents, deadline)
@@ -145,7 +145,7 @@ def _merge(inter: MPI.Intercomm, deadline: float, *, joins: bool) -> MakesComm:
 
 
 def _why(comm: MPI.Intracomm, n: int, error: MPI.Exception) -> str:
-    """Say why ranks could not be started, as far as can be told."""
+    """Return why ranks could not be started, as far as that shows."""
     slots = comm.Get_attr(MPI.UNIVERSE_SIZE)
     world = MPI.COMM_WORLD.Get_size()
     text = f"MPI could not start {n} more ranks: {error}"
@@ -160,7 +160,7 @@ def _why(comm: MPI.Intracomm, n: int, error: MPI.Exception) -> str:
 def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says:
     word = yield from _hear(inter, deadline)
     if word is None:
-        # Not a word to those who may never read it: MPI could not be finalized here or there.
+        # A message that the children may never read would keep MPI from being finalized.
         engine.listen(partial(_turn_away, inter))
         return {"failed": "the started ranks have not all called parent_group in time"}
     if word == LEFT:
@@ -174,7 +174,7 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says
 
 
 def _turn_away(inter: MPI.Intercomm) -> bool:
-    """Answer what came too late; return whether it has come."""
+    """Answer children that came too late; return whether they have come."""
     word = _read(inter)
     if word == READY:
         _say(inter, LEFT)
@@ -197,14 +197,14 @@ _Says = Generator[int, None, dict[str, Any]]
 
 
 def _say(inter: MPI.Intercomm, word: str, more: Hello | None = None) -> None:
-    """Send a word to the other side's rank 0, without waiting for it."""
+    """Send a message to the other side's rank 0, without waiting for it."""
     message = json.dumps(more if more is not None else word).encode()
     _kept.append(message)
     pending.append(inter.Isend([message, MPI.BYTE], 0, greeting_tag()))
 
 
 def _hear(inter: MPI.Intercomm, deadline: float) -> Generator[int, None, Any]:
-    """Wait for a word of the other side's rank 0; None if none comes in time."""
+    """Wait for a message of the other side's rank 0; return None if none comes in time."""
     while (word := _read(inter)) is None:
         if time.monotonic() > deadline:
             return None
@@ -213,7 +213,7 @@ def _hear(inter: MPI.Intercomm, deadline: float) -> Generator[int, None, Any]:
 
 
 def _read(inter: MPI.Intercomm) -> Any:
-    """Return a word of the other side's rank 0 that has come; None if there is none."""
+    """Return a message of the other side's rank 0 that has come; None if there is none."""
     status = MPI.Status()
     if not inter.Iprobe(0, greeting_tag(), status):
         return None

@@ -68,7 +68,7 @@ def check_device(device: object, backend: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
-    """What a group was asked to run on: alike on all its ranks, and handed to its children.
+    """What a group was asked to run on: the same on all its ranks, and handed to its children.
 
     Attributes:
         backend: one of `OWN`, or a name given to `register_backend`.
