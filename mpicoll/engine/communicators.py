@@ -34,7 +34,7 @@ MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 Plan = dict[str, Any]
 """What one rank decides for all, as JSON can hold it."""
 
-STRANGER = -1
+FOREIGN = -1
 """Stands for the rank in MPI.COMM_WORLD of a process that is not in it."""
 
 
@@ -121,7 +121,7 @@ def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:
-    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `STRANGER` if they have none.
+    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `FOREIGN` if they have none.
 
     Members of another MPI world, separately launched or spawned, have none.
     """
@@ -129,12 +129,12 @@ def world_ranks(comm: MPI.Intracomm) -> list[int]:
     ranks = group.Translate_ranks(None, world)
     group.Free()
     world.Free()
-    return [STRANGER if rank == MPI.UNDEFINED else rank for rank in ranks]
+    return [FOREIGN if rank == MPI.UNDEFINED else rank for rank in ranks]
 
 
-def strangers(comm: MPI.Intracomm) -> list[int]:
+def foreign_ranks(comm: MPI.Intracomm) -> list[int]:
     """Return the ranks of a communicator that are of another MPI world than this process."""
-    return [rank for rank, known in enumerate(world_ranks(comm)) if known == STRANGER]
+    return [rank for rank, known in enumerate(world_ranks(comm)) if known == FOREIGN]
 
 
 # ---- shrinking ----

@@ -1,4 +1,4 @@
-"""Which transport a group gets, and backends that users register.
+"""Which transport a group gets.
 
 The choice is made when a group is created and agreed by all its ranks, never at a call.
 """
@@ -6,10 +6,9 @@ The choice is made when a group is created and agreed by all its ranks, never at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
@@ -46,53 +45,6 @@ NCCL_NAME = 128  # bytes of the name of one of NCCL's communicators
 NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, where that is set
 
 
-class ProcessGroupFactory(Protocol):
-    """What `register_backend` takes: called on every rank, it returns a group of its own kind.
-
-    The arguments are those of `_dist2`: a `TCPStore` that rank 0 serves, a `timedelta`, the device
-    (a `torch.device` where torch is loaded), and the options that `new_group` was given.
-    """
-
-    def __call__(
-        self,
-        store: Any,
-        rank: int,
-        world_size: int,
-        timeout: timedelta,
-        device: Any,
-        **options: Any,
-    ) -> Any:
-        """Make a group."""
-
-
-_factories: dict[str, ProcessGroupFactory] = {}
-
-
-def register_backend(name: str, factory: ProcessGroupFactory) -> None:
-    """Make `new_group(name, ...)` call your own factory.
-
-    Args:
-        name: the name of the backend.
-        factory: called on every rank, as `_dist2` calls it; what it returns, `new_group` returns.
-
-    Raises:
-        InvalidCallError: the name is taken.
-    """
-    if name in OWN or name in _factories:
-        raise InvalidCallError(f"name {name!r} is registered already: choose another one")
-    _factories[name] = factory
-
-
-def factory_of(name: object) -> ProcessGroupFactory | None:
-    """Return the registered factory of a name, or None for mpicoll's own backends."""
-    if name in OWN:
-        return None
-    if isinstance(name, str) and name in _factories:
-        return _factories[name]
-    known = ", ".join(repr(n) for n in (*OWN, *_factories))
-    raise InvalidCallError(f"backend must be one of {known}, but got {name!r}")
-
-
 def check_device(device: object, backend: str) -> str:
     """Return a device as "cpu", "cuda" or "cuda:N"; a `torch.device` is accepted.
 
@@ -113,8 +65,8 @@ def check_device(device: object, backend: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a group was asked to run on: alike on all its ranks, and handed to its children.
+class GroupOptions:
+    """What a group was asked to run on: the same on all its ranks, and handed to its children.
 
     Attributes:
         backend: one of `OWN`, or a name given to `register_backend`.
@@ -146,6 +98,24 @@ class Wanted:
         """The backend, without its second name: "gloo" means "auto"."""
         return "auto" if self.backend == "gloo" else self.backend
 
+    @property
+    def device_kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    def on(self, gpu: cuda.Gpu) -> GroupOptions:
+        """Return the same on a GPU of this rank's: there its group's children stay."""
+        return replace(self, device=f"cuda:{gpu.device}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same as JSON can hold it, for ranks that are yet to take their GPUs."""
+        return {**asdict(self), "device": self.device_kind}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> GroupOptions:
+        """Return what `as_json` said."""
+        return cls(**{**said, "sizes": tuple(said["sizes"])})
+
     def digest(self) -> int:
         """Return a number that differs where ranks want different things."""
         on_gpu = self.device != "cpu"
@@ -153,7 +123,7 @@ class Wanted:
 
     def alike(self) -> str:
         """Return what must be the same in groups that merge, in words."""
-        return f"backend={self.choice!r}, device={self.device[:4]!r}, checks={self.checks!r}"
+        return f"backend={self.choice!r}, device={self.device_kind!r}, checks={self.checks!r}"
 
     def __str__(self) -> str:
         """Say it as it was asked for."""
@@ -163,7 +133,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class Resources:
     """What the ranks of a group have between them; which of it there is chooses the transport.
 
     Attributes:
@@ -193,11 +163,11 @@ class Ground:
         return [comm for comm in (self.near, self.across, self.comm) if comm is not None]
 
 
-Prepares: TypeAlias = "Generator[int, None, Ground]"
+Prepares: TypeAlias = "Generator[int, None, Resources]"
 
 
 def prepare(
-    comm: MPI.Intracomm, wanted: Wanted, deadline: float, nccl: Nccl | None = None
+    comm: MPI.Intracomm, options: GroupOptions, deadline: float, nccl: Nccl | None = None
 ) -> Prepares:
     """Find what the ranks of a new group have between them.  All have arrived.
 
@@ -208,40 +178,40 @@ def prepare(
         UnsupportedError: on all ranks, if one can't use the GPU that it is to, or NCCL was asked
             for and can't be had.
     """
-    ground = yield from _share(comm, wanted, deadline)
-    if wanted.device == "cpu":
-        return ground
+    resources = yield from _share(comm, options, deadline)
+    if options.device == "cpu":
+        return resources
     gpu, why = None, ""
     try:
-        gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
+        gpu = cuda.open_gpu(options.device, (yield from _local_rank(comm, options)))
     except UnsupportedError as error:
         why = str(error)
     rank, reason = yield from first_reason(comm, why)
     if reason:
-        yield from communicators.free(ground.comms, deadline)
+        yield from communicators.free(resources.comms, deadline)
         raise UnsupportedError(
-            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or reason}"
+            f"device {options.device!r}: rank {rank} can't use a GPU. {why or reason}"
         )
     assert gpu is not None
-    ground, why = replace(ground, gpu=gpu), ""
-    if wanted.choice in ("auto", "nccl"):
+    resources, why = replace(resources, gpu=gpu), ""
+    if options.choice in ("auto", "nccl"):
         if nccl is None:
             nccl, why = yield from _nccl(comm, gpu)
         if nccl is not None:
-            return replace(ground, nccl=nccl)
-    if wanted.choice in ("auto", "mpi"):
+            return replace(resources, nccl=nccl)
+    if options.choice in ("auto", "mpi"):
         own = yield from probe.takes_gpu_memory(gpu.device)
         rank, reason = yield from first_reason(comm, own)
         if not reason:
-            return replace(ground, aware=True)
+            return replace(resources, aware=True)
         why = f"rank {rank} finds that its MPI library is not CUDA-aware: {own or reason}"
-    if wanted.backend in ("nccl", "mpi"):
-        yield from communicators.free(ground.comms, deadline)
+    if options.backend in ("nccl", "mpi"):
+        yield from communicators.free(resources.comms, deadline)
         raise UnsupportedError(
-            f"backend {wanted.backend!r} can't be had for GPU memory: {why}. "
+            f"backend {options.backend!r} can't be had for GPU memory: {why}. "
             "Pass 'auto' or 'staged'"
         )
-    return ground
+    return resources
 
 
 _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
@@ -298,7 +268,7 @@ def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
     return made, ""
 
 
-def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, None, Nccl | None]:
+def split_nccl(parent: Resources, comm: MPI.Intracomm | None) -> Generator[int, None, Nccl | None]:
     """Split a group's communicator of NCCL as `comm` was split off.  All its ranks do so.
 
     Args:
@@ -350,29 +320,29 @@ def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) ->
     return ""
 
 
-def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
+def _local_rank(comm: MPI.Intracomm, options: GroupOptions) -> Generator[int, None, int]:
     """Return this rank's number on its node: the launcher's, else that within the group."""
     launched = local_rank(environment())
     if launched is not None:
         return launched
-    nodes, _ = yield from communicators.nodes_of(comm, wanted.sizes)
+    nodes, _ = yield from communicators.nodes_of(comm, options.sizes)
     return nodes.locate(comm.Get_rank())[1]
 
 
-def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+def _share(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
     """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
-        return Ground(comm)
-    nodes, processes = yield from communicators.nodes_of(comm, wanted.sizes)
+        return Resources(comm)
+    nodes, processes = yield from communicators.nodes_of(comm, options.sizes)
     spaces = {who.namespace for who in processes.values()}
     mine = processes[comm.Get_rank()].namespace
     neighbours = {r: who for r, who in processes.items() if mine == who.namespace != NOBODY}
-    if wanted.backend == "mpi" or max(map(len, nodes.members)) == 1:
-        return Ground(comm, neighbours=neighbours)
+    if options.backend == "mpi" or max(map(len, nodes.members)) == 1:
+        return Resources(comm, neighbours=neighbours)
     locked = spaces != {mine} or mine == NOBODY
     if len(nodes.members) == 1:
         shared = yield from memory.share(comm, locked=locked)
-        return Ground(comm, shared, neighbours=neighbours)
+        return Resources(comm, shared, neighbours=neighbours)
     node, place = nodes.locate(comm.Get_rank())
     near = yield from communicators.split(comm, node, place, deadline)
     assert near is not None
@@ -380,25 +350,25 @@ def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
     (everywhere,) = yield from agreement.unanimous(comm, shared is not None)
     if not everywhere:
         yield from communicators.free([near], deadline)
-        return Ground(comm, neighbours=neighbours)
+        return Resources(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None
     across = yield from communicators.split(comm, stripe, node, deadline)
-    return Ground(comm, shared, nodes, near, across, neighbours)
+    return Resources(comm, shared, nodes, near, across, neighbours)
 
 
-def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+def prepare_survivors(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
     """`prepare` for the survivors of a failure; if one dies meanwhile, for those that are left."""
     while survives_deaths():
-        ground = None
+        resources = None
         try:
-            ground = yield from prepare(comm, wanted, deadline)
+            resources = yield from prepare(comm, options, deadline)
         except MPI.Exception:  # a member died, or has seen one die
             pass
-        fine = yield from communicators.all_succeeded(comm, ground is not None, deadline)
-        if fine and ground is not None:
-            return ground
+        fine = yield from communicators.all_succeeded(comm, resources is not None, deadline)
+        if fine and resources is not None:
+            return resources
         comm = yield from communicators.survivors(comm, deadline)
-    return (yield from prepare(comm, wanted, deadline))
+    return (yield from prepare(comm, options, deadline))
 
 
 _turns = Turns()
@@ -407,48 +377,48 @@ tuning = Tuning()
 """Of the groups that are made from now on; the tests replace it, on all ranks alike."""
 
 
-def transport(ground: Ground) -> Transport:
+def transport(resources: Resources) -> Transport:
     """Return the transport of a group."""
-    host = _host_transport(ground)
-    if ground.gpu is None:
+    host = _host_transport(resources)
+    if resources.gpu is None:
         return host
-    if ground.nccl is not None:
-        return NcclTransport(host, ground.gpu, ground.nccl, _turns, tuning)
-    if ground.aware:
-        return AwareTransport(host, ground.gpu, ground.comm, tuning)
-    return StagedTransport(host, ground.gpu, tuning)
+    if resources.nccl is not None:
+        return NcclTransport(host, resources.gpu, resources.nccl, _turns, tuning)
+    if resources.aware:
+        return AwareTransport(host, resources.gpu, resources.comm, tuning)
+    return StagedTransport(host, resources.gpu, tuning)
 
 
-def _host_transport(ground: Ground) -> Transport:
-    if ground.shared is None:
-        return MpiTransport(ground.comm, tuning)
-    if ground.nodes is None:
-        return ShmTransport(ground.comm, ground.shared, tuning)
-    assert ground.near is not None
+def _host_transport(resources: Resources) -> Transport:
+    if resources.shared is None:
+        return MpiTransport(resources.comm, tuning)
+    if resources.nodes is None:
+        return ShmTransport(resources.comm, resources.shared, tuning)
+    assert resources.near is not None
     return HierarchicalTransport(
-        ground.comm, ground.nodes, ground.near, ground.shared, ground.across, tuning
+        resources.comm, resources.nodes, resources.near, resources.shared, resources.across, tuning
     )
 
 
-def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
+def arrival(resources: Resources, peers: Peers, options: GroupOptions) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(ground.neighbours, communicators.strangers(ground.comm))
-    shared = ground.shared
+    peers.observe(resources.neighbours, communicators.foreign_ranks(resources.comm))
+    shared = resources.shared
     if shared is None:
-        return Arrival(ground.comm, peers)
-    if ground.nodes is None:
-        board = BoardArrival(ground.comm, peers, shared, range(shared.size))
+        return Arrival(resources.comm, peers)
+    if resources.nodes is None:
+        board = BoardArrival(resources.comm, peers, shared, range(shared.size))
     else:
-        assert ground.near is not None
-        node, place = ground.nodes.locate(ground.comm.Get_rank())
+        assert resources.near is not None
+        node, place = resources.nodes.locate(resources.comm.Get_rank())
         board = NodesArrival(
-            ground.comm,
+            resources.comm,
             peers,
             shared,
-            ground.nodes.members[node],
-            near=ground.near,
-            leaders=ground.across if place == 0 else None,
-            everywhere=wanted.checks != "node",
+            resources.nodes.members[node],
+            near=resources.near,
+            leaders=resources.across if place == 0 else None,
+            everywhere=options.checks != "node",
         )
     peers.near, peers.has_arrived = board.places, board.has_arrived
     peers.post_notice, peers.notice = shared.post_notice, board.notice
@@ -457,11 +427,3 @@ def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
     if shared.locked:
         peers.observe_locks({r: partial(shared.has_died, p) for r, p in board.places.items()})
     return board
-
-
-def factory_arguments(timeout: float, device: str) -> tuple[timedelta, Any]:
-    """Return timeout and device in the types that a `_dist2` factory expects."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    return timedelta(seconds=timeout), device if torch is None else torch.device(device)

@@ -48,9 +48,9 @@ class Device(LateCopies):
 
 
 def device_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Device:
-    if not isinstance(pg._transport, AwareTransport):
-        pg._transport = AwareTransport(pg._transport, Device(), pg.comm, tuning)
-    return pg._transport._gpu
+    if not isinstance(pg._caller.transport, AwareTransport):
+        pg._caller.transport = AwareTransport(pg._caller.transport, Device(), pg.comm, tuning)
+    return pg._caller.transport._gpu
 
 
 @pytest.fixture(params=BACKENDS)
@@ -139,7 +139,7 @@ def test_a_rank_that_stops_in_the_middle(fresh, world):
     if world.size == 1:
         pytest.skip("needs two ranks")
     if world.rank == 0:
-        fresh._transport._move = lambda call, parts: iter(())
+        fresh._caller.transport._move = lambda call, parts: iter(())
         fresh.broadcast(ELSEWHERE.full(50, 0), 0).wait()
         world.Barrier()
         for rank in range(1, world.size):  # or MPI could not be finalized

@@ -23,11 +23,11 @@ def tuning(way):
 @pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
 @pytest.mark.parametrize("count", [5, 20_000, 200_000])
 def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypatch):
-    memory, dice = fresh._ground.shared, random.Random(1000 * count + fresh.rank())
+    memory, dice = fresh._caller.resources.shared, random.Random(1000 * count + fresh.rank())
     if memory is None:
         pytest.skip("the group doesn't go through shared memory")
     if way == "MPI":  # as where the system doesn't permit reading
-        inside = getattr(fresh._transport, "_near", fresh._transport)
+        inside = getattr(fresh._caller.transport, "_near", fresh._caller.transport)
         monkeypatch.setattr(inside, "_reads", False)
     announce, reached = memory.announce, memory.reached
 

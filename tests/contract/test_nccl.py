@@ -51,12 +51,12 @@ TURNS = Turns()
 
 
 def queue_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Queue:
-    if not isinstance(pg._transport, NcclTransport):
+    if not isinstance(pg._caller.transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
         nccl = Communicator(queue)
-        pg._transport = NcclTransport(pg._transport, queue, nccl, TURNS, tuning)
-        pg._lane.abort = pg._transport.abort
-    return pg._transport._gpu
+        pg._caller.transport = NcclTransport(pg._caller.transport, queue, nccl, TURNS, tuning)
+        pg._caller.lane.abort = pg._caller.transport.abort
+    return pg._caller.transport._gpu
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_an_error_of_nccl_is_a_transport_error(fresh, world):
     work.wait()
     world.Barrier()
     if world.rank == 0:
-        fresh._transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+        fresh._caller.transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
     with pytest.raises(MpicollError) as caught:
         work.synchronize()
     if world.rank == 0:
@@ -275,7 +275,7 @@ def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
 
 
 def test_the_factor_of_a_sum_is_given_back(fresh):
-    x, comm = ELSEWHERE.full(5, 1), fresh._transport._nccl
+    x, comm = ELSEWHERE.full(5, 1), fresh._caller.transport._nccl
     fresh.allreduce(x, ReduceOp.PREMUL_SUM(0.5)).synchronize()
     assert (x.values == fresh.size() / 2).all()
     assert comm.made > 1000 and not comm.factors
@@ -294,21 +294,21 @@ def two() -> Iterator[tuple[mc.ProcessGroup, mc.ProcessGroup]]:
 
 def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
     """Let the next arrivals in a group take longer."""
-    steps = pg._arrival.steps
+    steps = pg._caller.arrival.steps
 
     def later(call, seq):
         yield from pause(seconds)
         yield from steps(call, seq)
 
-    pg._arrival.steps = later
-    pg._arrival.at_once = lambda call, seq: False
+    pg._caller.arrival.steps = later
+    pg._caller.arrival.at_once = lambda call, seq: False
 
 
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
     """Whichever group's ranks have arrived first: NCCL wants one order on all ranks."""
     order: list[int] = []
     for i, pg in enumerate(two):
-        pg._transport._nccl._note = lambda name, stream, *what, i=i: order.append(i)
+        pg._caller.transport._nccl._note = lambda name, stream, *what, i=i: order.append(i)
     if world.rank == 0:
         held_up(two[0], 0.1)
     arrays = [ELSEWHERE.full(5, 1) for _ in range(6)]
@@ -345,7 +345,7 @@ def test_a_call_that_never_comes_so_far_holds_up_no_other(two, world):
 
 def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, world):
     stuck, other = two
-    stuck._transport._nccl.opened = False
+    stuck._caller.transport._nccl.opened = False
     begin = time.monotonic()
     work = stuck.allreduce(ELSEWHERE.full(5, 1), timeout=0.5)
     with pytest.raises(MpicollError) as caught:
@@ -360,7 +360,7 @@ def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, wo
 
 
 def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh):
-    queue, comm = queue_of(fresh), fresh._transport._nccl
+    queue, comm = queue_of(fresh), fresh._caller.transport._nccl
     for size in (5, 8):
         fresh.allreduce(ELSEWHERE.full(size, 1)).synchronize()
     assert len(comm.warm) == 2
@@ -475,7 +475,7 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
 
 @pytest.fixture
 def ahead(fresh) -> mc.ProcessGroup:
-    fresh._once = fresh._lane.once = Once()
+    fresh._caller.once = fresh._caller.lane.once = Once()
     return fresh
 
 
@@ -492,7 +492,7 @@ def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world)
     ahead.barrier().wait()
     ahead.allreduce(y).synchronize()  # unknown so far: compared
     assert (x.values == float(world.size) ** 11).all()
-    kinds = [entry["kind"] for entry in ahead._recorder.report()["calls"]]
+    kinds = [entry["kind"] for entry in ahead._caller.recorder.report()["calls"]]
     assert kinds.count("allreduce") == 12
 
 
@@ -563,10 +563,10 @@ def test_a_mismatch_before_anything_went_without_leaves_the_group_usable(ahead, 
 
 def test_after_so_many_calls_all_meet_again(ahead, world, monkeypatch):
     monkeypatch.setattr(Once, "AGAIN", 10)
-    x, number = ELSEWHERE.full(5, 0), ahead._lane.seq
+    x, number = ELSEWHERE.full(5, 0), ahead._caller.lane.seq
     for _ in range(45):
         ahead.allreduce(x).wait()
-    assert ahead._lane.seq - number == 5, "the first, and each eleventh"
+    assert ahead._caller.lane.seq - number == 5, "the first, and each eleventh"
 
 
 def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead, world):
@@ -678,8 +678,10 @@ def split(
 ) -> tuple[Communicator | None, mc.ProcessGroup]:
     """Split a group and, in the same way, its communicator of NCCL."""
     part = fresh.split_group(members)
-    ground = select.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
-    made, steps = None, select.split_nccl(ground, part and part.comm)
+    resources = select.Resources(
+        fresh.comm, gpu=queue_of(fresh), nccl=fresh._caller.transport._nccl
+    )
+    made, steps = None, select.split_nccl(resources, part and part.comm)
     while True:
         try:
             with engine._lock:  # or the group's thread would look at the queue in between
@@ -701,14 +703,16 @@ def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
     key = members.index(fresh.rank())
     assert queue.log[-1] == ("split", members[0], key) and queue.passed == 1
     assert (made.comm.rank, made.comm.size) == (key, len(members)) == (part.rank(), part.size())
-    part._transport = NcclTransport(part._transport, made.q, made, TURNS, select.tuning)
+    part._caller.transport = NcclTransport(
+        part._caller.transport, made.q, made, TURNS, select.tuning
+    )
     x = ELSEWHERE.full(5, fresh.rank())
     part.allreduce(x).synchronize()
     assert (x.values == sum(members)).all()
 
 
 def test_where_one_rank_cant_split_all_do_without(fresh, world):
-    communicator = fresh._transport._nccl
+    communicator = fresh._caller.transport._nccl
     # NCCL's own split waits for the rank that fails, or not; this doesn't.
     communicator.comm = MPI.COMM_SELF
     if world.rank == 0:

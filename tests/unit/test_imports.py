@@ -39,7 +39,13 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         ],
     ),
     ("", ["stores"]),
-    ("groups", ["rendezvous", "merge", "spawn", "reclaim", "group"]),
+    (
+        "groups",
+        [
+            *("rendezvous", "reclaim", "caller", "derive", "merge", "spawn", "shrink"),
+            *("coalesced", "group", "current", "registry", "new"),
+        ],
+    ),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
 FILES = {
