@@ -35,10 +35,11 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from ..arrays.ops import ReduceOp
-from ..engine import calls, communicators
+from ..engine import checks, communicators, kinds
 from ..engine.arrival import Arrival, Once
-from ..engine.calls import ANY_SOURCE, NULL, PROC_NULL, Call, Message, Peer
+from ..engine.call import ANY_SOURCE, NULL, PROC_NULL, UNEVEN, Call, Message, Peer, digest
 from ..engine.exit import check_process, ending
+from ..engine.kinds import Kind
 from ..engine.progress import Lane, Task, check_threads, engine, share_machine
 from ..engine.recorder import Recorder
 from ..engine.work import Work
@@ -227,7 +228,7 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp`, the same on all ranks (a PREMUL_SUM factor is each rank's own).
         """
-        return self._call("allreduce", timeout, calls.allreduce, tensor, op)
+        return self._call(kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op)
 
     def broadcast(self, tensor: object, root: int, timeout: object = None) -> Work:
         """Copy the root's array to all other ranks, in place.
@@ -236,7 +237,7 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("broadcast", timeout, calls.broadcast, tensor, root)
+        return self._call(kinds.BROADCAST, timeout, checks.broadcast, tensor, root)
 
     def reduce(self, tensor: object, root: int, op: object = SUM, timeout: object = None) -> Work:
         """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
@@ -246,11 +247,11 @@ class ProcessGroup(Unique):
             root: the rank that gets the result; the same on all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce", timeout, calls.reduce, tensor, root, op)
+        return self._call(kinds.REDUCE, timeout, checks.reduce, tensor, root, op)
 
     def barrier(self, timeout: object = None) -> Work:
         """Wait for all ranks."""
-        return self._call("barrier", timeout, lambda rank, size: Call("barrier"))
+        return self._call(kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER))
 
     def allgather(
         self, output_tensors: object, input_tensor: object, timeout: object = None
@@ -262,7 +263,7 @@ class ProcessGroup(Unique):
                 large as that.  Sizes may differ between entries, the same way on all ranks.
             input_tensor: this rank's contribution.
         """
-        return self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
+        return self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
 
     def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:
         """Gather equal arrays from every rank into one array, on every rank.
@@ -271,7 +272,7 @@ class ProcessGroup(Unique):
             output: of `size` times input's elements; rank i's input comes i-th.
             input: of one dtype and number of elements on all ranks.
         """
-        return self._call("all_gather_single", timeout, calls.all_gather_single, output, input)
+        return self._call(kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input)
 
     def gather(
         self, output_tensors: object, input_tensor: object, root: int, timeout: object = None
@@ -284,7 +285,7 @@ class ProcessGroup(Unique):
             input_tensor: this rank's contribution; sizes may differ between ranks.
             root: the rank that gets; the same on all ranks.
         """
-        return self._call("gather", timeout, calls.gather, output_tensors, input_tensor, root)
+        return self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
 
     def scatter(
         self, output_tensor: object, input_tensors: object, root: int, timeout: object = None
@@ -296,7 +297,9 @@ class ProcessGroup(Unique):
             input_tensors: on the root a list of `size` arrays; not looked at elsewhere.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
+        return self._call(
+            kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root
+        )
 
     def reduce_scatter(
         self,
@@ -313,7 +316,7 @@ class ProcessGroup(Unique):
                 all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce_scatter", timeout, calls.reduce_scatter, output, input, op)
+        return self._call(kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op)
 
     def reduce_scatter_single(
         self,
@@ -330,7 +333,7 @@ class ProcessGroup(Unique):
             op: a `ReduceOp`, the same on all ranks.
         """
         return self._call(
-            "reduce_scatter_single", timeout, calls.reduce_scatter_single, output, input, op
+            kinds.REDUCE_SCATTER_SINGLE, timeout, checks.reduce_scatter_single, output, input, op
         )
 
     def alltoall(
@@ -342,7 +345,7 @@ class ProcessGroup(Unique):
             output_tensors: a list of `size` arrays; the i-th is as large as what rank i sends here.
             input_tensors: a list of `size` arrays of any sizes.
         """
-        return self._call("alltoall", timeout, calls.alltoall, output_tensors, input_tensors)
+        return self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
 
     def all_to_all_single(
         self,
@@ -360,9 +363,9 @@ class ProcessGroup(Unique):
             input_split_sizes: rows that go to each rank; None or []: equal parts.
         """
         return self._call(
-            "all_to_all_single",
+            kinds.ALL_TO_ALL_SINGLE,
             timeout,
-            calls.all_to_all_single,
+            checks.all_to_all_single,
             output,
             input,
             output_split_sizes,
@@ -376,18 +379,14 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp` other than AVG, the same on all ranks.
         """
-        return self._call("scan", timeout, self._prefix("scan"), tensor, op)
+        return self._call(kinds.SCAN, timeout, checks.scan, tensor, op)
 
     def exscan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
         """Reduce, on each rank, the arrays of the ranks below this one, in place.
 
         Rank 0's array stays as it is.  Arguments as in `scan`.
         """
-        return self._call("exscan", timeout, self._prefix("exscan"), tensor, op)
-
-    @staticmethod
-    def _prefix(kind: str) -> Callable[..., Call]:
-        return lambda rank, size, tensor, op: calls.scan(kind, rank, size, tensor, op)
+        return self._call(kinds.EXSCAN, timeout, checks.exscan, tensor, op)
 
     def empty(self, shape: object, dtype: object = "float32", timeout: object = None) -> Any:
         """Make an array in the node's shared memory, which every rank of the group must call for.
@@ -405,7 +404,7 @@ class ProcessGroup(Unique):
             A NumPy array of undefined content.  Where ranks can't share memory, or /dev/shm has no
             room for it (which warns), an ordinary one.
         """
-        work = self._call("empty", timeout, lambda rank, size: calls.empty(shape, dtype))
+        work = self._call(kinds.EMPTY, timeout, lambda rank, size: checks.empty(shape, dtype))
         work.wait()
         sides, kind = work.call.payload
         return work.call.result.view(kind).reshape(sides)
@@ -418,11 +417,11 @@ class ProcessGroup(Unique):
         """`allreduce` of each array of a list, as one call."""
 
         def check(rank: int, size: int) -> Call:
-            arrays = calls.several(tensors, "tensors")
-            parts = [calls.allreduce(rank, size, x, op) for x in arrays]
-            return calls.coalesced("allreduce_coalesced", parts, "tensors")
+            arrays = checks.several(tensors, "tensors")
+            parts = [checks.allreduce(rank, size, x, op) for x in arrays]
+            return checks.coalesced(kinds.ALLREDUCE_COALESCED, parts, "tensors")
 
-        return self._call("allreduce_coalesced", timeout, check)
+        return self._call(kinds.ALLREDUCE_COALESCED, timeout, check)
 
     def allgather_coalesced(
         self,
@@ -438,15 +437,15 @@ class ProcessGroup(Unique):
         """
 
         def check(rank: int, size: int) -> Call:
-            inputs = calls.several(input_list, "input_list")
-            by_input = calls.transposed(output_lists, size, len(inputs))
+            inputs = checks.several(input_list, "input_list")
+            by_input = checks.transposed(output_lists, size, len(inputs))
             parts = [
-                calls.allgather(rank, size, outs, x)
+                checks.allgather(rank, size, outs, x)
                 for outs, x in zip(by_input, inputs, strict=True)
             ]
-            return calls.coalesced("allgather_coalesced", parts, "output_lists", "input_list")
+            return checks.coalesced(kinds.ALLGATHER_COALESCED, parts, "output_lists", "input_list")
 
-        return self._call("allgather_coalesced", timeout, check)
+        return self._call(kinds.ALLGATHER_COALESCED, timeout, check)
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[object], inputs: Sequence[object], timeout: object = None
@@ -454,11 +453,11 @@ class ProcessGroup(Unique):
         """`all_gather_single` of each pair of two lists, as one call."""
 
         def check(rank: int, size: int) -> Call:
-            found = calls.pairs(outputs, inputs, "outputs", "inputs")
-            parts = [calls.all_gather_single(rank, size, out, x) for out, x in found]
-            return calls.coalesced("all_gather_single_coalesced", parts, "outputs", "inputs")
+            found = checks.pairs(outputs, inputs, "outputs", "inputs")
+            parts = [checks.all_gather_single(rank, size, out, x) for out, x in found]
+            return checks.coalesced(kinds.ALL_GATHER_SINGLE_COALESCED, parts, "outputs", "inputs")
 
-        return self._call("all_gather_single_coalesced", timeout, check)
+        return self._call(kinds.ALL_GATHER_SINGLE_COALESCED, timeout, check)
 
     def reduce_scatter_single_coalesced(
         self,
@@ -470,11 +469,13 @@ class ProcessGroup(Unique):
         """`reduce_scatter_single` of each pair of two lists, as one call."""
 
         def check(rank: int, size: int) -> Call:
-            found = calls.pairs(outputs, inputs, "outputs", "inputs")
-            parts = [calls.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
-            return calls.coalesced("reduce_scatter_single_coalesced", parts, "outputs", "inputs")
+            found = checks.pairs(outputs, inputs, "outputs", "inputs")
+            parts = [checks.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
+            return checks.coalesced(
+                kinds.REDUCE_SCATTER_SINGLE_COALESCED, parts, "outputs", "inputs"
+            )
 
-        return self._call("reduce_scatter_single_coalesced", timeout, check)
+        return self._call(kinds.REDUCE_SCATTER_SINGLE_COALESCED, timeout, check)
 
     # ---- point to point ----
 
@@ -490,7 +491,7 @@ class ProcessGroup(Unique):
             tag: from 0; lets the receiver choose.
         """
         return self._message(
-            "send", timeout, lambda: calls.send(self._size, self._highest_tag, tensor, dst, tag)
+            timeout, lambda: checks.send(self._size, self._highest_tag, tensor, dst, tag)
         )
 
     def recv(
@@ -512,7 +513,7 @@ class ProcessGroup(Unique):
                 array is undefined, and the group stays usable.
         """
         return self._message(
-            "recv", timeout, lambda: calls.recv(self._size, self._highest_tag, tensor, src, tag)
+            timeout, lambda: checks.recv(self._size, self._highest_tag, tensor, src, tag)
         )
 
     def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
@@ -541,7 +542,7 @@ class ProcessGroup(Unique):
             RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
         """
         self._usable()
-        peer, number = calls.probe(self._size, self._highest_tag, src, tag)
+        peer, number = checks.probe(self._size, self._highest_tag, src, tag)
         if peer == NULL:
             return None
         found = engine.look(lambda: self._transport.probe(peer, number))
@@ -559,34 +560,34 @@ class ProcessGroup(Unique):
             wait_all_ranks: accepted as in torch; all missing ranks are named either way.
         """
         self._call(
-            "monitored_barrier", timeout, lambda rank, size: Call("monitored_barrier")
+            kinds.MONITORED_BARRIER, timeout, lambda rank, size: Call(kinds.MONITORED_BARRIER)
         ).wait()
 
     def broadcast_object(self, obj: object, root: int, timeout: object = None) -> Any:
         """Return the root's object on every rank.  Pickle: among trusted peers only."""
-        call = self._objects("broadcast_object", obj, root, timeout)
+        call = self._objects(kinds.BROADCAST_OBJECT, obj, root, timeout)
         return obj if self._rank == call.root else pickle.loads(call.result)
 
     def allgather_object(self, obj: object, timeout: object = None) -> list[Any]:
         """Return the list of all ranks' objects on every rank.  Pickle: trusted peers only."""
-        call = self._objects("allgather_object", obj, None, timeout)
+        call = self._objects(kinds.ALLGATHER_OBJECT, obj, None, timeout)
         return [pickle.loads(piece) for piece in call.result]
 
     def gather_object(self, obj: object, root: int, timeout: object = None) -> list[Any] | None:
         """Return the list of all ranks' objects on the root, None elsewhere.  Pickle."""
-        call = self._objects("gather_object", obj, root, timeout)
+        call = self._objects(kinds.GATHER_OBJECT, obj, root, timeout)
         return [pickle.loads(p) for p in call.result] if self._rank == call.root else None
 
     def scatter_object(
         self, objs: Sequence[object] | None, root: int, timeout: object = None
     ) -> Any:
         """Return, on each rank, its entry of the root's list of `size` objects.  Pickle."""
-        call = self._objects("scatter_object", objs, root, timeout)
+        call = self._objects(kinds.SCATTER_OBJECT, objs, root, timeout)
         return pickle.loads(call.result)
 
-    def _objects(self, kind: str, obj: object, root: int | None, timeout: object) -> Call:
+    def _objects(self, kind: Kind, obj: object, root: int | None, timeout: object) -> Call:
         work = self._call(
-            kind, timeout, lambda rank, size: calls.object_call(kind, rank, size, obj, root)
+            kind, timeout, lambda rank, size: checks.object_call(kind, rank, size, obj, root)
         )
         work.wait()
         return work.call
@@ -622,9 +623,9 @@ class ProcessGroup(Unique):
             return communicators.split_by_lists(self.comm, call.payload, deadline)
 
         def check(rank: int, size: int) -> Call:
-            return Call("split_group", payload=calls.split_ranks(size, ranks))
+            return Call(kinds.SPLIT_GROUP, payload=checks.split_ranks(size, ranks))
 
-        made, call = self._comm("split_group", timeout, check, make)
+        made, call = self._comm(kinds.SPLIT_GROUP, timeout, check, make)
         name = group_name or f"{self.group_name}:split:{list(call.payload)}"
         return self._part(made, name, group_desc, timeout)
 
@@ -641,13 +642,13 @@ class ProcessGroup(Unique):
         """
 
         def check(rank: int, size: int) -> Call:
-            return Call("split", payload=(calls.color(color), calls.int32(key, "key")))
+            return Call(kinds.SPLIT, payload=(checks.color(color), checks.int32(key, "key")))
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
             chosen, order = call.payload
             return communicators.split(self.comm, chosen, order, deadline)
 
-        made, call = self._comm("split", timeout, check, make)
+        made, call = self._comm(kinds.SPLIT, timeout, check, make)
         return self._part(made, f"{self.group_name}:split:{call.payload[0]}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
@@ -655,18 +656,19 @@ class ProcessGroup(Unique):
 
         A node is one host name and one folder for shared memory; MPICOLL_NODES pretends more.
         """
-        return self._by_node("local_group", timeout)
+        return self._by_node(kinds.LOCAL_GROUP, timeout, lambda node, place: node)
 
     def cross_node_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks that have this rank's local rank on their nodes."""
-        return self._by_node("cross_node_group", timeout)
+        return self._by_node(kinds.CROSS_NODE_GROUP, timeout, lambda node, place: place)
 
-    def _by_node(self, kind: str, timeout: object) -> ProcessGroup:
+    def _by_node(
+        self, kind: Kind, timeout: object, color: Callable[[int, int], int]
+    ) -> ProcessGroup:
         def make(call: Call, deadline: float) -> communicators.MakesComm:
             nodes, _ = yield from communicators.nodes_of(self.comm, self._wanted.sizes)
-            node, place = nodes.locate(self._rank)
-            color = node if kind == "local_group" else place
-            made = yield from communicators.split(self.comm, color, self._rank, deadline)
+            mine = color(*nodes.locate(self._rank))
+            made = yield from communicators.split(self.comm, mine, self._rank, deadline)
             return made
 
         made, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
@@ -706,7 +708,7 @@ class ProcessGroup(Unique):
         """
 
         def check(rank: int, own: int) -> Call:
-            total = calls.int32(size, "size")
+            total = checks.int32(size, "size")
             if total < own:
                 raise InvalidCallError(
                     f"size must be at least this group's {own} ranks, but got {total}"
@@ -717,7 +719,7 @@ class ProcessGroup(Unique):
                         f"store must have {method}(), as c10d's stores do, but got "
                         f"{type(store).__name__}: use FileStore or TCPStore"
                     )
-            return Call("merge_remote_group", root=0, count=total)
+            return Call(kinds.MERGE_REMOTE_GROUP, root=0, count=total)
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
             members = yield from rendezvous.members(self.comm)
@@ -731,7 +733,7 @@ class ProcessGroup(Unique):
             return made
 
         made, call = self._comm(
-            "merge_remote_group", timeout, check, make, slack=_SLACK, parts=False
+            kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=_SLACK, parts=False
         )
         first = call.payload["groups"][0]["name"]
         assert made is not None
@@ -760,7 +762,7 @@ class ProcessGroup(Unique):
         """
 
         def check(rank: int, size: int) -> Call:
-            count, words = calls.int32(n, "n"), list(argv)
+            count, words = checks.int32(n, "n"), list(argv)
             if count < 1:
                 raise InvalidCallError(f"n must be at least 1, but got {count}")
             if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
@@ -773,7 +775,7 @@ class ProcessGroup(Unique):
             if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
                 raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
             text = "\0".join(words).encode("utf-8", "surrogateescape")
-            return Call("spawn", count=count, digest=calls.digest(*text), payload=words)
+            return Call(kinds.SPAWN, count=count, digest=digest(*text), payload=words)
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
             wanted = dataclasses.asdict(self._wanted) | {"device": self._wanted.device[:4]}
@@ -781,7 +783,7 @@ class ProcessGroup(Unique):
             return spawn.spawn(self.comm, call.payload, call.count, hello, deadline)
 
         name = f"{self.group_name}:spawn"
-        made, _ = self._comm("spawn", timeout, check, make, slack=_SLACK, parts=False)
+        made, _ = self._comm(kinds.SPAWN, timeout, check, make, slack=_SLACK, parts=False)
         assert made is not None
         return self._made(made, name, None, timeout)
 
@@ -814,11 +816,11 @@ class ProcessGroup(Unique):
         check_process()
         lane = self._lane
         self._refuse_closed()
-        out = calls.excluded(self._rank, self._size, ranks_to_exclude)
+        out = checks.excluded(self._rank, self._size, ranks_to_exclude)
         limit = seconds(timeout, self._timeout)
         if lane.broken is None:
             engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
-        work = Work(lane, Call("shrink_group"), lane.seq, limit, self._recorder)
+        work = Work(lane, Call(kinds.SHRINK_GROUP), lane.seq, limit, self._recorder)
         engine.launch(work, self._shrink(work, out))
         _see_through(work)
         lane.replaced = True
@@ -834,7 +836,7 @@ class ProcessGroup(Unique):
 
     def _comm(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], communicators.MakesComm],
@@ -917,7 +919,7 @@ class ProcessGroup(Unique):
                 # If the wait is interrupted, the next one goes on with it.
                 if self._ending is None or self._ending.done:
                     self._ending = self._call(
-                        "shutdown", timeout, lambda r, s: Call("shutdown"), then=then
+                        kinds.SHUTDOWN, timeout, lambda r, s: Call(kinds.SHUTDOWN), then=then
                     )
                 self._ending.wait()
             except MpicollError as error:
@@ -971,7 +973,7 @@ class ProcessGroup(Unique):
 
     def _call(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         *arguments: object,
@@ -1042,13 +1044,13 @@ class ProcessGroup(Unique):
             work.take_number(self._lane.seq)
         if not call.refused:
             self._transport.prepare(call, work.seq)
-        at_once = call.device is not None and call.count != calls.UNEVEN
+        at_once = call.device is not None and call.count != UNEVEN
         if not (at_once and self._arrival.at_once(call, work.seq)):
             yield from self._arrival.steps(call, work.seq)
         if record is not None and self._once is not None and not call.refused:
             self._once.after(record)
 
-    def _message(self, kind: str, timeout: object, check: Callable[[], Call]) -> Work:
+    def _message(self, timeout: object, check: Callable[[], Call]) -> Work:
         """Launch a send or recv: it takes no number and waits for no queue."""
         self._usable()
         limit = seconds(timeout, self._timeout)
@@ -1057,7 +1059,7 @@ class ProcessGroup(Unique):
         before = _refuse_busy(call, self._lane) if engine.busy else None
         if call.device is not None:
             self._transport.admit(call)
-        move = self._transport.send if kind == "send" else self._transport.recv
+        move = self._transport.recv if call.kind.receives else self._transport.send
         if call.peer == NULL:
             move = _no_message
         steps = move(call)
@@ -1071,7 +1073,7 @@ class ProcessGroup(Unique):
             raise
         return work
 
-    def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
+    def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
         """Let the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         work = Work(self._lane, call, seq, self._timeout, self._recorder)
@@ -1131,7 +1133,7 @@ def _see_through(work: Work) -> None:
 def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
     """Launch this rank's last arrival in a group, which waits for the others' for long."""
     lane.seq += 1
-    call = Call("shutdown", leaving=True)
+    call = Call(kinds.SHUTDOWN, leaving=True)
     work = Work(lane, call, lane.seq, default_timeout(), recorder)
 
     def steps() -> Steps:
@@ -1219,7 +1221,7 @@ def new_group(
         raise GroupBrokenError(
             f"an earlier new_group over this communicator failed: {lane.broken}"
         ) from lane.broken
-    limit, call, refusal = default_timeout(), Call("new_group"), None
+    limit, call, refusal = default_timeout(), Call(kinds.NEW_GROUP), None
     try:
         limit = seconds(timeout, limit)
         factory = select.factory_of(backend)
@@ -1369,9 +1371,9 @@ def parent_group(timeout: object = None) -> ProcessGroup:
         return made
 
     made, call = own._comm(
-        "parent_group",
+        kinds.PARENT_GROUP,
         timeout,
-        lambda rank, size: Call("parent_group"),
+        lambda rank, size: Call(kinds.PARENT_GROUP),
         make,
         slack=_SLACK,
         parts=False,

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays.buffers import Blocks, as_buffer, refuse_device
-from ..engine.calls import UNEVEN, Call, Message
+from ..engine import kinds
+from ..engine.call import UNEVEN, Call, Message
+from ..engine.kinds import Kind
 from ..engine.progress import Lane
 from ..runtime.library import Steps
 
@@ -69,7 +71,7 @@ class Transport(ABC):
         """Carry out a call."""
         for part in call.parts or (call,):
             part.largest = call.largest
-            move: Callable[[Call], Steps] = getattr(self, part.kind)
+            move: Callable[[Call], Steps] = getattr(self, part.kind.name)
             yield from move(part)
 
     @abstractmethod
@@ -116,16 +118,16 @@ class Transport(ABC):
 
     def broadcast_object(self, call: Call) -> Steps:
         length = np.array([len(call.payload or b"")], dtype=np.int64)
-        yield from self.broadcast(inner_call("broadcast", call.root, length, length))
+        yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, length, length))
         data = _bytes(call.payload, int(length[0]))
-        yield from self.broadcast(inner_call("broadcast", call.root, data, data))
+        yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, data, data))
         call.result = data
 
     def allgather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
         mine = _bytes(call.payload, len(call.payload))
         everyone = np.empty(sum(lengths), dtype=np.uint8)
-        inner = inner_call("allgather", -1, mine, everyone, recv_counts=lengths)
+        inner = inner_call(kinds.ALLGATHER, -1, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.allgather(inner)
         call.result = _cut(everyone, lengths)
@@ -134,7 +136,7 @@ class Transport(ABC):
         lengths = yield from self._all_lengths(call)
         mine = _bytes(call.payload, len(call.payload))
         everyone = np.empty(sum(lengths), dtype=np.uint8) if self.rank == call.root else None
-        inner = inner_call("gather", call.root, mine, everyone, recv_counts=lengths)
+        inner = inner_call(kinds.GATHER, call.root, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.gather(inner)
         if everyone is not None:
@@ -148,11 +150,11 @@ class Transport(ABC):
         row = np.empty(2, dtype=np.int64)
         at_root = self.rank == call.root
         yield from self.scatter(
-            inner_call("scatter", call.root, table if at_root else None, row, [2] * self.size)
+            inner_call(kinds.SCATTER, call.root, table if at_root else None, row, [2] * self.size)
         )
         mine = np.empty(int(row[0]), dtype=np.uint8)
         data = _bytes(b"".join(pieces), sum(lengths)) if at_root else None
-        inner = inner_call("scatter", call.root, data, mine, lengths)
+        inner = inner_call(kinds.SCATTER, call.root, data, mine, lengths)
         inner.largest = int(row[1])
         inner.count = UNEVEN
         yield from self.scatter(inner)
@@ -162,7 +164,7 @@ class Transport(ABC):
         lengths = np.empty(self.size, dtype=np.int64)
         mine = np.array([len(call.payload)], dtype=np.int64)
         yield from self.allgather(
-            inner_call("allgather", -1, mine, lengths, recv_counts=[1] * self.size)
+            inner_call(kinds.ALLGATHER, -1, mine, lengths, recv_counts=[1] * self.size)
         )
         found: list[int] = lengths.tolist()
         return found
@@ -172,7 +174,7 @@ LengthSteps = Any  # a generator that returns a list: Steps with a value
 
 
 def inner_call(
-    kind: str,
+    kind: Kind,
     root: int,
     send: np.ndarray[Any, Any] | None,
     recv: np.ndarray[Any, Any] | None,
