@@ -6,6 +6,8 @@ import hashlib
 import struct
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from ..arrays.buffers import Blocks, Buffer
 from ..arrays.dtypes import DType, Reduction
 from ..arrays.ops import ReduceOp
@@ -54,6 +56,46 @@ class Message(NamedTuple):
     count: int  # type: ignore[assignment]  # in place of the tuple's method
 
 
+class Shape(NamedTuple):
+    """What array `empty` is to make."""
+
+    sides: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Color(NamedTuple):
+    """Which group a rank is to be in after a `split`, if any, and by what it is ordered there."""
+
+    color: int | None
+    key: int
+
+
+class Members(NamedTuple):
+    """The ranks that `split_group` makes a group of; none, on a rank that is to be in no group."""
+
+    ranks: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """What `spawn` starts."""
+
+    argv: list[str]
+
+
+class Pieces(NamedTuple):
+    """The pickled objects of a `scatter_object`, one per rank, on the root."""
+
+    pickled: list[bytes]
+
+
+Payload: TypeAlias = "bytes | Pieces | Shape | Color | Members | Program | dict[str, Any] | str"
+"""What a call has beside arrays: an object's pickle, or what its kind needs.
+
+A dictionary is what the groups that merge, or that spawn and join, have said of themselves; a str
+describes the group that `new_group` is to make.
+"""
+
+
 ANY, NULL = -1, -2  # what they are in a `Call`
 _PEERS = {ANY: "ANY_SOURCE", NULL: "PROC_NULL"}
 UNEVEN = -1  # the `count` of a rank whose own blocks differ in size
@@ -77,7 +119,7 @@ class Call:
         refused: why this rank's arguments were refused; such a call only arrives.
         leaving: this rank ends; such a call only arrives, and peers in another call raise.
         parts: the members of a coalesced call.
-        payload: pickled objects, in the object collectives.
+        payload: what the call has beside arrays; see `Payload`.
         result: what the call returns, where it isn't in the user's buffers.
         largest: the largest `extent` of all ranks, filled in by arrival.
         in_place: this rank's own block lies where it is to come, so it stays where it is.
@@ -136,7 +178,7 @@ class Call:
         refused: str = "",
         leaving: bool = False,
         parts: tuple[Call, ...] = (),
-        payload: Any = None,
+        payload: Payload | None = None,
         outputs: tuple[object, ...] = (),
     ) -> None:
         self.kind = kind

@@ -23,7 +23,18 @@ from ..arrays.ops import as_reduce_op
 from ..errors import InvalidCallError, UnsupportedError, interrupts
 from ..runtime import settings
 from . import kinds
-from .call import ANY, ANY_SOURCE, NULL, PROC_NULL, UNEVEN, Call, digest
+from .call import (
+    ANY,
+    ANY_SOURCE,
+    NULL,
+    PROC_NULL,
+    UNEVEN,
+    Call,
+    Members,
+    Pieces,
+    Shape,
+    digest,
+)
 from .kinds import Kind
 
 # ---- the pieces of a check ----
@@ -637,7 +648,7 @@ def empty(shape: object, dtype: object) -> Call:
             f"shape {sides} of {kind} takes {nbytes} bytes, but this machine has "
             f"{settings.memory()} bytes of memory"
         )
-    return Call(kinds.EMPTY, count=nbytes, digest=digest(code), payload=(sides, kind))
+    return Call(kinds.EMPTY, count=nbytes, digest=digest(code), payload=Shape(sides, kind))
 
 
 def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) -> Call:
@@ -682,7 +693,7 @@ def object_call(kind: Kind, rank: int, size: int, obj: object, root: object | No
                     f"{type(obj).__name__}"
                     + (f" of {len(obj)}" if isinstance(obj, (list, tuple)) else "")
                 )
-            call.payload = [_pickled(x) for x in obj]
+            call.payload = Pieces([_pickled(x) for x in obj])
     elif not kind.from_root or rank == at:
         call.payload = _pickled(obj)
     return call
@@ -712,11 +723,11 @@ def excluded(rank: int, size: int, ranks: object) -> tuple[int, ...]:
     return tuple(sorted(given))
 
 
-def split_ranks(size: int, ranks: object) -> tuple[int, ...]:
+def split_ranks(size: int, ranks: object) -> Members:
     """Check the argument of split_group: distinct ranks of the group; none: to be in no group."""
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
         raise InvalidCallError(f"ranks must be a list of ranks, but got {ranks!r}")
     given = tuple(rank_in(r, f"ranks[{i}]", size) for i, r in enumerate(ranks))
     if len(set(given)) != len(given):
         raise InvalidCallError(f"ranks must not name a rank twice, but is {list(given)}")
-    return given
+    return Members(given)

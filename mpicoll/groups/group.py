@@ -37,7 +37,20 @@ from typing import Any
 from ..arrays.ops import ReduceOp
 from ..engine import checks, communicators, kinds
 from ..engine.arrival import Arrival, Once
-from ..engine.call import ANY_SOURCE, NULL, PROC_NULL, UNEVEN, Call, Message, Peer, digest
+from ..engine.call import (
+    ANY_SOURCE,
+    NULL,
+    PROC_NULL,
+    UNEVEN,
+    Call,
+    Color,
+    Members,
+    Message,
+    Peer,
+    Program,
+    Shape,
+    digest,
+)
 from ..engine.exit import check_process, ending
 from ..engine.kinds import Kind
 from ..engine.progress import Lane, Task, check_threads, engine, share_machine
@@ -406,8 +419,9 @@ class ProcessGroup(Unique):
         """
         work = self._call(kinds.EMPTY, timeout, lambda rank, size: checks.empty(shape, dtype))
         work.wait()
-        sides, kind = work.call.payload
-        return work.call.result.view(kind).reshape(sides)
+        shape = work.call.payload
+        assert isinstance(shape, Shape)
+        return work.call.result.view(shape.dtype).reshape(shape.sides)
 
     # ---- several arrays in one call ----
 
@@ -620,13 +634,15 @@ class ProcessGroup(Unique):
             timeout = getattr(opts, "_timeout", None)
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
-            return communicators.split_by_lists(self.comm, call.payload, deadline)
+            assert isinstance(call.payload, Members)
+            return communicators.split_by_lists(self.comm, call.payload.ranks, deadline)
 
         def check(rank: int, size: int) -> Call:
             return Call(kinds.SPLIT_GROUP, payload=checks.split_ranks(size, ranks))
 
         made, call = self._comm(kinds.SPLIT_GROUP, timeout, check, make)
-        name = group_name or f"{self.group_name}:split:{list(call.payload)}"
+        assert isinstance(call.payload, Members)
+        name = group_name or f"{self.group_name}:split:{list(call.payload.ranks)}"
         return self._part(made, name, group_desc, timeout)
 
     def split(
@@ -642,14 +658,15 @@ class ProcessGroup(Unique):
         """
 
         def check(rank: int, size: int) -> Call:
-            return Call(kinds.SPLIT, payload=(checks.color(color), checks.int32(key, "key")))
+            return Call(kinds.SPLIT, payload=Color(checks.color(color), checks.int32(key, "key")))
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
-            chosen, order = call.payload
-            return communicators.split(self.comm, chosen, order, deadline)
+            assert isinstance(call.payload, Color)
+            return communicators.split(self.comm, *call.payload, deadline)
 
         made, call = self._comm(kinds.SPLIT, timeout, check, make)
-        return self._part(made, f"{self.group_name}:split:{call.payload[0]}", None, timeout)
+        assert isinstance(call.payload, Color)
+        return self._part(made, f"{self.group_name}:split:{call.payload.color}", None, timeout)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
@@ -728,15 +745,15 @@ class ProcessGroup(Unique):
                 plan = yield from rendezvous.meet(store, mine, deadline)
                 call.payload = json.dumps(plan).encode()
             yield from self._transport.broadcast_object(call)
-            call.payload = json.loads(bytes(call.result))
-            made = yield from merge.merge(self.comm, call.payload, store, deadline)
+            plan = call.payload = json.loads(bytes(call.result))
+            made = yield from merge.merge(self.comm, plan, store, deadline)
             return made
 
         made, call = self._comm(
             kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=_SLACK, parts=False
         )
+        assert made is not None and isinstance(call.payload, dict)
         first = call.payload["groups"][0]["name"]
-        assert made is not None
         return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
 
     def spawn(self, argv: Sequence[str], n: int, timeout: object = None) -> ProcessGroup:
@@ -775,12 +792,13 @@ class ProcessGroup(Unique):
             if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
                 raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
             text = "\0".join(words).encode("utf-8", "surrogateescape")
-            return Call(kinds.SPAWN, count=count, digest=digest(*text), payload=words)
+            return Call(kinds.SPAWN, count=count, digest=digest(*text), payload=Program(words))
 
         def make(call: Call, deadline: float) -> communicators.MakesComm:
             wanted = dataclasses.asdict(self._wanted) | {"device": self._wanted.device[:4]}
             hello = {"name": name, "wanted": wanted}
-            return spawn.spawn(self.comm, call.payload, call.count, hello, deadline)
+            assert isinstance(call.payload, Program)
+            return spawn.spawn(self.comm, call.payload.argv, call.count, hello, deadline)
 
         name = f"{self.group_name}:spawn"
         made, _ = self._comm(kinds.SPAWN, timeout, check, make, slack=_SLACK, parts=False)
@@ -1221,7 +1239,8 @@ def new_group(
         raise GroupBrokenError(
             f"an earlier new_group over this communicator failed: {lane.broken}"
         ) from lane.broken
-    limit, call, refusal = default_timeout(), Call(kinds.NEW_GROUP), None
+    limit, call = default_timeout(), Call(kinds.NEW_GROUP)
+    wanted = refusal = None
     try:
         limit = seconds(timeout, limit)
         factory = select.factory_of(backend)
@@ -1236,7 +1255,7 @@ def new_group(
                 "comm, group_name, checks and progress"
             )
         wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()), place)
-        call.digest, call.payload = wanted.digest(), wanted
+        call.digest, call.payload = wanted.digest(), str(wanted)
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
@@ -1249,7 +1268,7 @@ def new_group(
     work.callbacks.append(made)
     try:
         lane.seq += 1
-        engine.launch(work, _create(parent, work, children))
+        engine.launch(work, _create(parent, work, children, wanted))
     except BaseException as error:
         engine.forsake(work, error)
         raise
@@ -1258,6 +1277,7 @@ def new_group(
             with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
                 engine.background()
         raise refusal
+    assert wanted is not None
     _see_through(work)
     name = group_name or ("world" if comm is None else "comm")
     group = ProcessGroup(call.result, wanted, timeout=limit, name=name, progress=progress)
@@ -1309,15 +1329,15 @@ def _refuse_stray() -> None:
         )
 
 
-def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
+def _create(parent: MPI.Intracomm, work: Work, children: Children, wanted: Wanted | None) -> Steps:
     made = yield from communicators.duplicate(parent)
     assert made is not None
     yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
-    if work.call.refused:
-        return  # the peers have heard of it, and go no further
+    if wanted is None:
+        return  # the peers have heard that it was refused, and go no further
     yield from children.reclaim(made, work.deadline)
     yield from rendezvous.name_job(made)
-    work.call.result = yield from select.prepare(made, work.call.payload, work.deadline)
+    work.call.result = yield from select.prepare(made, wanted, work.deadline)
 
 
 def _from_factory(
@@ -1365,8 +1385,8 @@ def parent_group(timeout: object = None) -> ProcessGroup:
     own = new_group(timeout=timeout, group_name="spawned")
 
     def make(call: Call, deadline: float) -> communicators.MakesComm:
-        made, call.payload = yield from spawn.join_parents(own.comm, parents, deadline)
-        wanted = call.payload["wanted"]
+        made, hello = yield from spawn.join_parents(own.comm, parents, deadline)
+        call.payload, wanted = hello, hello["wanted"]
         own._wanted = Wanted(**wanted | {"sizes": tuple(wanted["sizes"])})  # as the parents'
         return made
 
@@ -1378,7 +1398,7 @@ def parent_group(timeout: object = None) -> ProcessGroup:
         slack=_SLACK,
         parts=False,
     )
-    assert made is not None
+    assert made is not None and isinstance(call.payload, dict)
     group = own._made(made, call.payload["name"], None, timeout)
     own.shutdown()
     return group
