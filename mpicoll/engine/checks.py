@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import operator
 import pickle
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from ..arrays.buffers import Blocks, Buffer, as_buffer
+from ..arrays.buffers import Blocks, Buffer, as_buffer, is_tensor
 from ..arrays.device import UNKNOWN
 from ..arrays.dtypes import from_numpy, instead, reduction
 from ..arrays.ops import as_reduce_op
@@ -36,6 +35,7 @@ from .call import (
     digest,
 )
 from .kinds import Kind
+from .overlap import overlap, refusal, separate, used_by
 
 # ---- the pieces of a check ----
 
@@ -119,17 +119,12 @@ def _list(value: object, name: str, length: int) -> Sequence[object]:
 def _rows(value: object, name: str, length: int) -> Sequence[object]:
     """Return views of an array's rows, which stand for a list of arrays."""
     array: Any = value
-    if (isinstance(value, np.ndarray) or _is_tensor(value)) and array.ndim:
+    if (isinstance(value, np.ndarray) or is_tensor(value)) and array.ndim:
         return [array[i, ...] for i in range(len(array))]
     raise InvalidCallError(
         f"{name} must be a list of {length} arrays, one per rank, or a NumPy array or tensor of "
         f"{length} rows, but got {type(value).__name__}"
     )
-
-
-def _is_tensor(value: object) -> bool:
-    torch: Any = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buffer]:
@@ -162,7 +157,7 @@ def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str, *, write: bool = Fals
 
 def _converted(a: Buffer, a_name: str, b: Buffer, b_name: str, write: bool) -> str:
     """Write down how to give `b` the dtype of `a`."""
-    if _is_tensor(b.owner):
+    if is_tensor(b.owner):
         made = f"{b_name}.to(torch.{a.dtype.name})"
         if not write:
             return f"pass {made}"
@@ -185,88 +180,6 @@ def _place(device: int | None) -> str:
     if device is None:
         return "on the host"
     return "in GPU memory" if device == UNKNOWN else f"on GPU {device}"
-
-
-Named: TypeAlias = "Sequence[tuple[str, Buffer]]"
-Used: TypeAlias = "list[tuple[int, int, str, bool]]"
-"""Memory: begin, end, the argument that it is a part of, and whether it is written."""
-
-
-def _separate(call: Call, rank: int, writes: Named, reads: Named) -> Call:
-    """Refuse memory that is written while something else of the call uses it.
-
-    What this rank gives to itself may lie where it is to come: there the call is in place.
-    """
-    if (
-        len(writes) == len(reads) == 1
-        and writes[0][1].device is None
-        and not np.may_share_memory(writes[0][1].array, reads[0][1].array)
-    ):
-        return call  # exact for contiguous arrays, and four times faster than what follows
-    written, read = _used(writes, write=True), _used(reads, write=False)
-    found = _overlap(written + read)
-    if not found:
-        return call
-    assert call.send is not None and call.recv is not None
-    own = [blocks.place(rank if len(blocks.counts) > 1 else 0) for blocks in (call.send, call.recv)]
-    if own[0] == own[1] and own[0][1]:
-        call.in_place = True
-        start, end = own[0][0], sum(own[0])
-        name = reads[rank if len(reads) > 1 else 0][0]
-        rest = [use for use in read if use[2] != name]
-        rest += [
-            part
-            for first, last, given, _ in read
-            if given == name
-            for part in ((first, start, name, False), (end, last, name, False))
-            if part[0] < part[1]
-        ]
-        found = _overlap(written + rest)
-        if not found:
-            return call
-    raise _overlapping(found, [*writes, *reads])
-
-
-def _used(named: Named, *, write: bool) -> Used:
-    used = []
-    for name, b in named:
-        if b.nbytes:
-            start = b.address
-            used.append((start, start + b.nbytes, name, write))
-    return used
-
-
-def _overlap(used: Used) -> list[tuple[str, bool]]:
-    """Return two arguments that overlap where one of them is written, and whether each is."""
-    reach, reach_name = -1, ""  # the furthest byte used so far
-    written, written_name = -1, ""  # the furthest byte written so far
-    used.sort()
-    for start, end, name, write in used:
-        if start < written:
-            return [(written_name, True), (name, write)]
-        if write and start < reach:
-            return [(name, True), (reach_name, False)]
-        if end > reach:
-            reach, reach_name = end, name
-        if write and end > written:
-            written, written_name = end, name
-    return []
-
-
-def _overlapping(found: list[tuple[str, bool]], named: Named) -> InvalidCallError:
-    (a, _), (b, write) = found
-    owner = next(buffer.owner for name, buffer in named if name == b)
-    copied = f"{b}.copy()" if hasattr(owner, "copy") else f"np.array({b})"
-    if _is_tensor(owner):
-        copied = f"{b}.clone()"
-    if write:
-        return InvalidCallError(
-            f"{a} and {b} overlap in memory, and both are written: make y = {copied}, pass y, and "
-            "take the result from y"
-        )
-    return InvalidCallError(
-        f"{a} and {b} overlap in memory, and {a} is written: pass {copied} for {b}"
-    )
 
 
 def _named(name: str, buffers: Sequence[Buffer]) -> list[tuple[str, Buffer]]:
@@ -347,7 +260,7 @@ def allgather(rank: int, size: int, output_tensors: object, input_tensor: object
         digest=digest(*recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
-    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
+    return separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def all_gather_single(rank: int, size: int, output: object, source: object) -> Call:
@@ -367,7 +280,7 @@ def all_gather_single(rank: int, size: int, output: object, source: object) -> C
         count=taken.count,
         outputs=(output,),
     )
-    return _separate(call, rank, [("output", into)], [("input", taken)])
+    return separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def gather(
@@ -393,7 +306,7 @@ def gather(
         count=_even(recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
-    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
+    return separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def scatter(
@@ -426,7 +339,7 @@ def scatter(
         count=_even(send.counts),
         outputs=(output_tensor,),
     )
-    return _separate(call, rank, [("output_tensor", into)], _named("input_tensors", sources))
+    return separate(call, rank, [("output_tensor", into)], _named("input_tensors", sources))
 
 
 def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
@@ -447,7 +360,7 @@ def reduce_scatter(rank: int, size: int, output: object, source: object, op: obj
         digest=digest(*send.counts),
         outputs=(output,),
     )
-    _separate(call, rank, [("output", into)], _named("input", sources))
+    separate(call, rank, [("output", into)], _named("input", sources))
     return _reducing(call, op, size)
 
 
@@ -468,7 +381,7 @@ def reduce_scatter_single(rank: int, size: int, output: object, source: object, 
         count=into.count,
         outputs=(output,),
     )
-    _separate(call, rank, [("output", into)], [("input", taken)])
+    separate(call, rank, [("output", into)], [("input", taken)])
     return _reducing(call, op, size)
 
 
@@ -490,7 +403,7 @@ def alltoall(rank: int, size: int, output_tensors: object, input_tensors: object
         outputs=tuple(b.owner for b in outputs),
     )
     writes, reads = _named("output_tensors", outputs), _named("input_tensors", sources)
-    return _separate(call, rank, writes, reads)
+    return separate(call, rank, writes, reads)
 
 
 def all_to_all_single(
@@ -523,7 +436,7 @@ def all_to_all_single(
         count=_even(in_counts + out_counts),
         outputs=(output,),
     )
-    return _separate(call, rank, [("output", into)], [("input", taken)])
+    return separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, tuple[int, ...]]:
@@ -582,9 +495,9 @@ def coalesced(kind: Kind, parts: Sequence[Call], names: str, in_names: str = "")
                 "a call for each"
             )
         numbers += [part.dtype.code, part.count, part.digest]
-    found = _overlap(_used(writes, write=True) + _used(reads, write=False))
+    found = overlap(used_by(writes, write=True) + used_by(reads, write=False))
     if found:
-        raise _overlapping(found, writes + reads)
+        raise refusal(found, writes + reads)
     return Call(
         kind,
         parts=tuple(parts),

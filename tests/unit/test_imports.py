@@ -19,8 +19,8 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "engine",
         [
-            *("kinds", "call", "checks", "claims", "recorder", "rollcall", "peers", "arrival"),
-            *("progress", "exit", "work", "communicators"),
+            *("kinds", "call", "overlap", "checks", "claims", "recorder", "rollcall", "peers"),
+            *("arrival", "progress", "exit", "work", "communicators"),
         ],
     ),
     (
