@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 
 from ..arrays.ops import ReduceOp
-from ..engine import arrival, calls, work
+from ..engine import arrival, checks, work
 from ..engine.progress import engine
 from ..groups.group import ProcessGroup
 from ..groups.new import new_group
@@ -112,8 +112,8 @@ class _Patch(contextlib.AbstractContextManager[None]):
 
 
 def _unchecked(pg: ProcessGroup, x: Any) -> _Patch:
-    checked = calls.allreduce(pg.rank(), pg.size(), x, ReduceOp.MAX)
-    return _Patch((calls, "allreduce", lambda *arguments: checked))
+    checked = checks.allreduce(pg.rank(), pg.size(), x, ReduceOp.MAX)
+    return _Patch((checks, "allreduce", lambda *arguments: checked))
 
 
 def _unrecorded(pg: ProcessGroup, x: Any) -> _Patch:
@@ -136,7 +136,7 @@ def _uncompared(pg: ProcessGroup, x: Any) -> _Patch:
 
 def _comparing(pg: ProcessGroup, x: Any) -> float:
     """Return the microseconds of making a record, publishing it, and comparing it with one."""
-    call = calls.allreduce(pg.rank(), pg.size(), x, ReduceOp.MAX)
+    call = checks.allreduce(pg.rank(), pg.size(), x, ReduceOp.MAX)
     room = bytearray(2 * 64)
 
     def compare() -> bool:

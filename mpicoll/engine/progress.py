@@ -70,7 +70,8 @@ from .rollcall import SHOWN, Said, Verdict
 
 if TYPE_CHECKING:
     from .arrival import Exchange, Gathering, Once
-    from .calls import Call
+    from .call import Call
+    from .kinds import Kind
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
@@ -145,7 +146,7 @@ class Task:
         self.timeout = timeout
         self.called = time.monotonic()
         self.deadline = self.called + timeout
-        self.queued = call.kind not in ("send", "recv")  # or it goes on beside its lane's queue
+        self.queued = call.kind.queued  # or it goes on beside its lane's queue
         self.done = False
         self.error: MpicollError | None = None
         self.fetched = False  # the user has heard of the error
@@ -159,7 +160,7 @@ class Task:
     @property
     def recovers(self) -> bool:
         """Whether it goes on in spite of the peers' failures, of which it makes the best."""
-        return self.call.kind == "shrink_group"
+        return self.call.kind.recovers
 
     @property
     def blocked(self) -> bool:
@@ -272,7 +273,7 @@ class Lane:
         self.exchange: Exchange | None = None  # where its records meet over MPI
         self.gathering: Gathering | None = None  # where it is told who called what
         self.once: Once | None = None  # what goes without arrival, and without a number
-        self.finished: tuple[str, int] | None = None  # kind and number of the last good call
+        self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
@@ -548,7 +549,7 @@ class Engine:
 
     def _forsake(self, task: Task, error: BaseException) -> None:
         cancelled = _interrupted(task, error, cancelled=True)
-        if task in task.lane.beside and task.call.kind == "recv":
+        if task in task.lane.beside and task.call.kind.receives:
             lost = CallInterruptedError(
                 f"{cancelled} after its message had come: that is lost", breaks_group=False
             )
@@ -557,7 +558,7 @@ class Engine:
             if task.error is lost:
                 task.lane.failures.append(Failure(task, lost))
         elif not task.done:
-            self._forget(task, cancelled if task.call.kind == "recv" else _interrupted(task, error))
+            self._forget(task, cancelled if task.call.kind.receives else _interrupted(task, error))
 
     def when_done(self, task: Task, callback: Callable[[], None]) -> None:
         """Have `callback` called, unlocked, when `task` is done; at once if it is."""
@@ -665,7 +666,7 @@ class Engine:
             while (task := self._in_the_way(call)) is not None:
                 if not task.left or task.blocked:
                     break
-                if task.call.kind == "recv":
+                if task.call.kind.receives:
                     task.fetched = True
                     if task.lane is lane and _same(task.call, call):
                         self._end(task, _gone(task))
@@ -1037,7 +1038,7 @@ class Engine:
         """Turn what a step raised into our error: a peer's death, if that was behind it."""
         if task is self._freed:
             return self._stuck(task)
-        ours = translate(error, task.call.kind)
+        ours = translate(error, task.call.kind.name)
         if isinstance(ours, TransportError) and not task.recovers:
             peers, until = task.lane.peers, time.monotonic() + NEWS
             while not peers.dead and time.monotonic() < until:
@@ -1224,7 +1225,7 @@ class Engine:
         """Begin to find out, shortly before its deadline, what holds a task up."""
         lane = task.lane
         head = self._head(task)
-        if task.call.kind in ("send", "recv"):
+        if not task.call.kind.queued:
             peers = {task.call.peer} if task.call.peer >= 0 else set(range(lane.peers.size))
             some = sorted(peers - asked)[:SHOWN]
             lane.peers.ask(some)
@@ -1243,12 +1244,12 @@ class Engine:
         peers = task.lane.peers
         with contextlib.suppress(MPI.Exception):
             peers.poll()
-        if task.call.kind == "recv":
+        if task.call.kind.receives:
             stuck = _late_message(task, elapsed, cancelled=False)
             self.cancel(task, _late_message(task, elapsed), stuck)
             return
         head = self._head(task)
-        if task.call.kind == "send":
+        if not task.call.kind.queued:
             self._end(task, _late_message(task, elapsed))
         elif task.recovers:
             self._end(task, _too_late(task, elapsed))
@@ -1424,7 +1425,7 @@ def _gone(task: Task) -> CallInterruptedError:
 
 def _same(a: Call, b: Call) -> bool:
     """Return whether two calls are receives of the same message into the same array."""
-    if not a.kind == b.kind == "recv":
+    if not (a.kind.receives and b.kind.receives):
         return False
     return (a.peer, a.tag, a.spans(), a.dtype) == (b.peer, b.tag, b.spans(), b.dtype)
 
@@ -1455,7 +1456,7 @@ def _late(
 ) -> CollectiveTimeoutError:
     return CollectiveTimeoutError(
         _was_late(task, elapsed) + text,
-        op=task.call.kind,
+        op=task.call.kind.name,
         seq=task.seq,
         elapsed=elapsed,
         missing=missing,
@@ -1486,7 +1487,7 @@ def _not_compared(task: Task, elapsed: float) -> CollectiveTimeoutError:
 def _late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> CollectiveTimeoutError:
     """Say what became of a message, and what its other end is doing."""
     call, peers = task.call, task.lane.peers
-    if call.kind == "send":
+    if not call.kind.receives:
         text = ": the receiver did not take the message"
     elif cancelled:
         text = ": no matching message came. The receive was cancelled; the group is still usable"
@@ -1499,7 +1500,7 @@ def _late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> Coll
         text += _answered(peers)
     elif call.peer != peers.rank:
         text += _in_words({call.peer: peers.whereabouts(call.peer)})
-    return _late(task, elapsed, text, breaks_group=call.kind == "send" or not cancelled)
+    return _late(task, elapsed, text, breaks_group=not (call.kind.receives and cancelled))
 
 
 def _came_too_late(verdict: Verdict) -> RemoteRankError:

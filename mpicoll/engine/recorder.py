@@ -29,7 +29,7 @@ from typing import Any
 
 from ..errors import interrupts
 from ..runtime.settings import trace_folder
-from .calls import Call
+from .call import Call
 
 CAPACITY = 1000  # calls of a group
 CLOSED = 16  # groups that are kept after they were closed
@@ -195,7 +195,7 @@ def _in_words(entry: Entry, epoch: float) -> dict[str, Any]:
     file, line = place(entry)
     return {
         "seq": entry[_SEQ],
-        "kind": entry[_KIND],
+        "kind": entry[_KIND].name,
         "dtype": "" if dtype is None else dtype.name,
         "count": entry[_COUNT],
         "shape": list(entry[_SHAPE] or ()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InvalidCallError, MpicollError, Unique, interrupts
 from ..runtime.settings import seconds
-from .calls import Call, Peer
+from .call import Call, Peer
 from .progress import Lane, Task, engine
 from .recorder import Entry, Recorder, end, number, place
 
@@ -128,7 +128,7 @@ class Work(Task, Unique):
 
     def source_rank(self) -> int | Peer:
         """Return the rank that a finished receive took its message from, or `PROC_NULL`."""
-        if self.call.kind != "recv":
+        if not self.call.kind.receives:
             raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
         if not self.done:
             raise InvalidCallError("source_rank() of a recv under way: wait() first")

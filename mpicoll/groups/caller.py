@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 
-from ..engine import calls, communicators
+from ..engine import checks, communicators, kinds
 from ..engine.arrival import Arrival, Once
-from ..engine.calls import NULL, PROC_NULL, Call, Message, Peer
+from ..engine.call import NULL, PROC_NULL, UNEVEN, Call, Message, Peer
 from ..engine.exit import check_process
+from ..engine.kinds import Kind
 from ..engine.progress import Lane, Task, engine
 from ..engine.recorder import Recorder
 from ..engine.work import Work
@@ -104,7 +105,7 @@ class Caller:
 
     def call(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         *arguments: object,
@@ -181,13 +182,13 @@ class Caller:
             work.take_number(self.lane.seq)
         if not call.refused:
             self.transport.prepare(call, work.seq)
-        at_once = call.device is not None and call.count != calls.UNEVEN
+        at_once = call.device is not None and call.count != UNEVEN
         if not (at_once and self.arrival.at_once(call, work.seq)):
             yield from self.arrival.steps(call, work.seq)
         if record is not None and self.once is not None and not call.refused:
             self.once.after(record)
 
-    def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
+    def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
         """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         work = Work(self.lane, call, seq, self.timeout, self.recorder)
@@ -198,9 +199,7 @@ class Caller:
 
     # ---- messages ----
 
-    def message(
-        self, kind: str, timeout: object, check: Callable[..., Call], *arguments: object
-    ) -> Work:
+    def message(self, timeout: object, check: Callable[..., Call], *arguments: object) -> Work:
         """Launch a send or recv, which takes no number and waits in no queue.
 
         Args:
@@ -213,7 +212,7 @@ class Caller:
         before = _refuse_busy(call, self.lane) if engine.busy else None
         if call.device is not None:
             self.transport.admit(call)
-        move = self.transport.send if kind == "send" else self.transport.recv
+        move = self.transport.recv if call.kind.receives else self.transport.send
         if call.peer == NULL:
             move = _no_message
         steps = move(call)
@@ -234,7 +233,7 @@ class Caller:
             RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
         """
         self.check_usable()
-        peer, number = calls.probe(self.size, self.highest_tag, src, tag)
+        peer, number = checks.probe(self.size, self.highest_tag, src, tag)
         if peer == NULL:
             return None
         found = engine.look(lambda: self.transport.probe(peer, number))
@@ -247,7 +246,7 @@ class Caller:
 
     def make_comm(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], communicators.MakesComm],
@@ -320,7 +319,7 @@ class Caller:
                 # If the wait is interrupted, the next one goes on with it.
                 if self._ending is None or self._ending.done:
                     self._ending = self.call(
-                        "shutdown", timeout, lambda rank, size: Call("shutdown"), then=then
+                        kinds.SHUTDOWN, timeout, lambda rank, size: Call(kinds.SHUTDOWN), then=then
                     )
                 self._ending.wait()
             except MpicollError as error:
@@ -412,7 +411,7 @@ def _refuse_busy(call: Call, lane: Lane) -> Task | None:
 def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
     """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
     lane.seq += 1
-    call = Call("shutdown", leaving=True)
+    call = Call(kinds.SHUTDOWN, leaving=True)
     work = Work(lane, call, lane.seq, default_timeout(), recorder)
 
     def steps() -> Steps:

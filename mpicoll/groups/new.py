@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from ..engine import communicators
+from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
-from ..engine.calls import Call
+from ..engine.call import Call
 from ..engine.exit import check_process, ending
 from ..engine.progress import Lane, check_threads, engine, share_machine
 from ..engine.recorder import Recorder
@@ -93,7 +93,8 @@ def new_group(
         raise GroupBrokenError(
             f"an earlier new_group over this communicator failed: {lane.broken}"
         ) from lane.broken
-    limit, call, refusal = default_timeout(), Call("new_group"), None
+    limit, call = default_timeout(), Call(kinds.NEW_GROUP)
+    asked = refusal = None
     try:
         limit = seconds(timeout, limit)
         factory = registry.factory_of(backend)
@@ -109,7 +110,7 @@ def new_group(
             )
         sizes = node_sizes(MPI.COMM_WORLD.Get_size())
         asked = GroupOptions(backend, checks, sizes, place)
-        call.digest, call.payload = asked.digest(), asked
+        call.digest, call.payload = asked.digest(), str(asked)
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
@@ -122,7 +123,7 @@ def new_group(
     work.callbacks.append(over)
     try:
         lane.seq += 1
-        engine.launch(work, _create(parent, work, children))
+        engine.launch(work, _create(parent, work, children, asked))
     except BaseException as error:
         engine.forsake(work, error)
         raise
@@ -131,6 +132,7 @@ def new_group(
             with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
                 engine.background()
         raise refusal
+    assert asked is not None
     wait_through(work)
     name = group_name or ("world" if comm is None else "comm")
     made = Caller(call.result, asked, timeout=limit, name=name, progress=progress)
@@ -182,16 +184,18 @@ def _refuse_singleton() -> None:
         )
 
 
-def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
+def _create(
+    parent: MPI.Intracomm, work: Work, children: Children, asked: GroupOptions | None
+) -> Steps:
     """Make a communicator and what else the new group runs on, `work.call.result`."""
     made = yield from communicators.duplicate(parent)
     assert made is not None
     yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
-    if work.call.refused:
-        return  # the peers know of it by their arrival, and go no further
+    if asked is None:
+        return  # the peers know by their arrival that it was refused, and go no further
     yield from children.reclaim(made, work.deadline)
     yield from rendezvous.name_job(made)
-    work.call.result = yield from select.prepare(made, work.call.payload, work.deadline)
+    work.call.result = yield from select.prepare(made, asked, work.deadline)
 
 
 def parent_group(timeout: object = None) -> ProcessGroup:

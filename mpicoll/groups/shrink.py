@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..engine import calls, communicators
-from ..engine.calls import Call
+from ..engine import checks, communicators, kinds
+from ..engine.call import Call
 from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import GroupBrokenError
@@ -28,11 +28,11 @@ def shrink_group(
     """
     group.check_usable(even_if_broken=True)
     lane = group.lane
-    out = calls.excluded(group.rank, group.size, ranks_to_exclude)
+    out = checks.excluded(group.rank, group.size, ranks_to_exclude)
     limit = seconds(timeout, group.timeout)
     if lane.broken is None:
         engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
-    work = Work(lane, Call("shrink_group"), lane.seq, limit, group.recorder)
+    work = Work(lane, Call(kinds.SHRINK_GROUP), lane.seq, limit, group.recorder)
     engine.launch(work, _steps(group, work, out))
     wait_through(work)
     lane.replaced = True

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..arrays.buffers import Blocks
 from ..arrays.dtypes import BY_CODE, Reduction
-from ..engine.calls import ANY, UNEVEN, Call, Message
+from ..engine.call import ANY, UNEVEN, Call, Message
 from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from ..errors import CollectiveMismatchError, interrupts
 from ..runtime import agreement
@@ -397,7 +397,7 @@ class MpiTransport(Transport):
         if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
-            (task for task in lane.beside if task.call.kind == "send"),
+            (task for task in lane.beside if not task.call.kind.receives),
             key=lambda task: task.called,
         )
         everyone = range(self.size)
@@ -413,7 +413,7 @@ class MpiTransport(Transport):
             if magic == _MAGIC:
                 self._received[found.source] += 1
                 dropped.setdefault(found.source, []).append((found.tag, code, count))
-        for task in [task for task in lane.beside if task.call.kind == "recv"]:
+        for task in [task for task in lane.beside if task.call.kind.receives]:
             unmatched = CollectiveMismatchError(
                 f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
                 f"{lane.name!r}: no message came for it"
@@ -468,7 +468,7 @@ def _opened(data: Array) -> tuple[Any, ...]:
 def _is_awaited(lane: Lane, source: int, tag: int) -> bool:
     """Return whether a receive is under way that takes such a message."""
     return any(
-        task.call.kind == "recv" and task.call.tag == tag and task.call.peer in (ANY, source)
+        task.call.kind.receives and task.call.tag == tag and task.call.peer in (ANY, source)
         for task in lane.beside
     )
 

@@ -18,8 +18,9 @@ from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll import ReduceOp
+from mpicoll.engine import kinds
 from mpicoll.engine.arrival import Once
-from mpicoll.engine.calls import Call
+from mpicoll.engine.call import Call
 from mpicoll.engine.progress import Engine, Lane, Task, engine
 from mpicoll.errors import (
     CollectiveTimeoutError,
@@ -395,7 +396,7 @@ def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
 def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
     """Whichever thread has taken it; what it returns then is no success."""
     lane, free = Lane("stuck", MPI.COMM_SELF), threading.Event()
-    task = Task(lane, Call("allreduce"), 1, 0.2)
+    task = Task(lane, Call(kinds.ALLREDUCE), 1, 0.2)
     own.keep_deadlines()
     own.launch(task, stuck(own, free, how))
     limit = time.monotonic() + 10
@@ -408,7 +409,7 @@ def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
 def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own):
     lane = Lane("slow", MPI.COMM_SELF)
     lane.abort = pytest.fail
-    task = Task(lane, Call("allreduce"), 1, 0.1)
+    task = Task(lane, Call(kinds.ALLREDUCE), 1, 0.1)
 
     def steps() -> Iterator[int]:
         time.sleep(0.5)
@@ -426,8 +427,8 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
         while True:
             yield mood
 
-    own.launch(Task(busy, Call("allreduce"), 1, 60), forever(MOVED))
-    task = Task(quiet, Call("allreduce"), 1, 0.2)
+    own.launch(Task(busy, Call(kinds.ALLREDUCE), 1, 60), forever(MOVED))
+    task = Task(quiet, Call(kinds.ALLREDUCE), 1, 0.2)
     own.launch(task, forever(IDLE))
     limit = time.monotonic() + 10
     while not task.done:
@@ -439,7 +440,7 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
     lane = Lane("failing", MPI.COMM_SELF)
     lane.abort = lambda: 1 / 0
-    tasks = [Task(lane, Call("allreduce"), n, 60) for n in (1, 2, 3)]
+    tasks = [Task(lane, Call(kinds.ALLREDUCE), n, 60) for n in (1, 2, 3)]
     for task in tasks:
         own.launch(task, iter([IDLE] * 10**6))
     own.fail_all(lane, TransportError("planted"))

@@ -7,7 +7,6 @@ last piece is in GPU memory.  Calls on host arrays go to the host transport as t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
@@ -17,7 +16,7 @@ import numpy as np
 from ...arrays.buffers import Blocks, Buffer, DeviceBuffer
 from ...arrays.device import UNKNOWN, DeviceArray
 from ...arrays.dtypes import DType
-from ...engine.calls import UNEVEN, Call, Message, digest
+from ...engine.call import UNEVEN, Call, Message, digest
 from ...engine.progress import Expired, Lane
 from ...errors import InvalidCallError, TransportError, UnsupportedError
 from ...runtime.library import KEEN, Steps
@@ -172,7 +171,7 @@ class StagedTransport(Transport):
             yield from move(call)
             return
         assert call.send is not None
-        reads = None if call.kind == "broadcast" and self.rank != call.root else call.send
+        reads = None if call.kind.from_root and self.rank != call.root else call.send
         room = self._piece // call.send.dtype.itemsize
         pieces = _Pieces(call.send, room)
 
@@ -305,7 +304,7 @@ class StagedTransport(Transport):
             self._order(call)
             room = self._take(call.send.nbytes)
             buffer = _host_buffer(room, call.send.dtype, call.send.total)
-            inner = dataclasses.replace(call, send=Blocks.single(buffer))
+            inner = _message(call, Blocks.single(buffer), None)
             if buffer.nbytes:
                 source = _block(call.send, 0)
                 yield from copied([self._copies.to_host(source, room[: buffer.nbytes])])
@@ -331,7 +330,7 @@ class StagedTransport(Transport):
         assert call.recv is not None
         room = self._take(call.recv.nbytes)
         buffer = _host_buffer(room, call.recv.dtype, call.recv.total)
-        inner = dataclasses.replace(call, recv=Blocks.single(buffer))
+        inner = _message(call, None, Blocks.single(buffer))
         yield from self._host.recv(inner)
         call.result = inner.result
         if buffer.nbytes:
@@ -401,15 +400,18 @@ def _host_buffer(room: Array, dtype: DType, count: int) -> Buffer:
     return Buffer(room, array, dtype, (count,), True)
 
 
+def _message(call: Call, send: Blocks | None, recv: Blocks | None) -> Call:
+    """Make the same send or receive on host memory."""
+    return Call(call.kind, send, recv, peer=call.peer, tag=call.tag, count=call.count)
+
+
 def _common_counts(call: Call) -> tuple[int, ...] | None:
     """Return the counts of the call's blocks where all ranks know them alike."""
-    if call.kind.startswith("reduce_scatter"):
-        assert call.send is not None
-        return call.send.counts
-    if call.kind.startswith("all") and "gather" in call.kind:
-        assert call.recv is not None
-        return call.recv.counts
-    return None if call.count == UNEVEN else (call.count,)
+    if call.kind.pairwise:
+        return None if call.count == UNEVEN else (call.count,)
+    blocks = call.send if call.kind.reduces else call.recv
+    assert blocks is not None
+    return blocks.counts
 
 
 def copied(copies: list[Done]) -> Steps:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...arrays.buffers import Blocks
 from ...arrays.dtypes import Reduction
-from ...engine.calls import Call
+from ...engine.call import Call
 from ...runtime.library import MOVED, MPI, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
@@ -421,11 +421,11 @@ class ShmTransport(MessagesByMpi):
         self, call: Call, recv: Blocks, gives: list[Array], slots: list[Array]
     ) -> Steps:
         # One source, or all, each rank beginning with its neighbour, so that they don't meet.
-        one = call.kind in ("broadcast", "scatter")
+        one, parted = call.kind.from_root, call.kind.parted
         sources = [call.root] if one else [(self.rank + i) % self.size for i in range(self.size)]
         for r in sources:
             into = recv.block(0 if one else r).view(np.uint8)
-            if not into.size or (r == self.rank and call.kind == "broadcast"):
+            if not into.size or (r == self.rank and one and not parted):
                 continue
             if r == self.rank:
                 if call.in_place:
@@ -433,7 +433,6 @@ class ShmTransport(MessagesByMpi):
                 into[...] = gives[r if len(gives) > 1 else 0]
                 continue
             yield from self._seen(r, 1)
-            parted = call.kind in ("scatter", "alltoall", "all_to_all_single")
             address = int(slots[r][self.rank if parted else 0])
             for start, end in spans(into.size, READ):
                 cma.read(self._processes[r], address + start, into[start:end])
