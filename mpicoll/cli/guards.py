@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 
 from ..arrays.ops import ReduceOp
-from ..engine import arrival, calls, work
+from ..engine import arrival, calls, tasks
 from ..engine.progress import engine
 from ..groups.group import ProcessGroup, new_group
 from ..runtime.library import Steps
@@ -117,7 +117,7 @@ def _unchecked(pg: ProcessGroup, x: Any) -> _Patch:
 
 def _unrecorded(pg: ProcessGroup, x: Any) -> _Patch:
     return _Patch(
-        (pg._recorder, "note", lambda *arguments: []), (work, "end", lambda *arguments: None)
+        (pg._recorder, "note", lambda *arguments: []), (tasks, "end", lambda *arguments: None)
     )
 
 

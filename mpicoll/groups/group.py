@@ -37,10 +37,12 @@ from typing import Any
 from ..arrays.ops import ReduceOp
 from ..engine import calls, communicators
 from ..engine.arrival import Arrival, Once
+from ..engine.background import background, check_threads
 from ..engine.calls import ANY_SOURCE, NULL, PROC_NULL, Call, Message, Peer
 from ..engine.exit import check_process, ending
-from ..engine.progress import Lane, Task, check_threads, engine, share_machine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import Lane, Task
 from ..engine.work import Work
 from ..errors import (
     GroupBrokenError,
@@ -63,6 +65,7 @@ from ..runtime.settings import (
     seconds,
     single,
 )
+from ..runtime.waiting import share_machine
 from ..stores import Store, TCPStore
 from ..transports import select
 from ..transports.base import Transport
@@ -113,7 +116,7 @@ class ProcessGroup(Unique):
         self._desc = desc
         self._progress = progress
         self._highest_tag = highest_tag()
-        self._lane = Lane(name, comm)
+        self._lane = Lane(name, comm, engine.active)
         self._transport = select.transport(ground)
         self._lane.abort = self._transport.abort
         self._arrival = select.arrival(ground, self._lane.peers, wanted)
@@ -136,9 +139,9 @@ class ProcessGroup(Unique):
         )
         engine.enlist(self._lane)
         if progress == "thread":
-            engine.background(stay=True)
+            background.progress(stay=True)
         if self._transport.watched:
-            engine.keep_deadlines()
+            background.keep_deadlines()
 
     # ---- what it is ----
 
@@ -1078,7 +1081,7 @@ class ProcessGroup(Unique):
         engine.launch(work, self._arrive(work))
         if self._size > 1:
             with contextlib.suppress(MpicollError):
-                engine.background()
+                background.progress()
 
     def _usable(self) -> None:
         check_process()
@@ -1254,7 +1257,7 @@ def new_group(
     if refusal is not None:
         if parent.Get_size() > 1:
             with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
-                engine.background()
+                background.progress()
         raise refusal
     _see_through(work)
     name = group_name or ("world" if comm is None else "comm")
@@ -1279,7 +1282,7 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             _refuse_stray()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        made = Lane("new_group", parent), recorder, Children()
+        made = Lane("new_group", parent, engine.active), recorder, Children()
         # Between the makings of groups nobody listens there.
         made[
             0

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..engine import communicators
-from ..engine.progress import Lane, engine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import Lane
 from ..runtime.library import MPI, Steps, until
 from ..transports.base import Transport
 

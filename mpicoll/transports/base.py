@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine.calls import UNEVEN, Call, Message
-from ..engine.progress import Lane
+from ..engine.tasks import Lane
 from ..runtime.library import Steps
 
 

@@ -14,13 +14,20 @@ import mpicoll
 PACKAGE = Path(mpicoll.__file__).parent
 ROOMS = [  # each imports only from those above it; so does each module, inside of its room
     ("", ["errors"]),
-    ("runtime", ["settings", "launcher", "library", "processes", "memory", "topology"]),
+    (
+        "runtime",
+        [
+            *("settings", "launcher", "library", "processes", "memory", "waiting", "watchdog"),
+            "topology",
+        ],
+    ),
     ("arrays", ["ops", "dtypes", "device", "buffers"]),
     (
         "engine",
         [
             *("calls", "claims", "recorder", "rollcall", "peers", "arrival"),
-            *("progress", "exit", "work", "communicators"),
+            *("tasks", "deadlines", "underway", "progress", "background", "exit", "work"),
+            "communicators",
         ],
     ),
     (
