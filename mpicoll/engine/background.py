@@ -55,7 +55,7 @@ class Background:
                 pace.after(found)
             else:
                 self._wake.wait()
-                pace.moved()
+                pace.reset()
         self._thread = False
 
     def _goes_on(self) -> bool:

@@ -208,7 +208,7 @@ class Lane:
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
-        self.peers = Peers(comm, self._state)
+        self.peers = Peers(comm, self._answer)
 
     @property
     def busy(self) -> bool:
@@ -244,7 +244,7 @@ class Lane:
         """The number of the last call in which this rank has arrived."""
         return self.queue[0].seq or self.seq if self.queue else self.seq
 
-    def _state(self, seq: int) -> State:
+    def _answer(self, seq: int) -> State:
         """Say what this rank is doing, for a peer that asks because of call `seq`, or a message."""
         if self.broken is not None and not self.queue:
             return State(False, False, Said(f"has left the group: {self.broken}"))

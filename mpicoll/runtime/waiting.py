@@ -29,9 +29,9 @@ class Pace:
 
     def __init__(self, *, background: bool = False) -> None:
         self._start = self.YIELDS if background else 0
-        self.moved()
+        self.reset()
 
-    def moved(self) -> None:
+    def reset(self) -> None:
         """Note that something got done."""
         self._idle = self._start
 
@@ -41,7 +41,7 @@ class Pace:
         The longer nothing has moved the longer, but never for long where MPI is to be asked again.
         """
         if found == MOVED:
-            self.moved()
+            self.reset()
             return
         self._idle += 1
         if found == KEEN and self._idle <= self._start + self.EAGERLY:
