@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 
 from ..arrays.ops import ReduceOp
-from ..engine import arrival, checks, work
+from ..engine import arrival, checks, tasks
 from ..engine.progress import engine
 from ..groups.group import ProcessGroup
 from ..groups.new import new_group
@@ -118,7 +118,8 @@ def _unchecked(pg: ProcessGroup, x: Any) -> _Patch:
 
 def _unrecorded(pg: ProcessGroup, x: Any) -> _Patch:
     return _Patch(
-        (pg._caller.recorder, "note", lambda *arguments: []), (work, "end", lambda *arguments: None)
+        (pg._caller.recorder, "note", lambda *arguments: []),
+        (tasks, "end", lambda *arguments: None),
     )
 
 

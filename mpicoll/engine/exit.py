@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -37,9 +38,14 @@ from ..errors import (
 )
 from ..runtime.library import MPI, nothing_pending
 from ..runtime.settings import default_timeout, grace, survives_deaths
-from .progress import Lane, end_job, engine
+from ..runtime.waiting import Pace
+from ..runtime.watchdog import end_job
+from .background import background
+from .progress import engine
 from .recorder import leave_trace
+from .tasks import Lane
 
+HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
 _MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
@@ -185,12 +191,12 @@ class _Ending:
         self._look_for_an_exception()
         self._leaving = True
         start = time.monotonic()
-        engine.stop()
+        background.stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
             works = list(engine.unfinished())
-            engine.say_farewell(UNFINISHED)
+            _say_farewell(UNFINISHED)
             for lane in {task.lane for task in engine.unfinished()}:
                 engine.fail_all(
                     lane, GroupBrokenError("the program ended before the call was done")
@@ -249,6 +255,40 @@ class _Ending:
                 return False
             time.sleep(1e-3)
         return False
+
+
+def _say_farewell(seconds: float) -> None:
+    """Finish what is under way, and arrive one last time in every open group.
+
+    So peers that still wait for this rank raise at once.  For the peers one waits, as
+    MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
+    else, for the making of a group.
+    """
+    lanes = [x for x in engine.lanes() if x.farewell and x.broken is None]
+    lanes = [x for x in lanes if x.peers.size > 1 or x.beside]
+    # Where somebody has left already, an arrival would never be complete.  MPI may not see at
+    # once that a notice has come.
+    heard = time.monotonic() + HEARD
+    while (engine.lend_ears() or lanes) and time.monotonic() < heard:
+        for lane in lanes:
+            with contextlib.suppress(MPI.Exception):
+                lane.peers.poll()
+    for lane in lanes:
+        for rank, notice in lane.peers.left.items():
+            engine.fail_all(lane, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
+            break
+        else:
+            assert lane.farewell is not None
+            lane.farewell()
+    pace, until, last = Pace(), time.monotonic() + seconds, math.inf
+    while engine.busy:
+        now = time.monotonic()
+        if any(lane.farewell for lane in engine.active()):
+            last = now + seconds
+        given_up = (t for t in engine.unfinished() if t.lane.deserted and not t.call.leaving)
+        if now > last or (now > until and any(given_up)):
+            return
+        pace.after(engine.test())
 
 
 def _go(lane: Lane, *, settled: bool) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import InvalidCallError, MpicollError, Unique, interrupts
 from ..runtime.settings import seconds
-from .call import Call, Peer
-from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end, number, place
+from .background import background
+from .call import Peer
+from .progress import engine
+from .tasks import Task
 
 
 class Work(Task, Unique):
@@ -21,35 +22,13 @@ class Work(Task, Unique):
     goes on, and if it fails, the group's next call raises its error.
     """
 
-    __slots__ = ("_entry",)
+    __slots__ = ()
 
     _instead = "wait() for it, and copy the arrays that you gave to the call"
-
-    def __init__(
-        self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
-    ) -> None:
-        Task.__init__(self, lane, call, seq, timeout)
-        self._entry: Entry = recorder.note(seq, call, self.called)
 
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
-
-    def take_number(self, seq: int) -> None:
-        """Give the call its number, if that was not known when it was made."""
-        self.seq = seq
-        number(self._entry, seq)
-
-    def place(self) -> str:
-        """Return the file and line of the user's that called."""
-        file, line = place(self._entry)
-        return f"{file}:{line}" if file else "?"
-
-    def ended(self) -> None:
-        """Enter the end in the flight recorder, and let those behind it have their turn."""
-        end(self._entry, self.error)
-        if self.call.turn is not None:
-            self.call.turn.over = True
 
     def wait(self, timeout: object = None) -> bool:
         """Wait until the call is done, and return True.
@@ -165,7 +144,7 @@ class Work(Task, Unique):
                 future.set_result(self.result())
 
         if not self.done:
-            engine.background()
+            background.progress()
         engine.when_done(self, settle)
         return future
 

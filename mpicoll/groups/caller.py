@@ -12,11 +12,13 @@ from functools import partial
 
 from ..engine import checks, communicators, kinds
 from ..engine.arrival import Arrival, Once
+from ..engine.background import background
 from ..engine.call import NULL, PROC_NULL, UNEVEN, Call, Message, Peer
 from ..engine.exit import check_process
 from ..engine.kinds import Kind
-from ..engine.progress import Lane, Task, engine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import Lane, Task
 from ..engine.work import Work
 from ..errors import GroupBrokenError, GroupClosedError, InvalidCallError, MpicollError
 from ..runtime.library import IDLE, Steps, highest_tag
@@ -77,7 +79,7 @@ class Caller:
         self.size: int = comm.Get_size()
         self.highest_tag = highest_tag()
         self.world_ranks = communicators.world_ranks(comm)
-        self.lane = lane = Lane(name, comm)
+        self.lane = lane = Lane(name, comm, engine.active)
         self.transport = select.transport(resources)
         lane.abort = self.transport.abort
         self.arrival = select.arrival(resources, lane.peers, options)
@@ -97,9 +99,9 @@ class Caller:
         self._ending: Work | None = None  # the call of shutdown()
         engine.enlist(lane)
         if progress == "thread":
-            engine.background(stay=True)
+            background.progress(stay=True)
         if self.transport.watched:
-            engine.keep_deadlines()
+            background.keep_deadlines()
 
     # ---- collectives ----
 
@@ -195,7 +197,7 @@ class Caller:
         engine.launch(work, self._arrive(work))
         if self.size > 1:
             with contextlib.suppress(MpicollError):
-                engine.background()
+                background.progress()
 
     # ---- messages ----
 

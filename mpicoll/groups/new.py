@@ -7,10 +7,12 @@ from typing import Any
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
+from ..engine.background import background, check_threads
 from ..engine.call import Call
 from ..engine.exit import check_process, ending
-from ..engine.progress import Lane, check_threads, engine, share_machine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import Lane
 from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
@@ -24,6 +26,7 @@ from ..runtime.settings import (
     seconds,
     single,
 )
+from ..runtime.waiting import share_machine
 from ..transports import select
 from ..transports.select import GroupOptions
 from . import registry, rendezvous, spawn
@@ -130,7 +133,7 @@ def new_group(
     if refusal is not None:
         if parent.Get_size() > 1:
             with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
-                engine.background()
+                background.progress()
         raise refusal
     assert asked is not None
     wait_through(work)
@@ -157,7 +160,7 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             _refuse_singleton()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        lane = Lane("new_group", parent)
+        lane = Lane("new_group", parent, engine.active)
         # Between the makings of groups no rank listens there.
         lane.peers.silence = (
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"

@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Sequence
 
 from ..engine import communicators
-from ..engine.progress import Lane, engine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import Lane
 from ..runtime import agreement
 from ..runtime.library import MPI, Steps
 from ..transports.base import Transport

@@ -17,7 +17,7 @@ from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine import kinds
 from ..engine.call import UNEVEN, Call, Message, Pieces
 from ..engine.kinds import Kind
-from ..engine.progress import Lane
+from ..engine.tasks import Lane
 from ..runtime.library import Steps
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from ..arrays.buffers import Blocks
 from ..arrays.dtypes import BY_CODE, Reduction
 from ..engine.call import ANY, UNEVEN, Call, Message
-from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
+from ..engine.progress import engine
+from ..engine.tasks import Completed, Expired, Lane, Task, Uncancelled
 from ..errors import CollectiveMismatchError, interrupts
 from ..runtime import agreement
 from ..runtime.library import (

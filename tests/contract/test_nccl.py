@@ -20,8 +20,11 @@ import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.engine import kinds
 from mpicoll.engine.arrival import Once
+from mpicoll.engine.background import Background, background
 from mpicoll.engine.call import Call
-from mpicoll.engine.progress import Engine, Lane, Task, engine
+from mpicoll.engine.progress import Engine, engine
+from mpicoll.engine.recorder import Recorder
+from mpicoll.engine.tasks import Lane, Task
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -85,8 +88,8 @@ def kind(pg) -> Kind:
 def no_thread_stays_behind() -> Iterator[None]:
     """The tests that follow are to run without one again."""
     yield
-    engine._stay = False
-    engine._wake.set()
+    background._stay = False
+    background._wake.set()
 
 
 ELSEWHERE = ElsewhereKind()
@@ -372,11 +375,22 @@ def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh
 
 
 @pytest.fixture
-def own() -> Iterator[Engine]:
-    """An engine beside that of the groups, whose threads end with the test."""
-    made = Engine()
+def own() -> Engine:
+    """An engine beside that of the groups."""
+    return Engine()
+
+
+@pytest.fixture
+def keeper(own) -> Iterator[Background]:
+    """What keeps its deadlines; its threads end with the test."""
+    made = Background(own)
+    made.keep_deadlines()
     yield made
     made.stop()
+
+
+def task_in(lane: Lane, seq: int, timeout: float) -> Task:
+    return Task(lane, Call(kinds.ALLREDUCE), seq, timeout, Recorder(lane.name, 0, [0]))
 
 
 def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
@@ -393,11 +407,10 @@ def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("how", ["raises", "returns", "goes on", "later"])
-def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
+def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, keeper, how):
     """Whichever thread has taken it; what it returns then is no success."""
-    lane, free = Lane("stuck", MPI.COMM_SELF), threading.Event()
-    task = Task(lane, Call(kinds.ALLREDUCE), 1, 0.2)
-    own.keep_deadlines()
+    lane, free = Lane("stuck", MPI.COMM_SELF, own.active), threading.Event()
+    task = task_in(lane, 1, 0.2)
     own.launch(task, stuck(own, free, how))
     limit = time.monotonic() + 10
     while not task.done:
@@ -406,29 +419,28 @@ def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
     assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
 
 
-def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own):
-    lane = Lane("slow", MPI.COMM_SELF)
+def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own, keeper):
+    lane = Lane("slow", MPI.COMM_SELF, own.active)
     lane.abort = pytest.fail
-    task = Task(lane, Call(kinds.ALLREDUCE), 1, 0.1)
+    task = task_in(lane, 1, 0.1)
 
     def steps() -> Iterator[int]:
         time.sleep(0.5)
         yield from ()
 
-    own.keep_deadlines()
     own.launch(task, steps())
     assert task.done and task.error is None
 
 
 def test_a_busy_group_keeps_no_other_from_its_deadline(own):
-    busy, quiet = Lane("busy", MPI.COMM_SELF), Lane("quiet", MPI.COMM_SELF)
+    busy, quiet = Lane("busy", MPI.COMM_SELF, own.active), Lane("quiet", MPI.COMM_SELF, own.active)
 
     def forever(mood: int) -> Iterator[int]:
         while True:
             yield mood
 
-    own.launch(Task(busy, Call(kinds.ALLREDUCE), 1, 60), forever(MOVED))
-    task = Task(quiet, Call(kinds.ALLREDUCE), 1, 0.2)
+    own.launch(task_in(busy, 1, 60), forever(MOVED))
+    task = task_in(quiet, 1, 0.2)
     own.launch(task, forever(IDLE))
     limit = time.monotonic() + 10
     while not task.done:
@@ -438,9 +450,9 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
 
 
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
-    lane = Lane("failing", MPI.COMM_SELF)
+    lane = Lane("failing", MPI.COMM_SELF, own.active)
     lane.abort = lambda: 1 / 0
-    tasks = [Task(lane, Call(kinds.ALLREDUCE), n, 60) for n in (1, 2, 3)]
+    tasks = [task_in(lane, n, 60) for n in (1, 2, 3)]
     for task in tasks:
         own.launch(task, iter([IDLE] * 10**6))
     own.fail_all(lane, TransportError("planted"))

@@ -18,7 +18,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "runtime",
         [
             *("settings", "launcher", "library", "processes"),
-            *("agreement", "memory", "topology"),
+            *("agreement", "memory", "topology", "waiting", "watchdog"),
         ],
     ),
     ("arrays", ["ops", "dtypes", "device", "buffers"]),
@@ -26,7 +26,8 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "engine",
         [
             *("kinds", "call", "overlap", "checks", "claims", "recorder", "rollcall", "peers"),
-            *("arrival", "progress", "exit", "work", "communicators"),
+            *("arrival", "tasks", "deadlines", "underway", "progress", "background"),
+            *("exit", "work", "communicators"),
         ],
     ),
     (

@@ -17,7 +17,7 @@ from ...arrays.buffers import Blocks, Buffer, DeviceBuffer
 from ...arrays.device import UNKNOWN, DeviceArray
 from ...arrays.dtypes import DType
 from ...engine.call import UNEVEN, Call, Message, digest
-from ...engine.progress import Expired, Lane
+from ...engine.tasks import Expired, Lane
 from ...errors import InvalidCallError, TransportError, UnsupportedError
 from ...runtime.library import KEEN, Steps
 from ..base import Transport
