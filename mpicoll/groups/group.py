@@ -42,7 +42,7 @@ from ..engine.calls import ANY_SOURCE, NULL, PROC_NULL, Call, Message, Peer
 from ..engine.exit import check_process, ending
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
-from ..engine.tasks import Lane, Task
+from ..engine.tasks import GroupState, Task
 from ..engine.work import Work
 from ..errors import (
     GroupBrokenError,
@@ -116,28 +116,28 @@ class ProcessGroup(Unique):
         self._desc = desc
         self._progress = progress
         self._highest_tag = highest_tag()
-        self._lane = Lane(name, comm, engine.active)
+        self._state = GroupState(name, comm, engine.active)
         self._transport = select.transport(ground)
-        self._lane.abort = self._transport.abort
-        self._arrival = select.arrival(ground, self._lane.peers, wanted)
-        self._lane.exchange = self._arrival.exchange
-        self._lane.gathering = self._arrival.gathering
-        self._once = self._lane.once = Once() if wanted.checks == "first" else None
+        self._state.abort = self._transport.abort
+        self._arrival = select.arrival(ground, self._state.peers, wanted)
+        self._state.exchange = self._arrival.exchange
+        self._state.gathering = self._arrival.gathering
+        self._once = self._state.once = Once() if wanted.checks == "first" else None
         self._world_ranks = communicators.world_ranks(comm)
         self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
-        self._lane.mark = self._recorder.mark
+        self._state.mark = self._recorder.mark
         if ground.shared is not None:
             shared = ground.shared
-            self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
-        self._lane.farewell = partial(
-            _farewell, self._lane, self._arrival, self._transport, self._recorder
+            self._state.page, self._state.word = shared.words, shared.finished[shared.rank]
+        self._state.final_arrival = partial(
+            _arrive_finally, self._state, self._arrival, self._transport, self._recorder
         )
         self._ending: Work | None = None  # the call of shutdown()
         self._children = Children()
         self._kin = Child(
-            *(self, ground.comms, self._transport, self._lane, self._recorder, self._children)
+            *(self, ground.comms, self._transport, self._state, self._recorder, self._children)
         )
-        engine.enlist(self._lane)
+        engine.enlist(self._state)
         if progress == "thread":
             background.progress(stay=True)
         if self._transport.watched:
@@ -149,15 +149,15 @@ class ProcessGroup(Unique):
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
         engine.mend()
-        return self._lane.broken is not None
+        return self._state.broken is not None
 
     @property
     def is_closed(self) -> bool:
         """Whether it was shut down or aborted."""
-        return bool(self._lane.closed)
+        return bool(self._state.closed)
 
     def __repr__(self) -> str:
-        state = self._lane.closed or ("broken" if self._lane.broken else "")
+        state = self._state.closed or ("broken" if self._state.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
             f"transport {self._transport.name}{', ' + state if state else ''}>"
@@ -178,7 +178,7 @@ class ProcessGroup(Unique):
     @property
     def group_name(self) -> str:
         """The group's name."""
-        return self._lane.name
+        return self._state.name
 
     @property
     def group_desc(self) -> str:
@@ -550,7 +550,7 @@ class ProcessGroup(Unique):
         found = engine.look(lambda: self._transport.probe(peer, number))
         if found is None:
             self._usable()
-            engine.check_peers(self._lane)
+            engine.check_peers(self._state)
         return found
 
     # ---- barriers and objects: these wait, and return values ----
@@ -815,23 +815,23 @@ class ProcessGroup(Unique):
             UnsupportedError: a rank died, and one that lives is excluded.
         """
         check_process()
-        lane = self._lane
+        state = self._state
         self._refuse_closed()
         out = calls.excluded(self._rank, self._size, ranks_to_exclude)
         limit = seconds(timeout, self._timeout)
-        if lane.broken is None:
-            engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
-        work = Work(lane, Call("shrink_group"), lane.seq, limit, self._recorder)
+        if state.broken is None:
+            engine.fail_all(state, GroupBrokenError("shrink_group was called"))
+        work = Work(state, Call("shrink_group"), state.seq, limit, self._recorder)
         engine.launch(work, self._shrink(work, out))
         _see_through(work)
-        lane.replaced = True
+        state.replaced = True
         name = group_name or f"{self.group_name}:shrink"
         return self._made(work.call.result, name, group_desc, timeout)
 
     def _shrink(self, work: Work, out: Sequence[int]) -> Steps:
         deadline = work.deadline
         work.deadline += _VERDICT
-        made = yield from communicators.shrink(self.comm, self._lane.peers, out, deadline)
+        made = yield from communicators.shrink(self.comm, self._state.peers, out, deadline)
         assert made is not None
         work.call.result = yield from select.prepare_survivors(made, self._wanted, deadline)
 
@@ -900,19 +900,19 @@ class ProcessGroup(Unique):
         that no rank receives is dropped.  That error is raised here, too, if nobody has asked the
         Work for it before; the group is shut down then.
         """
-        lane = self._lane
-        if lane.closed:
+        state = self._state
+        if state.closed:
             return
-        messages = list(lane.beside)
-        if lane.broken is None:
-            for work in list(lane.enqueued):
+        messages = list(state.beside)
+        if state.broken is None:
+            for work in list(state.enqueued):
                 engine.wait(work, seconds(timeout, self._timeout))
 
             def then(work: Work) -> Steps:
-                while lane.enqueued:
+                while state.enqueued:
                     yield IDLE  # what was left to the GPU comes first
-                yield from self._transport.clear(lane)
-                engine.delist(lane)  # nobody may listen on it any more
+                yield from self._transport.clear(state)
+                engine.delist(state)  # nobody may listen on it any more
                 yield from self._transport.close()
                 yield from communicators.free(self._ground.comms, work.deadline)
 
@@ -943,17 +943,17 @@ class ProcessGroup(Unique):
         self._abort(f"aborted the group: {reason}" if reason else "aborted the group")
 
     def _abort(self, why: str) -> None:
-        lane = self._lane
-        if lane.closed:
+        state = self._state
+        if state.closed:
             return
-        engine.fail_all(lane, GroupClosedError(f"rank {self._rank} {why}"))
+        engine.fail_all(state, GroupClosedError(f"rank {self._rank} {why}"))
         self._close("aborted")
 
     def _close(self, how: str) -> None:
-        self._lane.close(how)
-        engine.delist(self._lane)
+        self._state.close(how)
+        engine.delist(self._state)
         self._recorder.close()
-        together = self._lane.broken is None
+        together = self._state.broken is None
         engine.between_steps(lambda: self._transport.release(together=together))
 
     def __enter__(self) -> ProcessGroup:
@@ -981,23 +981,23 @@ class ProcessGroup(Unique):
         then: Callable[[Work], Steps] | None = None,
     ) -> Work:
         """Take a number, check the arguments, and launch arrival followed by the data."""
-        lane = self._lane
+        state = self._state
         self._usable()
         seq = 0
         if self._once is None:  # else it is known only later whether it takes one
-            lane.seq += 1
-            seq = lane.seq
+            state.seq += 1
+            seq = state.seq
         call = None
         try:
             limit = self._timeout if timeout is None else seconds(timeout, self._timeout)
-            if lane.failures:
+            if state.failures:
                 self._raise_unfetched()
             call = check(self._rank, self._size, *arguments)
             if engine.busy:
-                _refuse_busy(call, lane)
+                _refuse_busy(call, state)
             if call.device is not None:
                 self._transport.admit(call)  # the last to refuse it: it has its turn then
-            work = Work(lane, call, seq, limit, self._recorder)
+            work = Work(state, call, seq, limit, self._recorder)
         except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
             if call is not None and call.turn is not None:
                 call.turn.over = True
@@ -1041,8 +1041,8 @@ class ProcessGroup(Unique):
         call, record = work.call, None
         if self._once is not None:
             record = self._once.before(call)
-            self._lane.seq += 1
-            work.take_number(self._lane.seq)
+            self._state.seq += 1
+            work.take_number(self._state.seq)
         if not call.refused:
             self._transport.prepare(call, work.seq)
         at_once = call.device is not None and call.count != calls.UNEVEN
@@ -1057,7 +1057,7 @@ class ProcessGroup(Unique):
         limit = seconds(timeout, self._timeout)
         self._raise_unfetched()
         call = check()
-        before = _refuse_busy(call, self._lane) if engine.busy else None
+        before = _refuse_busy(call, self._state) if engine.busy else None
         if call.device is not None:
             self._transport.admit(call)
         move = self._transport.send if kind == "send" else self._transport.recv
@@ -1066,7 +1066,7 @@ class ProcessGroup(Unique):
         steps = move(call)
         if before is not None:  # the same receive, the wait for which was interrupted
             steps, call = before.steps, before.call
-        work = Work(self._lane, call, 0, limit, self._recorder)
+        work = Work(self._state, call, 0, limit, self._recorder)
         try:
             engine.launch(work, steps)
         except BaseException as error:
@@ -1077,7 +1077,7 @@ class ProcessGroup(Unique):
     def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
         """Let the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
-        work = Work(self._lane, call, seq, self._timeout, self._recorder)
+        work = Work(self._state, call, seq, self._timeout, self._recorder)
         engine.launch(work, self._arrive(work))
         if self._size > 1:
             with contextlib.suppress(MpicollError):
@@ -1085,24 +1085,24 @@ class ProcessGroup(Unique):
 
     def _usable(self) -> None:
         check_process()
-        lane = self._lane
+        state = self._state
         self._refuse_closed()
-        if lane.broken is not None:
-            lane.told = True
+        if state.broken is not None:
+            state.told = True
             raise GroupBrokenError(
-                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
-            ) from lane.broken
+                f"group {state.name!r} can't be used after an earlier failure: {state.broken}"
+            ) from state.broken
 
     def _refuse_closed(self) -> None:
-        if self._lane.closed:
+        if self._state.closed:
             raise GroupClosedError(
-                f"group {self._lane.name!r} was {self._lane.closed}: "
+                f"group {self._state.name!r} was {self._state.closed}: "
                 "make a new one with new_group()"
             )
 
     def _raise_unfetched(self) -> None:
         """Raise the error of a Work that was dropped before anybody asked for it."""
-        failures, error = self._lane.failures, None
+        failures, error = self._state.failures, None
         for _ in range(min(len(failures), _FAILURES)):
             failure = failures.popleft()
             if failure.fetched:
@@ -1131,25 +1131,27 @@ def _see_through(work: Work) -> None:
         raise
 
 
-def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
+def _arrive_finally(
+    state: GroupState, arrival: Arrival, transport: Transport, recorder: Recorder
+) -> None:
     """Launch this rank's last arrival in a group, which waits for the others' for long."""
-    lane.seq += 1
+    state.seq += 1
     call = Call("shutdown", leaving=True)
-    work = Work(lane, call, lane.seq, default_timeout(), recorder)
+    work = Work(state, call, state.seq, default_timeout(), recorder)
 
     def steps() -> Steps:
         yield from arrival.steps(call, work.seq)
-        yield from transport.clear(lane)
+        yield from transport.clear(state)
 
     engine.launch(work, steps())
 
 
-def _refuse_busy(call: Call, lane: Lane) -> Task | None:
+def _refuse_busy(call: Call, state: GroupState) -> Task | None:
     """Refuse memory that an unfinished Work of any group is using in a way that conflicts.
 
     Return a receive in whose place the new call goes on, if the wait for that was interrupted.
     """
-    task = engine.make_room(call, lane)
+    task = engine.make_room(call, state)
     if task is None or task.done:
         return task
     raise InvalidCallError(
@@ -1160,7 +1162,7 @@ def _refuse_busy(call: Call, lane: Lane) -> Task | None:
 
 # ---- making groups ----
 
-_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
+_creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
 
 
 def new_group(
@@ -1217,11 +1219,11 @@ def new_group(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
             "Merge() an intercommunicator first; ranks outside a communicator make no group"
         )
-    lane, recorder, children = _creation_lane(parent)
-    if lane.broken is not None:
+    state, recorder, children = _creation_state(parent)
+    if state.broken is not None:
         raise GroupBrokenError(
-            f"an earlier new_group over this communicator failed: {lane.broken}"
-        ) from lane.broken
+            f"an earlier new_group over this communicator failed: {state.broken}"
+        ) from state.broken
     limit, call, refusal = default_timeout(), Call("new_group"), None
     try:
         limit = seconds(timeout, limit)
@@ -1241,15 +1243,15 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq + 1, limit, recorder)
+    work = Work(state, call, state.seq + 1, limit, recorder)
 
     def made() -> None:
-        engine.delist(lane)  # `parent` may be freed from now on
+        engine.delist(state)  # `parent` may be freed from now on
         recorder.close()
 
     work.callbacks.append(made)
     try:
-        lane.seq += 1
+        state.seq += 1
         engine.launch(work, _create(parent, work, children))
     except BaseException as error:
         engine.forsake(work, error)
@@ -1266,8 +1268,8 @@ def new_group(
     return group if factory is None else _from_factory(group, factory, limit, str(device), options)
 
 
-def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
-    """Return the lane on which groups over `parent` are made, and what was made on it."""
+def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:
+    """Return the state in which groups over `parent` are made, and what was made in it."""
     global _creation_key
     if not _creation_key:
         ending.hook()
@@ -1282,7 +1284,7 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             _refuse_stray()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        made = Lane("new_group", parent, engine.active), recorder, Children()
+        made = GroupState("new_group", parent, engine.active), recorder, Children()
         # Between the makings of groups nobody listens there.
         made[
             0
@@ -1290,10 +1292,10 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
         parent.Set_attr(_creation_key, made)
-    lane, recorder, children = made
-    engine.enlist(lane)
+    state, recorder, children = made
+    engine.enlist(state)
     recorder.open()
-    return lane, recorder, children
+    return state, recorder, children
 
 
 def _refuse_stray() -> None:
@@ -1313,7 +1315,7 @@ def _refuse_stray() -> None:
 def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
     made = yield from communicators.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
+    yield from Arrival(made, work.group_state.peers).steps(work.call, work.seq)
     if work.call.refused:
         return  # the peers have heard of it, and go no further
     yield from children.reclaim(made, work.deadline)

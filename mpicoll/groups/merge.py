@@ -34,8 +34,8 @@ from ..errors import (
 )
 from ..runtime.library import (
     IDLE,
-    KEEN,
     MPI,
+    POLL,
     Abandoned,
     Steps,
     greeting_tag,
@@ -257,7 +257,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
     for place, request in enumerate(requests):
         try:
-            yield from _before(request, deadline, KEEN, op)
+            yield from _before(request, deadline, POLL, op)
         except BaseException:
             pending.extend(requests[place + 1 :])
             raise

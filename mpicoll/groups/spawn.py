@@ -105,7 +105,7 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> _Says
     word = yield from _hear(inter, deadline)
     if word is None:
         # Not a word to those who may never read it: MPI could not be finalized here or there.
-        engine.listen(partial(_turn_away, inter))
+        engine.add_poller(partial(_turn_away, inter))
         return {"failed": "the started ranks have not all called parent_group in time"}
     if word == LEFT:
         return {"failed": "the started ranks gave up in parent_group"}

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from .library import IDLE, MOVED, MPI, Steps, until
+from .library import IDLE, MPI, PROGRESSED, Steps, until
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -264,7 +264,7 @@ class NodeMemory:
                 if words[word] >= value:
                     break
             else:
-                yield MOVED
+                yield PROGRESSED
                 while words[word] < value:
                     yield IDLE
         self.fence()

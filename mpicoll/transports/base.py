@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine.calls import UNEVEN, Call, Message
-from ..engine.tasks import Lane
+from ..engine.tasks import GroupState
 from ..runtime.library import Steps
 
 
@@ -32,7 +32,7 @@ class Transport(ABC):
         yield from ()
 
     @abstractmethod
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more."""
 
     def abort(self) -> None:  # noqa: B027

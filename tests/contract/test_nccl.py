@@ -22,7 +22,7 @@ from mpicoll.engine.background import Background, background
 from mpicoll.engine.calls import Call
 from mpicoll.engine.progress import Engine, engine
 from mpicoll.engine.recorder import Recorder
-from mpicoll.engine.tasks import Lane, Task
+from mpicoll.engine.tasks import GroupState, Task
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -31,7 +31,7 @@ from mpicoll.errors import (
     TransportError,
     UnsupportedError,
 )
-from mpicoll.runtime.library import IDLE, MOVED, pause
+from mpicoll.runtime.library import IDLE, PROGRESSED, pause
 from mpicoll.transports import select
 from mpicoll.transports.cuda import nccl
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
@@ -56,7 +56,7 @@ def queue_of(pg: mc.ProcessGroup) -> Queue:
     if not isinstance(pg._transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
         pg._transport = NcclTransport(pg._transport, queue, Communicator(queue), TURNS)
-        pg._lane.abort = pg._transport.abort
+        pg._state.abort = pg._transport.abort
     return pg._transport._gpu
 
 
@@ -386,8 +386,8 @@ def keeper(own) -> Iterator[Background]:
     made.stop()
 
 
-def task_in(lane: Lane, seq: int, timeout: float) -> Task:
-    return Task(lane, Call("allreduce"), seq, timeout, Recorder(lane.name, 0, [0]))
+def task_in(state: GroupState, seq: int, timeout: float) -> Task:
+    return Task(state, Call("allreduce"), seq, timeout, Recorder(state.name, 0, [0]))
 
 
 def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
@@ -400,26 +400,26 @@ def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
     if how == "raises":
         raise RuntimeError("NCCL was aborted")
     if how == "goes on":
-        yield MOVED
+        yield PROGRESSED
 
 
 @pytest.mark.parametrize("how", ["raises", "returns", "goes on", "later"])
 def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, keeper, how):
     """Whichever thread has taken it; what it returns then is no success."""
-    lane, free = Lane("stuck", MPI.COMM_SELF, own.active), threading.Event()
-    task = task_in(lane, 1, 0.2)
+    state, free = GroupState("stuck", MPI.COMM_SELF, own.active), threading.Event()
+    task = task_in(state, 1, 0.2)
     own.launch(task, stuck(own, free, how))
     limit = time.monotonic() + 10
     while not task.done:
         assert time.monotonic() < limit
         time.sleep(0.01)
-    assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
+    assert isinstance(task.error, CollectiveTimeoutError) and state.broken is task.error
 
 
 def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own, keeper):
-    lane = Lane("slow", MPI.COMM_SELF, own.active)
-    lane.abort = pytest.fail
-    task = task_in(lane, 1, 0.1)
+    state = GroupState("slow", MPI.COMM_SELF, own.active)
+    state.abort = pytest.fail
+    task = task_in(state, 1, 0.1)
 
     def steps() -> Iterator[int]:
         time.sleep(0.5)
@@ -430,13 +430,16 @@ def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own, keeper):
 
 
 def test_a_busy_group_keeps_no_other_from_its_deadline(own):
-    busy, quiet = Lane("busy", MPI.COMM_SELF, own.active), Lane("quiet", MPI.COMM_SELF, own.active)
+    busy, quiet = (
+        GroupState("busy", MPI.COMM_SELF, own.active),
+        GroupState("quiet", MPI.COMM_SELF, own.active),
+    )
 
     def forever(mood: int) -> Iterator[int]:
         while True:
             yield mood
 
-    own.launch(task_in(busy, 1, 60), forever(MOVED))
+    own.launch(task_in(busy, 1, 60), forever(PROGRESSED))
     task = task_in(quiet, 1, 0.2)
     own.launch(task, forever(IDLE))
     limit = time.monotonic() + 10
@@ -447,12 +450,12 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
 
 
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
-    lane = Lane("failing", MPI.COMM_SELF, own.active)
-    lane.abort = lambda: 1 / 0
-    tasks = [task_in(lane, n, 60) for n in (1, 2, 3)]
+    state = GroupState("failing", MPI.COMM_SELF, own.active)
+    state.abort = lambda: 1 / 0
+    tasks = [task_in(state, n, 60) for n in (1, 2, 3)]
     for task in tasks:
         own.launch(task, iter([IDLE] * 10**6))
-    own.fail_all(lane, TransportError("planted"))
+    own.fail_all(state, TransportError("planted"))
     assert all(task.done and task.error is not None for task in tasks) and not own.busy
 
 
@@ -485,7 +488,7 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
 
 @pytest.fixture
 def ahead(fresh) -> mc.ProcessGroup:
-    fresh._once = fresh._lane.once = Once()
+    fresh._once = fresh._state.once = Once()
     return fresh
 
 
@@ -573,10 +576,10 @@ def test_a_mismatch_before_anything_went_without_leaves_the_group_usable(ahead, 
 
 def test_after_so_many_calls_all_meet_again(ahead, world, monkeypatch):
     monkeypatch.setattr(Once, "AGAIN", 10)
-    x, number = ELSEWHERE.full(5, 0), ahead._lane.seq
+    x, number = ELSEWHERE.full(5, 0), ahead._state.seq
     for _ in range(45):
         ahead.allreduce(x).wait()
-    assert ahead._lane.seq - number == 5, "the first, and each eleventh"
+    assert ahead._state.seq - number == 5, "the first, and each eleventh"
 
 
 def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead, world):

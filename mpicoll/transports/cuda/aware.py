@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from ...arrays.buffers import DeviceBuffer
 from ...arrays.device import DeviceArray
 from ...engine.calls import Call
-from ...runtime.library import KEEN, MPI, Steps, exchange_tag, until_all
+from ...runtime.library import MPI, POLL, Steps, exchange_tag, until_all
 from ..base import Transport
 from .staged import Copies, Done, StagedTransport, copied, device_blocks
 
@@ -83,7 +83,7 @@ class AwareTransport(StagedTransport):
         for buffer in call.buffers():
             mark = cast(DeviceBuffer, buffer).ready
             while mark is not None and not self._gpu.is_done(mark):
-                yield KEEN
+                yield POLL
         for part in parts:
             if part.kind == "broadcast":
                 yield from self._broadcast(part)

@@ -23,7 +23,7 @@ from ...arrays.ops import ReduceOp
 from ...engine.calls import Call
 from ...engine.progress import engine
 from ...errors import UnsupportedError
-from ...runtime.library import IDLE, MOVED, Steps
+from ...runtime.library import IDLE, PROGRESSED, Steps
 from ..base import Transport
 from .staged import Copies, StagedTransport, device_blocks
 
@@ -273,7 +273,7 @@ class NcclTransport(StagedTransport):
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1
-            yield MOVED  # the engine sees that it is enqueued
+            yield PROGRESSED  # the engine sees that it is enqueued
             # What is captured the GPU passes when the graph is launched, which nobody tells us.
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
