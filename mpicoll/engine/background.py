@@ -8,7 +8,7 @@ from _thread import start_new_thread
 
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
-from ..runtime.waiting import Pace, Signal
+from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
 from .progress import QUIET, Engine, engine
 
@@ -46,16 +46,16 @@ class Background:
         self._wake.set()
 
     def _work(self) -> None:
-        pace = Pace(background=True)
+        backoff = Backoff(background=True)
         while not self._stop:
             found = self._engine.turn(self._goes_on)
             if found is None:
                 return
             if self._stop or self._engine.busy:
-                pace.after(found)
+                backoff.after(found)
             else:
                 self._wake.wait()
-                pace.reset()
+                backoff.reset()
         self._thread = False
 
     def _goes_on(self) -> bool:

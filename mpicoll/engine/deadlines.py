@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from ..errors import CollectiveTimeoutError, MpicollError, RemoteRankError
 from .peers import Peers
 from .rollcall import SHOWN, Verdict
-from .tasks import Lane, Task
+from .tasks import GroupState, Task
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
 
@@ -26,25 +26,25 @@ def due(task: Task) -> float:
 
 def waits_for(task: Task) -> Task:
     """Return the task for which a task waits, or itself."""
-    lane = task.lane
+    state = task.group_state
     if task.queued:
-        return lane.queue[0]
-    return lane.enqueued[0] if task in lane.enqueued else task
+        return state.queue[0]
+    return state.enqueued[0] if task in state.enqueued else task
 
 
 def ask(task: Task, asked: set[int]) -> None:
     """Begin to find out, shortly before its deadline, what holds a task up."""
-    lane = task.lane
+    state = task.group_state
     head = waits_for(task)
     if not task.call.kind.queued:
-        peers = {task.call.peer} if task.call.peer >= 0 else set(range(lane.peers.size))
+        peers = {task.call.peer} if task.call.peer >= 0 else set(range(state.peers.size))
         some = sorted(peers - asked)[:SHOWN]
-        lane.peers.ask(some)
+        state.peers.ask(some)
         asked.update(some)
     elif head.seq and not head.recovers:
-        lane.peers.call_roll(head.seq, task.deadline)
-    elif lane.once is not None:
-        lane.peers.ask()
+        state.peers.call_roll(head.seq, task.deadline)
+    elif state.once is not None:
+        state.peers.ask()
 
 
 def says_the_same(head: Task, verdict: Verdict | None) -> bool:
@@ -52,12 +52,12 @@ def says_the_same(head: Task, verdict: Verdict | None) -> bool:
     return (
         verdict is not None
         and verdict.seq == head.seq
-        and head.lane.peers.rank not in verdict.missing
+        and head.group_state.peers.rank not in verdict.missing
         and head.deadline - time.monotonic() <= look_ahead(head)
     )
 
 
-def why_late(task: Task, elapsed: float, lanes: Iterable[Lane]) -> MpicollError | None:
+def why_late(task: Task, elapsed: float, states: Iterable[GroupState]) -> MpicollError | None:
     """Return the error of a task whose deadline has passed; None while that is being found out.
 
     Not for a receive, which is cancelled; see `late_message`.
@@ -65,9 +65,9 @@ def why_late(task: Task, elapsed: float, lanes: Iterable[Lane]) -> MpicollError 
     Args:
         task: the task, of whose peers the notices have just been read.
         elapsed: seconds since the call.
-        lanes: those of all open groups.
+        states: those of all open groups.
     """
-    head, peers = waits_for(task), task.lane.peers
+    head, peers = waits_for(task), task.group_state.peers
     if not task.call.kind.queued:
         return late_message(task, elapsed)
     if task.recovers:
@@ -79,20 +79,20 @@ def why_late(task: Task, elapsed: float, lanes: Iterable[Lane]) -> MpicollError 
         return None
     if peers.rank in verdict.missing:
         return _came_too_late(verdict)
-    return too_late(task, elapsed, verdict, _crossed(head, verdict, lanes))
+    return too_late(task, elapsed, verdict, _crossed(head, verdict, states))
 
 
-def _crossed(head: Task, verdict: Verdict, all_lanes: Iterable[Lane]) -> str:
+def _crossed(head: Task, verdict: Verdict, all_states: Iterable[GroupState]) -> str:
     """Say whether one that is missing waits in another group, for this rank."""
-    lane, me = head.lane, head.lane.peers.rank
-    lanes = {other.mark: other for other in all_lanes if other.mark and other is not lane}
+    state, me = head.group_state, head.group_state.peers.rank
+    states = {other.mark: other for other in all_states if other.mark and other is not state}
     for rank, said in (verdict.said or {}).items():
         for mark, seq in said.calls:
-            other = lanes.get(mark)
+            other = states.get(mark)
             if other is not None and other.seq < seq:
                 return (
                     f". Groups are called in opposite orders: rank {me} is in call #{head.seq} "
-                    f"of group {lane.name!r}{head.where()} and waits for rank {rank}, which is "
+                    f"of group {state.name!r}{head.where()} and waits for rank {rank}, which is "
                     f"in call #{seq} of group {other.name!r} and waits for rank {me}. Call "
                     "groups in one order on all ranks"
                 )
@@ -101,7 +101,7 @@ def _crossed(head: Task, verdict: Verdict, all_lanes: Iterable[Lane]) -> str:
 
 def _was_late(task: Task, elapsed: float) -> str:
     number = f" (call #{task.seq})" if task.seq else ""
-    name = task.lane.name
+    name = task.group_state.name
     return f"{task.call.describe()}{number} of group {name!r} was not done after {elapsed:.3f} s"
 
 
@@ -128,19 +128,19 @@ def too_late(
     text = f": ranks {missing[:SHOWN]}{_more(len(missing))} have not arrived"
     if task.call.met:
         text += ", or can't be reached any more"
-    text += _in_words(task.lane.peers.describe(verdict)) + crossed
+    text += _in_words(task.group_state.peers.describe(verdict)) + crossed
     return _late(task, elapsed, text, missing)
 
 
 def _not_compared(task: Task, elapsed: float) -> CollectiveTimeoutError:
     """Say where the peers are in a call of whose arrival nothing is known."""
     text = ": it was not compared (checks='first'), and peers may have called something else"
-    return _late(task, elapsed, text + _answered(task.lane.peers))
+    return _late(task, elapsed, text + _answered(task.group_state.peers))
 
 
 def late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> CollectiveTimeoutError:
     """Say what became of a message, and what its other end is doing."""
-    call, peers = task.call, task.lane.peers
+    call, peers = task.call, task.group_state.peers
     if not call.kind.receives:
         text = ": the receiver did not take the message"
     elif cancelled:

@@ -2,9 +2,9 @@
 
 Its rules:
 
-- Collectives of one group run one at a time, in program order: only the head of a lane's
+- Collectives of one group run one at a time, in program order: only the head of a group's
   queue is started and stepped.  (Several multi-phase collectives in flight on one
-  communicator mix up their data on MPICH and Open MPI.)  Lanes progress independently.
+  communicator mix up their data on MPICH and Open MPI.)  Groups progress independently.
   Sends and receives never queue: all their parts are posted at the call.
 - A head starts eagerly, up to its first wait.  Waiting for any task advances them all.
 - The cost of a call does not grow with the number of those under way.  A pass takes the head of
@@ -29,7 +29,7 @@ Its rules:
 - An exception from a signal handler may strike between any two bytecodes, and goes to the user as
   itself.  A receive in whose step it struck is cancelled, any other call breaks its group.  What it
   left half done is mended when the lock is taken next: everything that is done under the lock can
-  be done twice, a task stays in its lane until it is done, and the claims are derived from those.
+  be done twice, a task stays in its group until it is done, and the claims are derived from those.
 
 How the process ends is told in exit.py.
 """
@@ -55,22 +55,22 @@ from ..errors import (
     RemoteRankError,
     interrupts,
 )
-from ..runtime.library import IDLE, MOVED, MPI, Steps
+from ..runtime.library import IDLE, MPI, PROGRESSED, Steps
 from ..runtime.processes import watch
-from ..runtime.waiting import Pace, Signal
+from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
 from .claims import Claims
 from .deadlines import ask, due, late_message, says_the_same, why_late
 from .peers import Every
-from .tasks import Blocking, Completed, Expired, Failure, Lane, Task, Uncancelled
+from .tasks import Blocking, Completed, Expired, Failure, GroupState, Task, Uncancelled
 from .underway import UnderWay, died, gone, interrupted, same
 
 if TYPE_CHECKING:
     from .call import Call
 
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
-IDLE_LANES = 32  # lanes without a call under way that are listened to in one pass
-MESSAGES = 64  # of a lane's sends and receives that are stepped in one pass
+IDLE_GROUPS = 32  # groups without a call under way that are listened to in one pass
+MESSAGES = 64  # of a group's sends and receives that are stepped in one pass
 
 T = TypeVar("T")
 
@@ -88,9 +88,9 @@ class Engine(UnderWay):
         self._lock: Any = threading.RLock()
         self._struck = False  # the lock's holder is at work, or was when an exception struck it
         # All open groups; those at the front wait longest to be heard.
-        self._lanes: OrderedDict[Lane, None] = OrderedDict()
+        self._group_states: OrderedDict[GroupState, None] = OrderedDict()
         self._handed: deque[Callable[[], None]] = deque()  # for when the engine is done
-        self._ears: list[Callable[[], bool]] = []
+        self._pollers: list[Callable[[], bool]] = []
         self._poll = Every(0.005)
         self._looked = self._looking = 0.0  # when the last pass was, and since when they have come
         self._stepping: Task | None = None  # whose step is being taken
@@ -101,10 +101,10 @@ class Engine(UnderWay):
 
     # ---- what groups call ----
 
-    def enlist(self, lane: Lane) -> None:
+    def enlist(self, state: GroupState) -> None:
         """Make a group known, so that its peers' questions are answered."""
         with self._lock:
-            self._lanes[lane] = None
+            self._group_states[state] = None
 
     def at_once(self, task: Task, attempt: Callable[[Call, int], bool]) -> bool:
         """Have a call carried out in one go, and return whether that could be.
@@ -138,7 +138,7 @@ class Engine(UnderWay):
         return True
 
     def launch(self, task: Task, steps: Steps) -> None:
-        """Enter a task, and take it as far as its first wait if it is its lane's head."""
+        """Enter a task, and take it as far as its first wait if it is its group's head."""
         task.steps = steps
         if self._is_inside():
             self._handed.append(lambda: self._admit_late(task))
@@ -146,13 +146,13 @@ class Engine(UnderWay):
         with self._lock:
             self._enter()
             self._admit(task)
-            if task.lane.broken is not None and not task.recovers:  # just now
-                self._break(task.lane, task.lane.broken, task.seq, arrived=False)
+            if task.group_state.broken is not None and not task.recovers:  # just now
+                self._break(task.group_state, task.group_state.broken, task.seq, arrived=False)
             elif not task.queued:
                 self._step(task)
-                self._rest(task.lane)
-            elif task.lane.queue[0] is task:
-                self._advance(task.lane)
+                self._rest(task.group_state)
+            elif task.group_state.queue[0] is task:
+                self._advance(task.group_state)
             self._leave()
         if self._ended:
             self._run_callbacks()
@@ -169,7 +169,7 @@ class Engine(UnderWay):
             return
         if timeout is not None:
             self._shorten(task, timeout)
-        pace = Pace()
+        backoff = Backoff()
         while not task.done and (on_host or task.call.enqueued is None):
             if self._is_inside():
                 raise InvalidCallError(
@@ -178,13 +178,13 @@ class Engine(UnderWay):
                 )
             with self._lock:
                 self._enter()
-                found = MOVED if task.done else self._pass(task)
+                found = PROGRESSED if task.done else self._pass(task)
                 self._leave()
             if self._ended:
                 self._run_callbacks()
             if task.outside is not None:
                 self._go_outside(task, task.outside)
-            pace.after(found)
+            backoff.after(found)
 
     def outside(
         self, deadline: float, what: str, function: Callable[[], T]
@@ -195,7 +195,7 @@ class Engine(UnderWay):
         call without which this one does not return.
         """
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            yield MOVED
+            yield PROGRESSED
             with watchdog.guard(deadline, what):
                 return function()
         task = self._stepping
@@ -229,14 +229,14 @@ class Engine(UnderWay):
 
     def _forsake(self, task: Task, error: BaseException) -> None:
         cancelled = interrupted(task, error, cancelled=True)
-        if task in task.lane.beside and task.call.kind.receives:
+        if task in task.group_state.beside and task.call.kind.receives:
             lost = CallInterruptedError(
                 f"{cancelled} after its message had come: that is lost", breaks_group=False
             )
             task.fetched = True
             self.cancel(task, cancelled, interrupted(task, error), lost)
             if task.error is lost:
-                task.lane.failures.append(Failure(task, lost))
+                task.group_state.failures.append(Failure(task, lost))
         elif not task.done:
             self._forget(task, cancelled if task.call.kind.receives else interrupted(task, error))
 
@@ -271,9 +271,9 @@ class Engine(UnderWay):
             self._run_callbacks()
         return found
 
-    def fail_all(self, lane: Lane, error: BaseException, said: str = "") -> None:
-        """Give up everything that a lane has under way; tell the peers so, in these words."""
-        self.between_steps(lambda: self._give_up(lane, error, said))
+    def fail_all(self, state: GroupState, error: BaseException, said: str = "") -> None:
+        """Give up everything that a group has under way; tell the peers so, in these words."""
+        self.between_steps(lambda: self._give_up(state, error, said))
 
     def look(self, at: Callable[[], T]) -> T | None:
         """Look at what the steps work on; None where a signal handler has interrupted one."""
@@ -288,17 +288,17 @@ class Engine(UnderWay):
             self._run_callbacks()
         return seen
 
-    def check_peers(self, lane: Lane) -> None:
-        """Break a lane, if a peer has left it or died, and raise that."""
-        peers = lane.peers
+    def check_peers(self, state: GroupState) -> None:
+        """Break a group, if a peer has left it or died, and raise that."""
+        peers = state.peers
         left = [RemoteRankError(f"rank {r} {said.text}", rank=r) for r, said in peers.left.items()]
         for error in (*left, *(died(rank, how) for rank, how in peers.dead.items())):
-            self.fail_all(lane, error)
+            self.fail_all(state, error)
             raise error
 
-    def listen(self, ear: Callable[[], bool]) -> None:
+    def add_poller(self, poller: Callable[[], bool]) -> None:
         """Have a callback made, under the lock, whenever peers are heard, until it returns True."""
-        self._ears.append(ear)
+        self._pollers.append(poller)
 
     def between_steps(self, act: Callable[[], None]) -> None:
         """Have something done while no step is being taken: now, or when the one at hand is."""
@@ -317,20 +317,20 @@ class Engine(UnderWay):
         if self._struck:
             self.between_steps(lambda: None)
 
-    def delist(self, lane: Lane) -> None:
-        """Listen to a lane no more: its group is closed, or made."""
+    def delist(self, state: GroupState) -> None:
+        """Listen to a group no more: it is closed, or made."""
         with self._lock:
-            self._lanes.pop(lane, None)
+            self._group_states.pop(state, None)
 
-    def lanes(self) -> list[Lane]:
-        """Return the lanes of all open groups."""
-        return list(self._lanes)
+    def group_states(self) -> list[GroupState]:
+        """Return what is known of each open group."""
+        return list(self._group_states)
 
-    def make_room(self, call: Call, lane: Lane) -> Task | None:
+    def make_room(self, call: Call, state: GroupState) -> Task | None:
         """Return a task that writes what a call is to read, or uses what it is to write.
 
         None, if there is none.  What nobody waits for any more, as an exception has ended the wait,
-        is out of the way: a receive is cancelled, and a collective of the same lane comes before
+        is out of the way: a receive is cancelled, and a collective of the same group comes before
         the new call anyway.  The same receive is ended, for the new one to go on with its steps, so
         that what has come for it is not lost: then that is returned, and it is done.
         """
@@ -345,11 +345,11 @@ class Engine(UnderWay):
                     break
                 if task.call.kind.receives:
                     task.fetched = True
-                    if task.lane is lane and same(task.call, call):
+                    if task.group_state is state and same(task.call, call):
                         self._end(task, gone(task))
                         break
                     self.cancel(task, gone(task), interrupted(task))
-                elif task.queued and task.lane is lane:
+                elif task.queued and task.group_state is state:
                     task.released = True
                     self._disclaim(task)
                 else:
@@ -418,24 +418,24 @@ class Engine(UnderWay):
         elif self._stepping is not None and not self._stepping.done:
             self._forget(self._stepping, interrupted(self._stepping))
         self._stepping = self._ending = None
-        for lane in dict.fromkeys([*self._lanes, *self._active]):
-            if lane.broken is not None and (lane.busy or not lane.said):
-                self._give_up(lane, lane.broken, "")
+        for state in dict.fromkeys([*self._group_states, *self._active]):
+            if state.broken is not None and (state.busy or not state.said):
+                self._give_up(state, state.broken, "")
             steps: set[int] = set()
-            for task in lane.tasks():
+            for task in state.tasks():
                 if task.done or id(task.steps) in steps:
-                    lane.drop(task)
+                    state.drop(task)
                 steps.add(id(task.steps))
-            if lane.queue and lane.enqueued and lane.queue[0] is lane.enqueued[-1]:
-                lane.queue.popleft()
-            lane.due = 0.0
-            self._rest(lane)
+            if state.queue and state.enqueued and state.queue[0] is state.enqueued[-1]:
+                state.queue.popleft()
+            state.due = 0.0
+            self._rest(state)
         self._claims = Claims()
         self._unclaimed = dict.fromkeys(self._claimants())
 
     def _admit_late(self, task: Task) -> None:
         """Enter what a signal handler has launched; once, if it is done twice."""
-        if not task.done and task not in task.lane.tasks():
+        if not task.done and task not in task.group_state.tasks():
             self._admit(task)
 
     def _pass(self, wanted: Task | None = None) -> int:
@@ -443,20 +443,20 @@ class Engine(UnderWay):
         if now - self._looked > QUIET:  # before a deadline counts, there must be a while of looking
             self._looking = now
         self._looked = now
-        if wanted is not None and wanted in wanted.lane.beside:
+        if wanted is not None and wanted in wanted.group_state.beside:
             found = self._step(wanted)
-            if found == MOVED:
-                wanted.lane.moved = now
-        for lane in list(self._active):
-            moved = self._advance(lane)
-            if moved == MOVED:
-                lane.moved = now
+            if found == PROGRESSED:
+                wanted.group_state.moved = now
+        for state in list(self._active):
+            moved = self._advance(state)
+            if moved == PROGRESSED:
+                state.moved = now
             found = max(found, moved)
-        if found == MOVED and now < self._poll.next:
+        if found == PROGRESSED and now < self._poll.next:
             return found  # what is busy must not keep the others' deadlines from being looked at
         now = time.monotonic()
         if self._hear(now):
-            found = MOVED
+            found = PROGRESSED
         self._look_at_clock(now)
         return found
 
@@ -465,48 +465,48 @@ class Engine(UnderWay):
         ended = False
         if self._poll.due(now):
             watch.look()
-            for lane in self._to_hear():
-                ended = self._listen(lane) or ended
-            self.lend_ears()
+            for state in self._to_hear():
+                ended = self._listen(state) or ended
+            self.run_pollers()
         return ended
 
-    def lend_ears(self) -> bool:
+    def run_pollers(self) -> bool:
         """Have the callbacks made; return whether any are left."""
-        for ear in list(self._ears):
+        for poller in list(self._pollers):
             with contextlib.suppress(MPI.Exception):
-                if ear():
-                    self._ears.remove(ear)
-        return bool(self._ears)
+                if poller():
+                    self._pollers.remove(poller)
+        return bool(self._pollers)
 
-    def _to_hear(self) -> list[Lane]:
-        """Return the lanes to listen to now: the active ones, and some others in turn."""
-        turn = list(itertools.islice(self._lanes, IDLE_LANES))
-        for lane in turn:
-            self._lanes.move_to_end(lane)
+    def _to_hear(self) -> list[GroupState]:
+        """Return the groups to listen to now: the active ones, and some others in turn."""
+        turn = list(itertools.islice(self._group_states, IDLE_GROUPS))
+        for state in turn:
+            self._group_states.move_to_end(state)
         return list(dict.fromkeys([*self._active, *turn]))
 
-    def _advance(self, lane: Lane) -> int:
+    def _advance(self, state: GroupState) -> int:
         found = IDLE
-        while lane.queue:
-            head = lane.queue[0]
+        while state.queue:
+            head = state.queue[0]
             found = max(found, self._step(head))
             if head.done:
                 continue
             if head.call.enqueued is None:
                 break
             head.queued = False
-            lane.enqueued.append(head)
-            lane.queue.popleft()
-        while lane.enqueued:
-            oldest = lane.enqueued[0]
+            state.enqueued.append(head)
+            state.queue.popleft()
+        while state.enqueued:
+            oldest = state.enqueued[0]
             found = max(found, self._step(oldest))
             if not oldest.done:
                 break
-        for task in list(itertools.islice(lane.beside, MESSAGES)):
+        for task in list(itertools.islice(state.beside, MESSAGES)):
             if not task.done:
-                lane.beside.move_to_end(task)  # the others have their turn
+                state.beside.move_to_end(task)  # the others have their turn
                 found = max(found, self._step(task))
-        self._rest(lane)
+        self._rest(state)
         return found
 
     def _step(self, task: Task) -> int:
@@ -528,7 +528,7 @@ class Engine(UnderWay):
             if struck is not None:
                 raise struck from struck.__cause__
         self._stepping = self._ending = None
-        return MOVED
+        return PROGRESSED
 
     def _ended_by(self, task: Task, error: BaseException) -> BaseException | None:
         """End a task by what its steps raised; return what of it came from a signal handler."""
@@ -548,36 +548,36 @@ class Engine(UnderWay):
         self._stepping = None
         return struck
 
-    def _listen(self, lane: Lane) -> bool:
-        """Read a lane's notices; fail its head if a peer has left that call."""
-        if lane.queue and lane.queue[0].blocked:
+    def _listen(self, state: GroupState) -> bool:
+        """Read a group's notices; fail its head if a peer has left that call."""
+        if state.queue and state.queue[0].blocked:
             return False  # its communicator may be on the way to be freed
         with contextlib.suppress(MPI.Exception):
-            lane.peers.poll()
-        if not (lane.peers.left or lane.peers.dead) or not lane.busy:
+            state.peers.poll()
+        if not (state.peers.left or state.peers.dead) or not state.busy:
             return False
-        head = lane.tasks()[0]
+        head = state.tasks()[0]
         if head.recovers:
             return False
-        for rank, notice in lane.peers.left.items():
+        for rank, notice in state.peers.left.items():
             if head.queued and head.seq and notice.seq > head.seq:
                 continue
             if says_the_same(head, notice.verdict):
                 continue
             self._end(head, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
             return True
-        for rank, how in lane.peers.dead.items():
+        for rank, how in state.peers.dead.items():
             self._end(head, died(rank, how))
             return True
         return False
 
     def _look_at_clock(self, now: float) -> None:
-        for lane in list(self._active):
-            if now < lane.due:
+        for state in list(self._active):
+            if now < state.due:
                 continue
-            quiet = now - max(self._looking, lane.moved) >= QUIET
-            tasks = lane.tasks()
-            lane.due = min(map(due, tasks), default=math.inf)
+            quiet = now - max(self._looking, state.moved) >= QUIET
+            tasks = state.tasks()
+            state.due = min(map(due, tasks), default=math.inf)
             asked: set[int] = set()  # peers, about messages
             for task in tasks:
                 if task.done or now < due(task) or task.blocked:
@@ -589,18 +589,18 @@ class Engine(UnderWay):
                     self._expire(task, now)
 
     def _expire(self, task: Task, now: float) -> None:
-        if task in task.lane.beside:
+        if task in task.group_state.beside:
             self._step(task)  # it may not have had its turn for a while
             if task.done:
                 return
         elapsed = now - task.called
         with contextlib.suppress(MPI.Exception):
-            task.lane.peers.poll()
+            task.group_state.peers.poll()
         if task.call.kind.receives:
             stuck = late_message(task, elapsed, cancelled=False)
             self.cancel(task, late_message(task, elapsed), stuck)
             return
-        error = why_late(task, elapsed, self._lanes)
+        error = why_late(task, elapsed, self._group_states)
         if error is not None:
             self._end(task, error)
 
@@ -609,7 +609,7 @@ class Engine(UnderWay):
         if deadline < task.deadline:
             task.deadline = deadline
             task.timeout = timeout
-            task.lane.due = min(task.lane.due, due(task))
+            task.group_state.due = min(task.group_state.due, due(task))
 
     # ---- callbacks ----
 

@@ -1,4 +1,4 @@
-"""What the engine knows: of one call, as a `Task`; of one group, as a `Lane` of tasks."""
+"""What the engine knows: of one call, as a `Task`; of one group, as a `GroupState` of tasks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Task:
         "error",
         "failure",
         "fetched",
-        "lane",
+        "group_state",
         "left",
         "outside",
         "queued",
@@ -80,15 +80,15 @@ class Task:
     steps: Steps  # given at the launch
 
     def __init__(
-        self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
+        self, state: GroupState, call: Call, seq: int, timeout: float, recorder: Recorder
     ) -> None:
-        self.lane = lane
+        self.group_state = state
         self.call = call
         self.seq = seq
         self.timeout = timeout
         self.called = time.monotonic()
         self.deadline = self.called + timeout
-        self.queued = call.kind.queued  # or it goes on beside its lane's queue
+        self.queued = call.kind.queued  # or it goes on beside its group's queue
         self.done = False
         self.error: MpicollError | None = None
         self.fetched = False  # the user has heard of the error
@@ -174,16 +174,16 @@ class Blocking(Generic[T]):
         self.error: Exception | None = None
 
 
-class Lane:
+class GroupState:
     """One group's share of the engine: its collectives in program order, its messages, its peers.
 
     Args:
         name: the group's name, for messages.
         comm: the group's communicator.
-        active: gives the lanes that have a call under way, for peers that ask where this rank is.
+        active: gives the groups that have a call under way, for peers that ask where this rank is.
     """
 
-    def __init__(self, name: str, comm: MPI.Comm, active: Callable[[], list[Lane]]) -> None:
+    def __init__(self, name: str, comm: MPI.Comm, active: Callable[[], list[GroupState]]) -> None:
         self.name = name
         self._all_active = active
         self.queue: deque[Task] = deque()
@@ -207,7 +207,7 @@ class Lane:
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
-        self.farewell: Callable[[], None] | None = None
+        self.final_arrival: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._answer)
 
@@ -236,7 +236,7 @@ class Lane:
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
         self.closed = how
-        self.farewell = self.abort = None
+        self.final_arrival = self.abort = None
         self.page, self.word = _NOWHERE, 0
         self.peers.forget_node()
 
@@ -257,20 +257,24 @@ class Lane:
         if self.queue:
             return Said(f"is in {_placed(self.queue[0])}")
         others = [x for x in self._all_active() if x is not self and x.peers.size > 1]
-        heads = [lane.queue[0] for lane in others if lane.queue]
+        heads = [state.queue[0] for state in others if state.queue]
         found = [
             _placed(task, " of this group") for task in itertools.islice(self.beside, _SEVERAL)
         ]
-        messages = (task for lane in others for task in lane.beside)
+        messages = (task for state in others for task in state.beside)
         for task in (*heads, *itertools.islice(messages, _SEVERAL)):
-            found.append(_placed(task, f" of group {task.lane.name!r}"))
+            found.append(_placed(task, f" of group {task.group_state.name!r}"))
         last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
         since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
         if found:
             text = f"is in {' and in '.join(found[:_SEVERAL])}; last finished here {last}{since}"
         else:
             text = f"is in no call of this group; last finished {last}{since}"
-        calls = [(task.lane.mark, task.seq) for task in heads if task.seq and task.lane.mark]
+        calls = [
+            (task.group_state.mark, task.seq)
+            for task in heads
+            if task.seq and task.group_state.mark
+        ]
         return Said(text, tuple(calls[:_SEVERAL]))
 
 

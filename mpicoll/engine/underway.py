@@ -29,7 +29,7 @@ from ..runtime.processes import watch
 from .claims import Claims
 from .deadlines import due, too_late
 from .recorder import leave_trace
-from .tasks import Expired, Failure, Lane, Task, Uncancelled
+from .tasks import Expired, Failure, GroupState, Task, Uncancelled
 
 if TYPE_CHECKING:
     from .call import Call
@@ -41,20 +41,20 @@ class UnderWay:
     """All tasks of this process that are not done, and what outlives them.
 
     Attributes:
-        broken: lanes whose members take leave of one another at exit.
+        broken: groups whose members take leave of one another at exit.
     """
 
     def __init__(self) -> None:
-        self._active: dict[Lane, None] = {}
+        self._active: dict[GroupState, None] = {}
         self._claims: Claims[Task] = Claims()  # the memory that tasks use
         self._unclaimed: dict[Task, None] = {}  # theirs is entered when another call asks for it
         self._ended: deque[Task] = deque()  # whose callbacks are due
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self._freed: Task | None = None  # whose step was stuck, and was freed
-        self.broken: dict[Lane, None] = {}
+        self.broken: dict[GroupState, None] = {}
 
-    def active(self) -> list[Lane]:
-        """Return the lanes that have a call under way."""
+    def active(self) -> list[GroupState]:
+        """Return the groups that have a call under way."""
         return list(self._active)
 
     @property
@@ -64,24 +64,24 @@ class UnderWay:
 
     def unfinished(self) -> Iterator[Task]:
         """Yield every task that is not done."""
-        for lane in list(self._active):
-            yield from lane.tasks()
+        for state in list(self._active):
+            yield from state.tasks()
 
     def _admit(self, task: Task) -> None:
-        lane = task.lane
-        self._active[lane] = None
+        state = task.group_state
+        self._active[state] = None
         if task.queued:
-            lane.queue.append(task)
+            state.queue.append(task)
         else:
-            lane.beside[task] = None
-        lane.due = min(lane.due, due(task))
+            state.beside[task] = None
+        state.due = min(state.due, due(task))
         self._unclaimed[task] = None
 
-    def _rest(self, lane: Lane) -> None:
-        """Leave a lane alone from now on, if nothing is under way."""
-        if not lane.busy:
-            self._active.pop(lane, None)
-            lane.due = math.inf
+    def _rest(self, state: GroupState) -> None:
+        """Leave a group alone from now on, if nothing is under way."""
+        if not state.busy:
+            self._active.pop(state, None)
+            state.due = math.inf
 
     @staticmethod
     def _entered(claims: Claims[Task], tasks: Iterable[Task]) -> Claims[Task]:
@@ -116,8 +116,8 @@ class UnderWay:
 
     def _replace(self, task: Task, twin: Task) -> None:
         self._claims.discard(*task.call.spans(), task)
-        task.lane.beside[twin] = None
-        task.lane.drop(task)
+        task.group_state.beside[twin] = None
+        task.group_state.drop(task)
         self._claims.add(*twin.call.spans(), twin)
 
     def _disclaim(self, task: Task) -> None:
@@ -159,7 +159,7 @@ class UnderWay:
             return self._stuck(task)
         ours = translate(error, task.call.kind.name)
         if isinstance(ours, TransportError) and not task.recovers:
-            peers, until = task.lane.peers, time.monotonic() + NEWS
+            peers, until = task.group_state.peers, time.monotonic() + NEWS
             while not peers.dead and time.monotonic() < until:
                 watch.look()
                 with contextlib.suppress(MPI.Exception):
@@ -174,25 +174,25 @@ class UnderWay:
         return too_late(task, time.monotonic() - task.called)
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
-        lane = task.lane
+        state = task.group_state
         if error is None or not error.breaks_group:
             self._settle(task, error)
         else:
             task.error = error
-            own = lane.queue[0].seq if lane.queue else 0  # of all that it leaves, the first
+            own = state.queue[0].seq if state.queue else 0  # of all that it leaves, the first
             if task.queued:
                 own = min(own or task.seq, task.seq)
-            self._break(lane, error, own or lane.seq + 1, arrived=task.queued and bool(own))
+            self._break(state, error, own or state.seq + 1, arrived=task.queued and bool(own))
             self._give(task, error)
-        lane.drop(task)
+        state.drop(task)
 
     def _settle(self, task: Task, error: MpicollError | None) -> None:
         task.error = error
         if error is None:
             if task.seq:  # messages have no number
-                lane = task.lane
-                lane.finished = task.call.kind, task.seq
-                lane.page[lane.word] = task.seq
+                state = task.group_state
+                state.finished = task.call.kind, task.seq
+                state.page[state.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         if self._active:  # else it was done at once, and has claimed nothing
@@ -205,7 +205,7 @@ class UnderWay:
     def _conclude(self, task: Task) -> None:
         if task.error is not None and task.failure is None and not task.fetched:
             task.failure = Failure(task, task.error)
-            task.lane.failures.append(task.failure)
+            task.group_state.failures.append(task.failure)
         task.ended()
 
     def _abandon(self, task: Task) -> None:
@@ -226,38 +226,38 @@ class UnderWay:
             self._abandoned.append(error)
         self._abandoned.append(task)
 
-    def _give_up(self, lane: Lane, error: BaseException, said: str) -> None:
-        seq = lane.queue[0].seq if lane.queue else 0
-        self._break(lane, error, seq or lane.seq + 1, arrived=bool(seq), said=said)
+    def _give_up(self, state: GroupState, error: BaseException, said: str) -> None:
+        seq = state.queue[0].seq if state.queue else 0
+        self._break(state, error, seq or state.seq + 1, arrived=bool(seq), said=said)
 
     def _break(
-        self, lane: Lane, error: BaseException, seq: int, *, arrived: bool, said: str = ""
+        self, state: GroupState, error: BaseException, seq: int, *, arrived: bool, said: str = ""
     ) -> None:
-        """Mark a lane unusable from call `seq` on, tell its peers, fail what it has under way."""
-        if lane.broken is None:
-            lane.broken, lane.left = error, seq
-        if not lane.said:
+        """Mark a group unusable from call `seq` on, tell its peers, fail what it has under way."""
+        if state.broken is None:
+            state.broken, state.left = error, seq
+        if not state.said:
             if not MPI.Is_finalized():
-                self.broken[lane] = None
+                self.broken[state] = None
                 with contextlib.suppress(MPI.Exception):
                     if isinstance(error, RemoteRankError):  # the cause must not be buried
-                        lane.peers.follow()
+                        state.peers.follow()
                     elif isinstance(error, RankFailedError):
-                        lane.peers.report_death(error.rank)
+                        state.peers.report_death(error.rank)
                     else:
-                        lane.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
-            if lane.abort is not None:
+                        state.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
+            if state.abort is not None:
                 try:
-                    lane.abort()
+                    state.abort()
                 except Exception as failed:  # of NCCL, or for want of threads
                     if interrupts(failed):
                         raise
-            lane.said = True
-        for task in lane.tasks():
+            state.said = True
+        for task in state.tasks():
             self._give(task, error)
-            lane.drop(task)
-        self._active.pop(lane, None)
-        if lane.broken is error:
+            state.drop(task)
+        self._active.pop(state, None)
+        if state.broken is error:
             leave_trace()
 
     def _give(self, task: Task, error: BaseException) -> None:

@@ -56,12 +56,12 @@ class Work(Task, Unique):
             return self._ended_well()
         except BaseException as error:
             if interrupts(error):  # nobody waits at the end of the program, either
-                self.left = self.lane.deserted = True
+                self.left = self.group_state.deserted = True
             raise
 
     def _ended_well(self) -> bool:
         if self.error is not None:
-            self.lane.told = True
+            self.group_state.told = True
             self.fetch()
             raise self.error
         return True
@@ -73,7 +73,7 @@ class Work(Task, Unique):
                 engine.test()
             except BaseException as error:
                 if interrupts(error):
-                    self.left = self.lane.deserted = True
+                    self.left = self.group_state.deserted = True
                 raise
         return self.done
 

@@ -18,7 +18,7 @@ from ..engine.exit import check_process
 from ..engine.kinds import Kind
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
-from ..engine.tasks import Lane, Task
+from ..engine.tasks import GroupState, Task
 from ..engine.work import Work
 from ..errors import GroupBrokenError, GroupClosedError, InvalidCallError, MpicollError
 from ..runtime.library import IDLE, Steps, highest_tag
@@ -50,7 +50,7 @@ class Caller:
         comm: the group's private communicator.
         highest_tag: the highest tag that a message may have.
         world_ranks: the members, as ranks of MPI.COMM_WORLD; -1 stands for one of another world.
-        lane: the group as the engine sees it.
+        group_state: the group as the engine sees it.
         transport: what moves the group's data.
         arrival: how the ranks meet in a call.
         once: the calls that go on without arrival, in a group with ``checks="first"``.
@@ -79,25 +79,27 @@ class Caller:
         self.size: int = comm.Get_size()
         self.highest_tag = highest_tag()
         self.world_ranks = communicators.world_ranks(comm)
-        self.lane = lane = Lane(name, comm, engine.active)
+        self.group_state = state = GroupState(name, comm, engine.active)
         self.transport = select.transport(resources)
-        lane.abort = self.transport.abort
-        self.arrival = select.arrival(resources, lane.peers, options)
-        lane.exchange = self.arrival.exchange
-        lane.gathering = self.arrival.gathering
-        self.once = lane.once = Once() if options.checks == "first" else None
+        state.abort = self.transport.abort
+        self.arrival = select.arrival(resources, state.peers, options)
+        state.exchange = self.arrival.exchange
+        state.gathering = self.arrival.gathering
+        self.once = state.once = Once() if options.checks == "first" else None
         self.recorder = Recorder(name, self.rank, self.world_ranks, checks=options.checks)
-        lane.mark = self.recorder.mark
+        state.mark = self.recorder.mark
         if resources.shared is not None:
             shared = resources.shared
-            lane.page, lane.word = shared.words, shared.finished[shared.rank]
-        lane.farewell = partial(_farewell, lane, self.arrival, self.transport, self.recorder)
+            state.page, state.word = shared.words, shared.finished[shared.rank]
+        state.final_arrival = partial(
+            _arrive_finally, state, self.arrival, self.transport, self.recorder
+        )
         self.children = Children()
         self.child = Child(
-            *(self, resources.comms, self.transport, lane, self.recorder, self.children)
+            *(self, resources.comms, self.transport, state, self.recorder, self.children)
         )
         self._ending: Work | None = None  # the call of shutdown()
-        engine.enlist(lane)
+        engine.enlist(state)
         if progress == "thread":
             background.progress(stay=True)
         if self.transport.watched:
@@ -119,23 +121,23 @@ class Caller:
             check: makes the `Call` of this rank, the number of ranks and the arguments, or raises.
             then: the steps that follow arrival, where those are not the transport's.
         """
-        lane = self.lane
+        state = self.group_state
         self.check_usable()
         seq = 0
         if self.once is None:  # else it is known only later whether the call takes a number
-            lane.seq += 1
-            seq = lane.seq
+            state.seq += 1
+            seq = state.seq
         call = None
         try:
             limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
-            if lane.failures:
+            if state.failures:
                 self._raise_unfetched()
             call = check(self.rank, self.size, *arguments)
             if engine.busy:
-                _refuse_busy(call, lane)
+                _refuse_busy(call, state)
             if call.device is not None:
                 self.transport.admit(call)  # the last to refuse the call, which has its turn then
-            work = Work(lane, call, seq, limit, self.recorder)
+            work = Work(state, call, seq, limit, self.recorder)
         except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
             if call is not None and call.turn is not None:
                 call.turn.over = True
@@ -180,8 +182,8 @@ class Caller:
         call, record = work.call, None
         if self.once is not None:
             record = self.once.before(call)
-            self.lane.seq += 1
-            work.take_number(self.lane.seq)
+            self.group_state.seq += 1
+            work.take_number(self.group_state.seq)
         if not call.refused:
             self.transport.prepare(call, work.seq)
         at_once = call.device is not None and call.count != UNEVEN
@@ -193,7 +195,7 @@ class Caller:
     def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
         """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
-        work = Work(self.lane, call, seq, self.timeout, self.recorder)
+        work = Work(self.group_state, call, seq, self.timeout, self.recorder)
         engine.launch(work, self._arrive(work))
         if self.size > 1:
             with contextlib.suppress(MpicollError):
@@ -211,7 +213,7 @@ class Caller:
         limit = seconds(timeout, self.timeout)
         self._raise_unfetched()
         call = check(self.size, self.highest_tag, *arguments)
-        before = _refuse_busy(call, self.lane) if engine.busy else None
+        before = _refuse_busy(call, self.group_state) if engine.busy else None
         if call.device is not None:
             self.transport.admit(call)
         move = self.transport.recv if call.kind.receives else self.transport.send
@@ -220,7 +222,7 @@ class Caller:
         steps = move(call)
         if before is not None:  # the same receive, the wait for which was interrupted
             steps, call = before.steps, before.call
-        work = Work(self.lane, call, 0, limit, self.recorder)
+        work = Work(self.group_state, call, 0, limit, self.recorder)
         try:
             engine.launch(work, steps)
         except BaseException as error:
@@ -241,7 +243,7 @@ class Caller:
         found = engine.look(lambda: self.transport.probe(peer, number))
         if found is None:
             self.check_usable()
-            engine.check_peers(self.lane)
+            engine.check_peers(self.group_state)
         return found
 
     # ---- calls that make a group ----
@@ -301,19 +303,19 @@ class Caller:
 
     def shutdown(self, timeout: object) -> None:
         """Finish what is under way, wait for all ranks, and give the communicators back."""
-        lane = self.lane
-        if lane.closed:
+        state = self.group_state
+        if state.closed:
             return
-        messages = list(lane.beside)
-        if lane.broken is None:
-            for work in list(lane.enqueued):
+        messages = list(state.beside)
+        if state.broken is None:
+            for work in list(state.enqueued):
                 engine.wait(work, seconds(timeout, self.timeout))
 
             def then(work: Work) -> Steps:
-                while lane.enqueued:
+                while state.enqueued:
                     yield IDLE  # the calls that were left to the GPU come first
-                yield from self.transport.clear(lane)
-                engine.delist(lane)  # no rank may listen on it any more
+                yield from self.transport.clear(state)
+                engine.delist(state)  # no rank may listen on it any more
                 yield from self.transport.close()
                 yield from communicators.free(self.resources.comms, work.deadline)
 
@@ -337,16 +339,16 @@ class Caller:
 
     def abort(self, why: str) -> None:
         """Give up everything under way, at once and on this rank alone."""
-        if self.lane.closed:
+        if self.group_state.closed:
             return
-        engine.fail_all(self.lane, GroupClosedError(f"rank {self.rank} {why}"))
+        engine.fail_all(self.group_state, GroupClosedError(f"rank {self.rank} {why}"))
         self._close("aborted")
 
     def _close(self, how: str) -> None:
-        self.lane.close(how)
-        engine.delist(self.lane)
+        self.group_state.close(how)
+        engine.delist(self.group_state)
         self.recorder.close()
-        together = self.lane.broken is None
+        together = self.group_state.broken is None
         engine.between_steps(lambda: self.transport.release(together=together))
 
     # ---- whether it can be used ----
@@ -354,20 +356,20 @@ class Caller:
     def check_usable(self, *, even_if_broken: bool = False) -> None:
         """Refuse a call that this process, or this group, can make no more."""
         check_process()
-        lane = self.lane
-        if lane.closed:
+        state = self.group_state
+        if state.closed:
             raise GroupClosedError(
-                f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
+                f"group {state.name!r} was {state.closed}: make a new one with new_group()"
             )
-        if lane.broken is not None and not even_if_broken:
-            lane.told = True
+        if state.broken is not None and not even_if_broken:
+            state.told = True
             raise GroupBrokenError(
-                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
-            ) from lane.broken
+                f"group {state.name!r} can't be used after an earlier failure: {state.broken}"
+            ) from state.broken
 
     def _raise_unfetched(self) -> None:
         """Raise the error of a Work that the program dropped before it asked for the error."""
-        failures, error = self.lane.failures, None
+        failures, error = self.group_state.failures, None
         for _ in range(min(len(failures), _FAILURES)):
             failure = failures.popleft()
             if failure.fetched:
@@ -396,12 +398,12 @@ def _no_message(call: Call) -> Steps:
     yield from ()
 
 
-def _refuse_busy(call: Call, lane: Lane) -> Task | None:
+def _refuse_busy(call: Call, state: GroupState) -> Task | None:
     """Raise if a call's memory conflicts with what an unfinished Work of any group is using.
 
     Return the receive that the new call takes over, if the wait for that receive was interrupted.
     """
-    task = engine.make_room(call, lane)
+    task = engine.make_room(call, state)
     if task is None or task.done:
         return task
     raise InvalidCallError(
@@ -410,14 +412,16 @@ def _refuse_busy(call: Call, lane: Lane) -> Task | None:
     )
 
 
-def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
+def _arrive_finally(
+    state: GroupState, arrival: Arrival, transport: Transport, recorder: Recorder
+) -> None:
     """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
-    lane.seq += 1
+    state.seq += 1
     call = Call(kinds.SHUTDOWN, leaving=True)
-    work = Work(lane, call, lane.seq, default_timeout(), recorder)
+    work = Work(state, call, state.seq, default_timeout(), recorder)
 
     def steps() -> Steps:
         yield from arrival.steps(call, work.seq)
-        yield from transport.clear(lane)
+        yield from transport.clear(state)
 
     engine.launch(work, steps())

@@ -41,7 +41,7 @@ def split_group(
 
     made, call = parent.make_comm(kinds.SPLIT_GROUP, timeout, check, make)
     assert isinstance(call.payload, Members)
-    name = name or f"{parent.lane.name}:split:{list(call.payload.ranks)}"
+    name = name or f"{parent.group_state.name}:split:{list(call.payload.ranks)}"
     return _part(parent, made, name, desc, timeout)
 
 
@@ -57,7 +57,9 @@ def split(parent: Caller, color: int | bool | None, key: int, timeout: object) -
 
     made, call = parent.make_comm(kinds.SPLIT, timeout, check, make)
     assert isinstance(call.payload, Color)
-    return _part(parent, made, f"{parent.lane.name}:split:{call.payload.color}", None, timeout)
+    return _part(
+        parent, made, f"{parent.group_state.name}:split:{call.payload.color}", None, timeout
+    )
 
 
 def local_group(parent: Caller, timeout: object) -> Caller:
@@ -82,7 +84,7 @@ def _by_node(
         return made
 
     made, _ = parent.make_comm(kind, timeout, lambda rank, size: Call(kind), make)
-    group = _part(parent, made, f"{parent.lane.name}:{kind}", None, timeout)
+    group = _part(parent, made, f"{parent.group_state.name}:{kind}", None, timeout)
     assert group is not None
     return group
 

@@ -72,16 +72,16 @@ class ProcessGroup(Unique):
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
         engine.mend()
-        return self._caller.lane.broken is not None
+        return self._caller.group_state.broken is not None
 
     @property
     def is_closed(self) -> bool:
         """Whether it was shut down or aborted."""
-        return bool(self._caller.lane.closed)
+        return bool(self._caller.group_state.closed)
 
     def __repr__(self) -> str:
-        lane = self._caller.lane
-        state = lane.closed or ("broken" if lane.broken else "")
+        known = self._caller.group_state
+        state = known.closed or ("broken" if known.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
             f"transport {self.name()}{', ' + state if state else ''}>"
@@ -102,7 +102,7 @@ class ProcessGroup(Unique):
     @property
     def group_name(self) -> str:
         """The group's name."""
-        return self._caller.lane.name
+        return self._caller.group_state.name
 
     @property
     def group_desc(self) -> str:

@@ -34,7 +34,7 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.agreement import Decides, before, decision, too_late
-from ..runtime.library import KEEN, MPI, Steps, greeting_tag, merge_tag, pause, pending
+from ..runtime.library import MPI, POLL, Steps, greeting_tag, merge_tag, pause, pending
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
 from . import rendezvous
@@ -74,7 +74,9 @@ def merge_remote_group(
     def make(call: Call, deadline: float) -> MakesComm:
         members = yield from rendezvous.members(group.comm)
         if group.rank == 0:
-            mine = rendezvous.entry(group.lane.name, group.options.alike(), members, call.count)
+            mine = rendezvous.entry(
+                group.group_state.name, group.options.alike(), members, call.count
+            )
             plan = yield from rendezvous.meet(store, mine, deadline)
             call.payload = json.dumps(plan).encode()
         yield from group.transport.broadcast_object(call)
@@ -273,7 +275,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
     for place, request in enumerate(requests):
         try:
-            yield from before(request, deadline, KEEN, op)
+            yield from before(request, deadline, POLL, op)
         except BaseException:
             pending.extend(requests[place + 1 :])
             raise

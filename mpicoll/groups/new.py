@@ -12,7 +12,7 @@ from ..engine.call import Call
 from ..engine.exit import check_process, ending
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
-from ..engine.tasks import Lane
+from ..engine.tasks import GroupState
 from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
@@ -34,7 +34,7 @@ from .caller import Caller, wait_through
 from .group import ProcessGroup
 from .reclaim import Children
 
-_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
+_creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
 
 
 def new_group(
@@ -91,11 +91,11 @@ def new_group(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
             "Merge() an intercommunicator first; ranks outside a communicator make no group"
         )
-    lane, recorder, children = _creation_lane(parent)
-    if lane.broken is not None:
+    state, recorder, children = _creation_state(parent)
+    if state.broken is not None:
         raise GroupBrokenError(
-            f"an earlier new_group over this communicator failed: {lane.broken}"
-        ) from lane.broken
+            f"an earlier new_group over this communicator failed: {state.broken}"
+        ) from state.broken
     limit, call = default_timeout(), Call(kinds.NEW_GROUP)
     asked = refusal = None
     try:
@@ -117,15 +117,15 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq + 1, limit, recorder)
+    work = Work(state, call, state.seq + 1, limit, recorder)
 
     def over() -> None:
-        engine.delist(lane)  # `parent` may be freed from now on
+        engine.delist(state)  # `parent` may be freed from now on
         recorder.close()
 
     work.callbacks.append(over)
     try:
-        lane.seq += 1
+        state.seq += 1
         engine.launch(work, _create(parent, work, children, asked))
     except BaseException as error:
         engine.forsake(work, error)
@@ -144,8 +144,8 @@ def new_group(
     return group if factory is None else registry.make(factory, group, limit, str(device), options)
 
 
-def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
-    """Return the lane on which groups over `parent` are made, its recorder, and those groups."""
+def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:
+    """Return the state in which groups over `parent` are made, its recorder, and those groups."""
     global _creation_key
     if not _creation_key:
         ending.hook()
@@ -160,17 +160,17 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             _refuse_singleton()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        lane = Lane("new_group", parent, engine.active)
+        state = GroupState("new_group", parent, engine.active)
         # Between the makings of groups no rank listens there.
-        lane.peers.silence = (
+        state.peers.silence = (
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
-        made = lane, recorder, Children()
+        made = state, recorder, Children()
         parent.Set_attr(_creation_key, made)
-    lane, recorder, children = made
-    engine.enlist(lane)
+    state, recorder, children = made
+    engine.enlist(state)
     recorder.open()
-    return lane, recorder, children
+    return state, recorder, children
 
 
 def _refuse_singleton() -> None:
@@ -193,7 +193,7 @@ def _create(
     """Make a communicator and what else the new group runs on, `work.call.result`."""
     made = yield from communicators.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
+    yield from Arrival(made, work.group_state.peers).steps(work.call, work.seq)
     if asked is None:
         return  # the peers know by their arrival that it was refused, and go no further
     yield from children.reclaim(made, work.deadline)

@@ -67,7 +67,7 @@ def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Call
         assert isinstance(call.payload, Program)
         return _start(parents.comm, call.payload.argv, call.count, hello, deadline)
 
-    name = f"{parents.lane.name}:spawn"
+    name = f"{parents.group_state.name}:spawn"
     made, _ = parents.make_comm(kinds.SPAWN, timeout, check, make, slack=SLACK, parts=False)
     assert made is not None
     return parents.successor(made, name, None, timeout)
@@ -156,7 +156,7 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> Decid
     word = yield from _hear(inter, deadline)
     if word is None:
         # A message that the children may never read would keep MPI from being finalized.
-        engine.listen(partial(_turn_away, inter))
+        engine.add_poller(partial(_turn_away, inter))
         return "the started ranks have not all called parent_group in time"
     if word == LEFT:
         return "the started ranks gave up in parent_group"

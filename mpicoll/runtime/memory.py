@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from . import agreement
-from .library import IDLE, MOVED, MPI, Steps
+from .library import IDLE, MPI, PROGRESSED, Steps
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -267,7 +267,7 @@ class NodeMemory:
                 if words[word] >= value:
                     break
             else:
-                yield MOVED
+                yield PROGRESSED
                 while words[word] < value:
                     yield IDLE
         self.fence()

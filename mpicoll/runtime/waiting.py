@@ -7,7 +7,7 @@ import os
 import time
 from queue import Empty, SimpleQueue
 
-from .library import KEEN, MOVED
+from .library import POLL, PROGRESSED
 from .settings import has_cores_for
 
 _CROWDED = False  # more ranks on this machine than cores: spinning would only hold up a peer
@@ -19,7 +19,7 @@ def share_machine(ranks: int) -> None:
     _CROWDED = not has_cores_for(ranks)
 
 
-class Pace:
+class Backoff:
     """How to wait: spin a little, then yield the core, then sleep, ever longer."""
 
     SPINS = 200
@@ -40,11 +40,11 @@ class Pace:
 
         The longer nothing has moved the longer, but never for long where MPI is to be asked again.
         """
-        if found == MOVED:
+        if found == PROGRESSED:
             self.reset()
             return
         self._idle += 1
-        if found == KEEN and self._idle <= self._start + self.EAGERLY:
+        if found == POLL and self._idle <= self._start + self.EAGERLY:
             os.sched_yield()
         elif self._idle > self.YIELDS:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))

@@ -17,7 +17,7 @@ from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine import kinds
 from ..engine.call import UNEVEN, Call, Message, Pieces
 from ..engine.kinds import Kind
-from ..engine.tasks import Lane
+from ..engine.tasks import GroupState
 from ..runtime.library import Steps
 
 
@@ -34,7 +34,7 @@ class Transport(ABC):
         yield from ()
 
     @abstractmethod
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more."""
 
     def abort(self) -> None:  # noqa: B027

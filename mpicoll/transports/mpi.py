@@ -24,14 +24,14 @@ from ..arrays.buffers import Blocks
 from ..arrays.dtypes import BY_CODE, Reduction
 from ..engine.call import ANY, UNEVEN, Call, Message
 from ..engine.progress import engine
-from ..engine.tasks import Completed, Expired, Lane, Task, Uncancelled
+from ..engine.tasks import Completed, Expired, GroupState, Task, Uncancelled
 from ..errors import CollectiveMismatchError, interrupts
 from ..runtime import agreement
 from ..runtime.library import (
     IDLE,
-    KEEN,
-    MOVED,
     MPI,
+    POLL,
+    PROGRESSED,
     Abandoned,
     Steps,
     Taken,
@@ -321,7 +321,7 @@ class MpiTransport(Transport):
         assert call.recv is not None
         try:
             while not found.request.Test():
-                yield KEEN
+                yield POLL
         except BaseException as error:
             self._taken.appendleft(found)  # for the next receive
             if interrupts(error) and not isinstance(error, (Abandoned, GeneratorExit)):
@@ -348,9 +348,9 @@ class MpiTransport(Transport):
             payload = call.recv.flat()
             header = np.zeros(_HEADER.size, dtype=np.uint8)
             message = _message(header, payload, self._most)
-            mood = KEEN if payload.nbytes > EAGER else IDLE
+            mood = POLL if payload.nbytes > EAGER else IDLE
             post(requests, self.comm.Irecv, [MPI.BOTTOM, 1, message], call.peer, call.tag)
-            yield MOVED
+            yield PROGRESSED
             while not requests[0].Test(status):
                 yield mood
         except MPI.Exception as error:
@@ -384,7 +384,7 @@ class MpiTransport(Transport):
         if wrong is not None:
             raise wrong
 
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more.
 
         Where something is under way, or was never received, each rank learns how many messages were
@@ -394,30 +394,30 @@ class MpiTransport(Transport):
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
-        open_ends = self._sent.total() - self._received.total(), len(lane.beside)
+        open_ends = self._sent.total() - self._received.total(), len(state.beside)
         if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
-            (task for task in lane.beside if not task.call.kind.receives),
+            (task for task in state.beside if not task.call.kind.receives),
             key=lambda task: task.called,
         )
         everyone = range(self.size)
         due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
         dropped: dict[int, list[tuple[int, int, int]]] = {}
         while any(due[rank] > self._received[rank] for rank in everyone):
-            found = self._unwanted() or lane.peers.unwanted(partial(_is_awaited, lane))
+            found = self._unwanted() or state.peers.unwanted(partial(_is_awaited, state))
             if found is None:
-                yield KEEN
+                yield POLL
                 continue
-            yield from until(found.request, KEEN)
+            yield from until(found.request, POLL)
             magic, code, count, _ = _opened(found.data)
             if magic == _MAGIC:
                 self._received[found.source] += 1
                 dropped.setdefault(found.source, []).append((found.tag, code, count))
-        for task in [task for task in lane.beside if task.call.kind.receives]:
+        for task in [task for task in state.beside if task.call.kind.receives]:
             unmatched = CollectiveMismatchError(
                 f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
-                f"{lane.name!r}: no message came for it"
+                f"{state.name!r}: no message came for it"
             )
             engine.cancel(task, unmatched, unmatched)
         # (After this exchange no rank looks for messages: those that follow it are not dropped.)
@@ -430,9 +430,9 @@ class MpiTransport(Transport):
             requests.append(self.comm.Isend([np.array(messages), MPI.INT64_T], rank, tag))
         yield from until_all(requests)
         while not all(task.done for task in sends):
-            yield KEEN
+            yield POLL
         for rank, table in tables.items():
-            _note_lost(lane, rank, table.tolist(), sends)
+            _note_lost(state, rank, table.tolist(), sends)
 
     def _unwanted(self) -> Taken | None:
         """Return a message that `probe` has taken, and that no receive waits for."""
@@ -457,8 +457,8 @@ class MessagesByMpi(Transport):
     def probe(self, peer: int, tag: int) -> Message | None:
         return self._mpi.probe(peer, tag)
 
-    def clear(self, lane: Lane) -> Steps:
-        return self._mpi.clear(lane)
+    def clear(self, state: GroupState) -> Steps:
+        return self._mpi.clear(state)
 
 
 def _opened(data: Array) -> tuple[Any, ...]:
@@ -466,15 +466,15 @@ def _opened(data: Array) -> tuple[Any, ...]:
     return _HEADER.unpack_from(data.data) if data.size >= _HEADER.size else (b"", 0, 0, b"")
 
 
-def _is_awaited(lane: Lane, source: int, tag: int) -> bool:
+def _is_awaited(state: GroupState, source: int, tag: int) -> bool:
     """Return whether a receive is under way that takes such a message."""
     return any(
         task.call.kind.receives and task.call.tag == tag and task.call.peer in (ANY, source)
-        for task in lane.beside
+        for task in state.beside
     )
 
 
-def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
+def _note_lost(state: GroupState, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
     """Give the sends of messages that a rank has dropped their error.
 
     Of messages that are alike the receiver has taken the first ones.
@@ -487,7 +487,7 @@ def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) 
             if call.peer == rank and alike and task.error is None:
                 task.error = CollectiveMismatchError(
                     f"{call.describe()} at {task.place()} was not received by the end of group "
-                    f"{lane.name!r}: its message was dropped"
+                    f"{state.name!r}: its message was dropped"
                 )
                 task.ended()
                 break

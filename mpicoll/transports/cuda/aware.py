@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from ...arrays.buffers import DeviceBuffer
 from ...arrays.device import DeviceArray
 from ...engine.call import Call
-from ...runtime.library import KEEN, MPI, Steps, exchange_tag, until_all
+from ...runtime.library import MPI, POLL, Steps, exchange_tag, until_all
 from ..base import Transport
 from ..tuning import Tuning
 from .staged import Copies, Done, StagedTransport, copied, device_blocks
@@ -75,7 +75,7 @@ class AwareTransport(StagedTransport):
         for buffer in call.buffers():
             mark = cast(DeviceBuffer, buffer).ready
             while mark is not None and not self._gpu.is_done(mark):
-                yield KEEN
+                yield POLL
         for part in call.parts or (call,):
             if part.kind.from_root and not part.kind.parted:
                 yield from self._broadcast(part)

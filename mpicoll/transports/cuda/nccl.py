@@ -25,7 +25,7 @@ from ...engine.call import Call
 from ...engine.kinds import Kind
 from ...engine.progress import engine
 from ...errors import UnsupportedError
-from ...runtime.library import IDLE, MOVED, Steps
+from ...runtime.library import IDLE, PROGRESSED, Steps
 from ..base import Transport
 from ..tuning import Tuning
 from .staged import Copies, StagedTransport, device_blocks
@@ -289,7 +289,7 @@ class NcclTransport(StagedTransport):
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1
-            yield MOVED  # the engine sees that it is enqueued
+            yield PROGRESSED  # the engine sees that it is enqueued
             # The GPU passes what is captured when the graph is launched, of which we learn nothing.
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise

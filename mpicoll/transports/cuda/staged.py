@@ -17,9 +17,9 @@ from ...arrays.buffers import Blocks, Buffer, DeviceBuffer
 from ...arrays.device import UNKNOWN, DeviceArray
 from ...arrays.dtypes import DType
 from ...engine.call import UNEVEN, Call, Message, digest
-from ...engine.tasks import Expired, Lane
+from ...engine.tasks import Expired, GroupState
 from ...errors import InvalidCallError, TransportError, UnsupportedError
-from ...runtime.library import KEEN, Steps
+from ...runtime.library import POLL, Steps
 from ..base import Transport
 from ..tuning import Tuning
 
@@ -309,7 +309,7 @@ class StagedTransport(Transport):
                 source = _block(call.send, 0)
                 yield from copied([self._copies.to_host(source, room[: buffer.nbytes])])
         while self._posted != turn:  # messages go in the order of the calls
-            yield KEEN
+            yield POLL
         self._posted += 1
         yield from self._host.send(inner)
         if room is not None:
@@ -318,10 +318,10 @@ class StagedTransport(Transport):
     def probe(self, peer: int, tag: int) -> Message | None:
         return self._host.probe(peer, tag)
 
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         while self._posted != self._sends:
-            yield KEEN
-        yield from self._host.clear(lane)
+            yield POLL
+        yield from self._host.clear(state)
 
     def recv(self, call: Call) -> Steps:
         if call.device is None:
@@ -418,4 +418,4 @@ def copied(copies: list[Done]) -> Steps:
     """Wait for copies."""
     for done in copies:
         while not done():
-            yield KEEN
+            yield POLL

@@ -20,7 +20,7 @@ import numpy as np
 from ...arrays.buffers import Blocks
 from ...arrays.dtypes import Reduction
 from ...engine.call import Call
-from ...runtime.library import MOVED, MPI, Steps
+from ...runtime.library import MPI, PROGRESSED, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..mpi import MessagesByMpi, MpiTransport
@@ -436,7 +436,7 @@ class ShmTransport(MessagesByMpi):
             address = int(slots[r][self.rank if parted else 0])
             for start, end in spans(into.size, READ):
                 cma.read(self._processes[r], address + start, into[start:end])
-                yield MOVED
+                yield PROGRESSED
 
     def _large(self, call: Call) -> bool:
         """Decide alike on all ranks: `largest` is the same everywhere since arrival."""
