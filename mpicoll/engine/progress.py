@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import os
 import sys
 import threading
@@ -272,7 +273,8 @@ class Lane:
         self.exchange: Exchange | None = None  # where its records meet over MPI
         self.gathering: Gathering | None = None  # where it is told who called what
         self.once: Once | None = None  # what goes without arrival, and without a number
-        self.finished: tuple[str, int] | None = None  # kind and number of the last good call
+        self.finished = ("", 0)  # kind and number of the last good call
+        self.core: Callable[[], Any] = lambda: None  # the compiled way of its small calls
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.farewell: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
@@ -331,7 +333,11 @@ class Lane:
         messages = (task for lane in others for task in lane.beside)
         for task in (*heads, *itertools.islice(messages, _SEVERAL)):
             found.append(_placed(task, f" of group {task.lane.name!r}"))
-        last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
+        kind, number = self.finished
+        core = self.core()
+        if core is not None:
+            kind, number = max(self.finished, core.finished, key=operator.itemgetter(1))
+        last = f"{kind} #{number}" if number else "nothing"
         since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
         if found:
             text = f"is in {' and in '.join(found[:_SEVERAL])}; last finished here {last}{since}"

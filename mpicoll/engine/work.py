@@ -174,6 +174,37 @@ class Work(Task, Unique):
         return True
 
 
+class DoneWork(Work):
+    """One call that was over before its method returned, as the compiled core makes them.
+
+    The core fills in the number, and what was given; the rest is made of that where it is asked
+    for, and the deadline is behind it.
+    """
+
+    __slots__ = ("_given",)
+
+    _given: tuple[Callable[..., Call], tuple[Any, ...]]  # what checks such a call; its arguments
+
+    done = True
+    error = None
+
+    def wait(self, timeout: object = None) -> bool:
+        """Return True."""
+        if timeout is not None:
+            seconds(timeout, 0.0)
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def call(self) -> Call:  # type: ignore[override]
+        """The call as the general way would have checked it."""
+        check, arguments = self._given
+        return check(*arguments)
+
+
 class Future(concurrent.futures.Future[Any]):
     """A `concurrent.futures.Future` that also answers to torch.futures' names."""
 

@@ -28,6 +28,7 @@ import os
 import pickle
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -36,13 +37,14 @@ from typing import Any
 
 from ..arrays.ops import ReduceOp
 from ..engine import calls, communicators
-from ..engine.arrival import Arrival, Once
+from ..engine.arrival import Arrival, BoardArrival, Once
 from ..engine.calls import ANY_SOURCE, NULL, PROC_NULL, Call, Message, Peer
 from ..engine.exit import check_process, ending
 from ..engine.progress import Lane, Task, check_threads, engine, share_machine
 from ..engine.recorder import Recorder
 from ..engine.work import Work
 from ..errors import (
+    CallInterruptedError,
     GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
@@ -67,6 +69,7 @@ from ..stores import Store, TCPStore
 from ..transports import select
 from ..transports.base import Transport
 from ..transports.select import Ground, Wanted
+from ..transports.shm import core
 from . import merge, rendezvous, spawn
 from .reclaim import Child, Children
 
@@ -129,6 +132,12 @@ class ProcessGroup(Unique):
         self._lane.farewell = partial(
             _farewell, self._lane, self._arrival, self._transport, self._recorder
         )
+        self._core: core.Core | None = None  # the compiled way of small calls
+        inline = self._transport.inline
+        if inline is not None and self._once is None and core.available():
+            assert isinstance(self._arrival, BoardArrival)
+            self._core = core.make(inline, self._arrival, self._lane, self._recorder)
+            self._lane.core = weakref.ref(self._core)
         self._ending: Work | None = None  # the call of shutdown()
         self._children = Children()
         self._kin = Child(
@@ -157,7 +166,8 @@ class ProcessGroup(Unique):
         state = self._lane.closed or ("broken" if self._lane.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
-            f"transport {self._transport.name}{', ' + state if state else ''}>"
+            f"transport {self._transport.name}{', compiled' if self._core else ''}"
+            f"{', ' + state if state else ''}>"
         )
 
     def rank(self) -> int:
@@ -227,7 +237,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp`, the same on all ranks (a PREMUL_SUM factor is each rank's own).
         """
-        return self._call("allreduce", timeout, calls.allreduce, tensor, op)
+        return (self._core and self._core.allreduce(tensor, op, timeout)) or self._call(
+            "allreduce", timeout, calls.allreduce, tensor, op
+        )
 
     def broadcast(self, tensor: object, root: int, timeout: object = None) -> Work:
         """Copy the root's array to all other ranks, in place.
@@ -236,7 +248,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("broadcast", timeout, calls.broadcast, tensor, root)
+        return (self._core and self._core.broadcast(tensor, root, timeout)) or self._call(
+            "broadcast", timeout, calls.broadcast, tensor, root
+        )
 
     def reduce(self, tensor: object, root: int, op: object = SUM, timeout: object = None) -> Work:
         """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
@@ -246,11 +260,15 @@ class ProcessGroup(Unique):
             root: the rank that gets the result; the same on all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce", timeout, calls.reduce, tensor, root, op)
+        return (self._core and self._core.reduce(tensor, root, op, timeout)) or self._call(
+            "reduce", timeout, calls.reduce, tensor, root, op
+        )
 
     def barrier(self, timeout: object = None) -> Work:
         """Wait for all ranks."""
-        return self._call("barrier", timeout, lambda rank, size: Call("barrier"))
+        return (self._core and self._core.barrier(timeout)) or self._call(
+            "barrier", timeout, lambda rank, size: Call("barrier")
+        )
 
     def allgather(
         self, output_tensors: object, input_tensor: object, timeout: object = None
@@ -262,7 +280,9 @@ class ProcessGroup(Unique):
                 large as that.  Sizes may differ between entries, the same way on all ranks.
             input_tensor: this rank's contribution.
         """
-        return self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
+        return (
+            self._core and self._core.allgather(output_tensors, input_tensor, timeout)
+        ) or self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
 
     def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:
         """Gather equal arrays from every rank into one array, on every rank.
@@ -271,7 +291,9 @@ class ProcessGroup(Unique):
             output: of `size` times input's elements; rank i's input comes i-th.
             input: of one dtype and number of elements on all ranks.
         """
-        return self._call("all_gather_single", timeout, calls.all_gather_single, output, input)
+        return (self._core and self._core.all_gather_single(output, input, timeout)) or self._call(
+            "all_gather_single", timeout, calls.all_gather_single, output, input
+        )
 
     def gather(
         self, output_tensors: object, input_tensor: object, root: int, timeout: object = None
@@ -284,7 +306,9 @@ class ProcessGroup(Unique):
             input_tensor: this rank's contribution; sizes may differ between ranks.
             root: the rank that gets; the same on all ranks.
         """
-        return self._call("gather", timeout, calls.gather, output_tensors, input_tensor, root)
+        return (
+            self._core and self._core.gather(output_tensors, input_tensor, root, timeout)
+        ) or self._call("gather", timeout, calls.gather, output_tensors, input_tensor, root)
 
     def scatter(
         self, output_tensor: object, input_tensors: object, root: int, timeout: object = None
@@ -296,7 +320,9 @@ class ProcessGroup(Unique):
             input_tensors: on the root a list of `size` arrays; not looked at elsewhere.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
+        return (
+            self._core and self._core.scatter(output_tensor, input_tensors, root, timeout)
+        ) or self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
 
     def reduce_scatter(
         self,
@@ -313,7 +339,9 @@ class ProcessGroup(Unique):
                 all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce_scatter", timeout, calls.reduce_scatter, output, input, op)
+        return (self._core and self._core.reduce_scatter(output, input, op, timeout)) or self._call(
+            "reduce_scatter", timeout, calls.reduce_scatter, output, input, op
+        )
 
     def reduce_scatter_single(
         self,
@@ -329,7 +357,9 @@ class ProcessGroup(Unique):
             input: of `size` times output's elements.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call(
+        return (
+            self._core and self._core.reduce_scatter_single(output, input, op, timeout)
+        ) or self._call(
             "reduce_scatter_single", timeout, calls.reduce_scatter_single, output, input, op
         )
 
@@ -342,7 +372,9 @@ class ProcessGroup(Unique):
             output_tensors: a list of `size` arrays; the i-th is as large as what rank i sends here.
             input_tensors: a list of `size` arrays of any sizes.
         """
-        return self._call("alltoall", timeout, calls.alltoall, output_tensors, input_tensors)
+        return (
+            self._core and self._core.alltoall(output_tensors, input_tensors, timeout)
+        ) or self._call("alltoall", timeout, calls.alltoall, output_tensors, input_tensors)
 
     def all_to_all_single(
         self,
@@ -359,14 +391,11 @@ class ProcessGroup(Unique):
             output_split_sizes: rows that come from each rank; None or []: equal parts.
             input_split_sizes: rows that go to each rank; None or []: equal parts.
         """
-        return self._call(
-            "all_to_all_single",
-            timeout,
-            calls.all_to_all_single,
-            output,
-            input,
-            output_split_sizes,
-            input_split_sizes,
+        sizes = output_split_sizes, input_split_sizes
+        return (
+            self._core and self._core.all_to_all_single(output, input, *sizes, timeout)
+        ) or self._call(
+            "all_to_all_single", timeout, calls.all_to_all_single, output, input, *sizes
         )
 
     def scan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
@@ -376,14 +405,18 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp` other than AVG, the same on all ranks.
         """
-        return self._call("scan", timeout, self._prefix("scan"), tensor, op)
+        return (self._core and self._core.scan(tensor, op, timeout)) or self._call(
+            "scan", timeout, self._prefix("scan"), tensor, op
+        )
 
     def exscan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
         """Reduce, on each rank, the arrays of the ranks below this one, in place.
 
         Rank 0's array stays as it is.  Arguments as in `scan`.
         """
-        return self._call("exscan", timeout, self._prefix("exscan"), tensor, op)
+        return (self._core and self._core.exscan(tensor, op, timeout)) or self._call(
+            "exscan", timeout, self._prefix("exscan"), tensor, op
+        )
 
     @staticmethod
     def _prefix(kind: str) -> Callable[..., Call]:
@@ -950,6 +983,8 @@ class ProcessGroup(Unique):
         self._lane.close(how)
         engine.delist(self._lane)
         self._recorder.close()
+        if self._core is not None:
+            self._core.close()
         together = self._lane.broken is None
         engine.between_steps(lambda: self._transport.release(together=together))
 
@@ -981,7 +1016,9 @@ class ProcessGroup(Unique):
         lane = self._lane
         self._usable()
         seq = 0
-        if self._once is None:  # else it is known only later whether it takes one
+        if self._core is not None and self._core.owed:
+            seq = self._taken_over(kind)
+        elif self._once is None:  # else it is known only later whether it takes one
             lane.seq += 1
             seq = lane.seq
         call = None
@@ -1008,6 +1045,17 @@ class ProcessGroup(Unique):
             engine.forsake(work, error)
             raise
         return work
+
+    def _taken_over(self, kind: str) -> int:
+        """Return the number of a call that the core has posted, and left to this way."""
+        lane = self._lane
+        lane.seq += 1
+        assert self._core is not None
+        if not self._core.take_over(kind):
+            error = CallInterruptedError("a call was interrupted when its peers could know of it")
+            engine.fail_all(lane, error)
+            self._usable()
+        return lane.seq
 
     def _at_once(self, call: Call, seq: int) -> bool:
         """Carry out a call whose data ride on the records, if all others are there already."""

@@ -17,6 +17,7 @@ from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine.calls import UNEVEN, Call, Message
 from ..engine.progress import Lane
 from ..runtime.library import Steps
+from ..runtime.memory import NodeMemory
 
 
 class Transport(ABC):
@@ -25,6 +26,7 @@ class Transport(ABC):
     name: str
     rank: int
     size: int
+    inline: NodeMemory | None = None  # where small data ride along with the records
     watched = False  # a thread must keep the deadlines, as the user may wait elsewhere
 
     def close(self) -> Steps:

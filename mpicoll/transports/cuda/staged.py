@@ -82,6 +82,7 @@ class StagedTransport(Transport):
         self._host = host
         self._copies = copies
         self.rank, self.size = host.rank, host.size
+        self.inline = host.inline
         self._rooms: dict[tuple[int, int], Array] = {}
         self._spare: list[Array] = []  # rooms for whole messages
         self._sends = 0  # messages that were to be sent

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,11 @@ from ...runtime.library import MOVED, MPI, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..mpi import MessagesByMpi, MpiTransport
-from . import cma, inline
+from . import cma, core, inline
 from .symmetric import SharedArrays
+
+if TYPE_CHECKING:
+    from . import _native
 
 Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
@@ -45,15 +48,18 @@ class ShmTransport(MessagesByMpi):
 
     def __init__(self, comm: MPI.Intracomm, memory: NodeMemory) -> None:
         self._mpi = MpiTransport(comm)
-        self._memory = memory
+        self._memory = self.inline = memory
         self.rank, self.size = memory.rank, memory.size
         self._epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
         self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
         self._comm = comm
         self._arrays = SharedArrays()
+        self._chunks = core.chunks(memory)
 
     def release(self, *, together: bool) -> None:
+        if self._chunks is not None:
+            self._chunks.close()
         self._memory.close(together=together)
         self._arrays.close()
 
@@ -107,13 +113,25 @@ class ShmTransport(MessagesByMpi):
             return
         yield from self._begin()
         if self.size >= SHARED_WORK or late(plan):
-            yield from self._allreduce_shared(plan, array)
+            yield from self._allreduce_shared(call, plan, array)
         else:
-            yield from self._in_chunks(plan, array, self.size)
+            yield from self._in_chunks(call, plan, array, self.size)
 
-    def _in_chunks(self, plan: Reduction, array: Array, upto: int) -> Steps:
+    def _compiled(self, call: Call, array: Array) -> tuple[_native.Chunks | None, int]:
+        """Return what reduces an array in compiled code, or None; and the operator's code."""
+        assert call.dtype is not None and call.op is not None
+        code, chunks = call.op.code, self._chunks
+        known = chunks is not None and chunks.knows(array, call.dtype.code, code)
+        return chunks if known else None, code
+
+    def _in_chunks(self, call: Call, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
+        (compiled, op), reached = self._compiled(call, array), 0
         for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            if compiled is not None and reached <= c:
+                reached = compiled.fold(self._flag(0), array, op, upto, c)
+            if c < reached:
+                continue
             slots = self._memory.slots(c, plan.wire)
             encode(plan, array[start:end], slots[self.rank][: end - start])
             self._announce(c + 1)
@@ -122,27 +140,33 @@ class ShmTransport(MessagesByMpi):
                 fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
         self._announce(_END)
 
-    def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
+    def _allreduce_shared(self, call: Call, plan: Reduction, array: Array) -> Steps:
         """Each rank reduces its part of a chunk; all gather the parts."""
         is_late = late(plan)
         kind = array.dtype if is_late else plan.wire
         scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
+        (compiled, op), reached = self._compiled(call, array), 0  # reached: halves of chunks
         for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
+            if compiled is not None and reached <= 2 * c:
+                reached = compiled.share(self._flag(0), array, op, 2 * c)
+            if 2 * c + 1 < reached:
+                continue
             slots = self._memory.slots(c, kind)
             n = end - start
-            mine = slots[self.rank]
-            if is_late:
-                mine[:n] = array[start:end]
-            else:
-                encode(plan, array[start:end], mine[:n])
-            self._announce(2 * c + 1)
-            yield from self._all_seen(2 * c + 1)
-            low, high = _part(n, self.rank, self.size)
-            part = scratch[: high - low]
-            reduce = encode_and_fold if is_late else combine
-            reduce(plan, [s[low:high] for s in slots], part)
-            mine[low:high] = part
-            self._announce(2 * c + 2)
+            if 2 * c >= reached:
+                mine = slots[self.rank]
+                if is_late:
+                    mine[:n] = array[start:end]
+                else:
+                    encode(plan, array[start:end], mine[:n])
+                self._announce(2 * c + 1)
+                yield from self._all_seen(2 * c + 1)
+                low, high = _part(n, self.rank, self.size)
+                part = scratch[: high - low]
+                reduce = encode_and_fold if is_late else combine
+                reduce(plan, [s[low:high] for s in slots], part)
+                mine[low:high] = part
+                self._announce(2 * c + 2)
             yield from self._all_seen(2 * c + 2)
             for r in range(self.size):
                 low, high = _part(n, r, self.size)
@@ -244,12 +268,12 @@ class ShmTransport(MessagesByMpi):
     def scan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, self.rank + 1)
+        yield from self._in_chunks(call, plan, array, self.rank + 1)
 
     def exscan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, self.rank)
+        yield from self._in_chunks(call, plan, array, self.rank)
 
     # ---- what only moves ----
 
