@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,20 +28,32 @@ from ...runtime.memory import NodeMemory
 from ...runtime.settings import native_wanted
 from .inline import READ
 
+_native: Any
 try:
     from . import _native
 except ImportError:  # it was not compiled
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 
 if TYPE_CHECKING:
+    from ._native import Chunks as Chunks
     from ._native import Core as Core
+
+
+def why_not() -> str:
+    """Return why calls can't go through compiled code here; "" if they can."""
+    if _native is None:
+        return "it was not compiled when mpicoll was installed"
+    if not native_wanted():
+        return "MPICOLL_NATIVE=0"
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "it counts on the lock that this interpreter does without"
+    return ""
 
 
 def available() -> bool:
     """Return whether calls can go through compiled code here."""
-    locked = getattr(sys, "_is_gil_enabled", lambda: True)()  # it counts on the interpreter's lock
-    return _native is not None and locked and native_wanted()
+    return not why_not()
 
 
 @functools.cache
@@ -61,15 +73,16 @@ def _note_ends() -> None:
     MPI.COMM_SELF.Set_attr(key, None)
 
 
-def chunks(memory: NodeMemory) -> _native.Chunks | None:
+def chunks(memory: NodeMemory) -> Chunks | None:
     """Return what reduces a group's large arrays on one node in compiled code, or None."""
     if not available():
         return None
     codes = {number: dtype.code for number, dtype in _dtypes().items()}
-    return _native.Chunks(memory.mapping, memory.layout, memory.crowded, codes)
+    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded, codes)
+    return made
 
 
-def make(memory: NodeMemory, arrival: BoardArrival, lane: Lane, recorder: Recorder) -> _native.Core:
+def make(memory: NodeMemory, arrival: BoardArrival, lane: Lane, recorder: Recorder) -> Core:
     """Return the core of a group on one node."""
     _note_ends()
     rank, size = memory.rank, memory.size
@@ -84,7 +97,7 @@ def make(memory: NodeMemory, arrival: BoardArrival, lane: Lane, recorder: Record
     checks["barrier"] = partial(Call, "barrier")
     for kind in ("scan", "exscan"):
         checks[kind] = partial(calls.scan, kind, rank, size)
-    return _native.Core(
+    made: Core = _native.Core(
         *(memory.mapping, memory.layout, memory.crowded),
         read=READ,
         kinds=KINDS,
@@ -99,3 +112,4 @@ def make(memory: NodeMemory, arrival: BoardArrival, lane: Lane, recorder: Record
         ours=ours,
         digest=calls.digest,
     )
+    return made
