@@ -1,13 +1,15 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=False
-"""The compiled core: a small call of a group on one node, whole, in one go.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The compiled core: a small call of a group on one node, whole, in one go; large reductions in chunks.
 
-It checks the arguments, writes the record and what rides along with it, looks at the peers'
-records, reads what they gave, and enters the call in the flight recorder, in the same memory and
-with the same bits as the general way does.  A call that is not for it, or whose peers are late, is
-the general way's: then `None` is returned, and a record that was posted stays posted.
+It does the same as the general way, in the same memory and with the same bits, so the two can meet
+in one call.  `Core` checks the arguments, writes the record and what rides along with it, looks at
+the peers' records, reads what they gave, and enters the call in the flight recorder.  A call that is
+not for it, or whose peers are late, is the general way's: then it returns None, and a record that
+was posted stays posted.
 
-It runs under the interpreter's lock from end to end, runs no bytecode and looks at no signals: so
-nothing can strike in the middle, and no other thread is in the engine unless it was before.
+A `Core` runs under the interpreter's lock from end to end, runs no bytecode but a tensor's `numpy`,
+before anything is posted, and looks at no signals: so nothing can strike in the middle, and no other
+thread is in the engine unless it was before.
 """
 
 from sys import modules
@@ -23,19 +25,14 @@ from libc.string cimport memcmp, memcpy
 
 cdef extern from "kernels.h" nogil:
     enum:
-        SUM, PROD, MIN, MAX, BAND, BOR, BXOR, LOR, LAND, LXOR
-        I8, U8, I16, U16, I32, U32, I64, U64, F32, F64
-    ctypedef int (*kernel)(void *, const void *, const void *, size_t)
-    const size_t WIDTHS[10]
-    const int OPERATORS_OF[3][8]
-    kernel kernel_of(int element, int operator_)
-    int fold(kernel k, char *out, const char *first, size_t stride, int arrays, size_t n, size_t width)
-    void encode_f32(void *out, const void *src, size_t n, int highest)
-    void encode_f64(void *out, const void *src, size_t n, int highest)
-    void decode_f32(void *out, const void *src, size_t n, int highest)
-    void decode_f64(void *out, const void *src, size_t n, int highest)
-    void divide_f32(void *out, size_t n, int divisor)
-    void divide_f64(void *out, size_t n, int divisor)
+        DTYPES
+        AVG_OP
+    ctypedef struct plan:
+        size_t width, wire
+    void lay_plans()
+    const plan *plan_of(int64_t dtype, int op)
+    void encode(const plan *p, char *out, const void *src, size_t n)
+    int fold(const plan *p, char *out, const char *first, size_t stride, int arrays, size_t n, int ranks, int encoded)
     int64_t load_acquire(const int64_t *word)
     void store_release(int64_t *word, int64_t value)
     void relax()
@@ -47,13 +44,16 @@ cdef extern from *:
     #include <frameobject.h>
     #include <structmember.h>
 
-    /* The offset of a slot in its instances. */
+    /* The offset of a slot in the instances of its class. */
     static Py_ssize_t slot_offset(PyObject *member) {
         if (!PyObject_TypeCheck(member, &PyMemberDescr_Type)) return -1;
         return ((PyMemberDescrObject *)member)->d_member->offset;
     }
     static PyObject *new_instance(PyObject *cls) { return ((PyTypeObject *)cls)->tp_alloc((PyTypeObject *)cls, 0); }
-    static void give_slot(PyObject *self, Py_ssize_t offset, PyObject *value) { *(PyObject **)((char *)self + offset) = value; }
+    static void give_slot(PyObject *self, Py_ssize_t offset, PyObject *value) {
+        Py_INCREF(value);
+        *(PyObject **)((char *)self + offset) = value;
+    }
 
     #if PY_VERSION_HEX < 0x030B0000
     static int last_instruction(PyFrameObject *frame) { return frame->f_lasti * (int)sizeof(_Py_CODEUNIT); }
@@ -64,7 +64,7 @@ cdef extern from *:
     """
     Py_ssize_t slot_offset(object member)
     object new_instance(object cls)
-    void give_slot(object self, Py_ssize_t offset, PyObject *value)
+    void give_slot(object self, Py_ssize_t offset, object value)
     ctypedef struct PyFrameObject
     ctypedef struct PyCodeObject
     PyFrameObject *PyEval_GetFrame()
@@ -75,57 +75,16 @@ cdef extern from *:
     void Py_DECREF(void *thing)
 
 cnp.import_array()
+lay_plans()
 
 cdef enum:
-    PLAIN, DIVIDED, ORDERED  # what is done to the elements before and after they are reduced
-
-cdef struct Plan:
-    kernel reduce
-    int how
-    int element
-    int highest
-
-cdef enum:
-    DTYPES = 24  # NumPy's own, which have low numbers
-
-cdef Plan[24][8] plans  # by NumPy's number of the dtype, and by operator
-cdef enum:
-    AVG = 1  # ReduceOp's code of it
+    NUMBERS = 24  # NumPy's numbers of its own dtypes are lower
+    BFLOAT16 = 17  # our code of it
     TURN = 16  # chunks after which others have their turn
     LISTED = 16  # ranks up to which lists of arrays are looked through here
     # The codes of the calls, as in the records.
     ALLREDUCE = 0, BROADCAST, REDUCE, BARRIER, ALLGATHER, ALL_GATHER_SINGLE, GATHER, SCATTER
     REDUCE_SCATTER, REDUCE_SCATTER_SINGLE, ALLTOALL, ALL_TO_ALL_SINGLE, SCAN = 16, EXSCAN
-
-
-cdef void lay(int number, int element, int of):
-    cdef int op, operator_
-    for op in range(8):
-        operator_ = OPERATORS_OF[of][op]
-        if operator_ < 0:
-            continue
-        plans[number][op].element = element
-        plans[number][op].how = PLAIN
-        if element >= F32 and (operator_ == MIN or operator_ == MAX):
-            plans[number][op].how = ORDERED
-            plans[number][op].highest = operator_ == MAX
-            plans[number][op].reduce = kernel_of(I32 if element == F32 else I64, operator_)
-            continue
-        if op == AVG:
-            plans[number][op].how = DIVIDED
-        plans[number][op].reduce = kernel_of(element, operator_)
-
-
-def lay_all():
-    elements = {"i1": I8, "u1": U8, "i2": I16, "u2": U16, "i4": I32, "u4": U32, "i8": I64, "u8": U64}
-    for number in range(cnp.NPY_BYTE, cnp.NPY_ULONGLONG + 1):
-        lay(number, elements[cnp.PyArray_DescrFromType(number).str[1:]], 0)
-    lay(cnp.NPY_BOOL, U8, 1)
-    lay(cnp.NPY_FLOAT, F32, 2)
-    lay(cnp.NPY_DOUBLE, F64, 2)
-
-
-lay_all()
 
 cdef bint over = False  # this process is no rank any more
 
@@ -140,13 +99,19 @@ cdef struct Record:
     int64_t[9] fields  # number, kind, dtype, op, root, count, digest, state, extent
 
 
+cdef struct Given:  # a plain array of the user's
+    char *data
+    Py_ssize_t count, nbytes
+    int64_t dtype
+
+
 cdef class Node:
     """A group's shared memory, as its ranks of one node have it.
 
     Args:
         memory: the mapping.
         layout: rank, size; bytes per rank, of its page, of a record, of room for a payload, of a
-            slot; where in its part lie its flag, what it has left and what it has finished.
+            slot; where in a rank's part lie its flag, what it has left and what it has finished.
         crowded: the ranks share cores: a peer needs this one.
     """
 
@@ -203,25 +168,17 @@ cdef class Node:
 cdef class Chunks(Node):
     """What reduces large arrays chunk by chunk, in slots that alternate; see transport.py."""
 
-    cdef int64_t[24] _codes
     cdef char *_scratch
 
-    def __init__(self, memory, layout, crowded, codes):
-        cdef int number
-        for number in range(DTYPES):
-            self._codes[number] = codes.get(number, -1)
-        self._scratch = <char *>malloc(2 * (self._slot // self._size + 64))
+    def __init__(self, memory, layout, crowded):
+        self._scratch = <char *>malloc(self._slot)
 
     def __dealloc__(self):
         free(self._scratch)
 
     def knows(self, cnp.ndarray array, int64_t dtype, int op):
-        """Return whether an array's elements can be reduced here."""
-        cdef int number = cnp.PyArray_TYPE(array)
-        return (
-            self._mapped and 0 <= number < DTYPES and self._codes[number] == dtype and 0 <= op < 8
-            and plans[number][op].reduce is not NULL and cnp.PyArray_ISCARRAY(array)
-        )
+        """Return whether an array's elements, which have our code `dtype`, can be reduced here."""
+        return self._mapped and plan_of(dtype, op) is not NULL and cnp.PyArray_ISCARRAY(array)
 
     cdef inline char *_of(self, int rank, Py_ssize_t c) noexcept nogil:
         return self._base + rank * self._stride + self._page + 2 * self._payload + (c & 1) * self._slot
@@ -237,44 +194,44 @@ cdef class Chunks(Node):
                 return False
         return True
 
-    def fold(self, int64_t flag, cnp.ndarray array, int op, int upto, Py_ssize_t c):
+    def fold(self, int64_t flag, cnp.ndarray array, int64_t dtype, int op, int upto, Py_ssize_t c):
         """Reduce the first ranks' arrays in place, from chunk `c` on; return how far it came.
 
         The chunk that it came to is to be done once more, from its begin: a peer is late, or a
         result is NaN; or it has come far enough for others to have their turn.
         """
-        cdef Plan *plan = &plans[cnp.PyArray_TYPE(array)][op]
-        cdef size_t width = WIDTHS[plan.element]
-        cdef Py_ssize_t room = self._slot // width, count = cnp.PyArray_SIZE(array), last = c + TURN, n
+        cdef const plan *p = plan_of(dtype, op)
+        cdef Py_ssize_t room = self._slot // p.wire, count = cnp.PyArray_SIZE(array), last = c + TURN, n
         cdef char *data = <char *>cnp.PyArray_DATA(array)
         cdef char *here
+        cdef char *kept
         with nogil:
             while c * room < count and c < last:
-                here = data + c * room * width
+                here = data + c * room * p.width
                 n = min(room, count - c * room)
-                if plan.how == ORDERED:
-                    encode(plan, self._of(self._rank, c), here, n)
-                else:
-                    memcpy(self._of(self._rank, c), here, n * width)
+                encode(p, self._of(self._rank, c), here, n)
                 store_release(self._word(self._rank), flag + c + 1)
                 if not self._all_reach(flag + c + 1):
                     break
                 if upto:
-                    if fold(plan.reduce, here, self._of(0, c), self._stride, upto, n, width):
-                        memcpy(here, self._of(self._rank, c), n * width)
+                    kept = self._of(self._rank, c)
+                    if p.wire != p.width:
+                        kept = self._scratch
+                        memcpy(kept, here, n * p.width)
+                    if fold(p, here, self._of(0, c), self._stride, upto, n, self._size, True):
+                        memcpy(here, kept, n * p.width)
                         break
-                    finish(plan, here, n, self._size)
                 c += 1
         return c
 
-    def share(self, int64_t flag, cnp.ndarray array, int op, Py_ssize_t half):
+    def share(self, int64_t flag, cnp.ndarray array, int64_t dtype, int op, Py_ssize_t half):
         """Have each rank reduce its part of each chunk, and gather the parts; return how far it came.
 
         Half 2c of chunk c ends when all have written theirs, half 2c + 1 when all have reduced
         their parts and those are gathered.  A half that it came to is to be done once more.
         """
-        cdef Plan *plan = &plans[cnp.PyArray_TYPE(array)][op]
-        cdef size_t width = WIDTHS[plan.element]
+        cdef const plan *p = plan_of(dtype, op)
+        cdef size_t width = p.width
         cdef Py_ssize_t room = self._slot // width, count = cnp.PyArray_SIZE(array), last = half + 2 * TURN
         cdef Py_ssize_t c, n, low, high
         cdef char *data = <char *>cnp.PyArray_DATA(array)
@@ -293,7 +250,10 @@ cdef class Chunks(Node):
                     if not self._all_reach(flag + half + 1):
                         break
                     low, high = part_begin(n, self._rank, self._size), part_begin(n, self._rank + 1, self._size)
-                    if not self._reduce_part(plan, c, low * width, high - low):
+                    if fold(
+                        p, self._scratch, self._of(0, c) + low * width, self._stride, self._size, high - low,
+                        self._size, False,
+                    ):
                         break
                     memcpy(mine + low * width, self._scratch, (high - low) * width)
                     half += 1
@@ -306,48 +266,9 @@ cdef class Chunks(Node):
                 half += 1
         return half
 
-    cdef bint _reduce_part(self, Plan *plan, Py_ssize_t c, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
-        """Reduce a part of all slots into the scratch; return whether that is done."""
-        cdef char *spare = self._scratch + self._slot // self._size + 64
-        cdef int rank
-        if plan.how != ORDERED:
-            if fold(plan.reduce, self._scratch, self._of(0, c) + at, self._stride, self._size, n, WIDTHS[plan.element]):
-                return False
-        else:
-            encode(plan, self._scratch, self._of(0, c) + at, n)
-            for rank in range(1, self._size):
-                encode(plan, spare, self._of(rank, c) + at, n)
-                plan.reduce(self._scratch, self._scratch, spare, n)
-        finish(plan, self._scratch, n, self._size)
-        return True
-
 
 cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nogil:
     return n * rank // size
-
-
-cdef inline void encode(Plan *plan, char *room, const void *data, Py_ssize_t count) noexcept nogil:
-    """Write elements as they are reduced."""
-    if plan.how != ORDERED:
-        memcpy(room, data, count * WIDTHS[plan.element])
-    elif plan.element == F32:
-        encode_f32(room, data, count, plan.highest)
-    else:
-        encode_f64(room, data, count, plan.highest)
-
-
-cdef inline void finish(Plan *plan, char *out, Py_ssize_t count, int size) noexcept nogil:
-    """Make of reduced elements what the user gets."""
-    if plan.how == DIVIDED:
-        if plan.element == F32:
-            divide_f32(out, count, size)
-        else:
-            divide_f64(out, count, size)
-    elif plan.how == ORDERED:
-        if plan.element == F32:
-            decode_f32(out, out, count, plan.highest)
-        else:
-            decode_f64(out, out, count, plan.highest)
 
 
 @cython.final
@@ -356,39 +277,47 @@ cdef class Core(Node):
 
     Args:
         read: bytes that a rank reduces alone, at most.
-        kinds: the calls' names, in the order of their codes; dtypes: ours by NumPy's number; ops: in their order.
+        kinds: the calls' names, in the order of their codes.
+        dtypes: ours, by NumPy's number; listed: all of ours, by their codes.
+        ops: the operators, in the order of their codes.
         engine, lane, arrival, ring: what is looked at and kept up to date.
-        work: the class of calls that are over; checks: what makes a checked call of what it was
-            given, by name.
-        ours: whether a file of code is the library's; digest: condenses the counts of all ranks.
+        work: the class of calls that are over.
+        checks: what makes a checked call of what it was given, by name.
+        ours: whether a file of code is the library's.
+        digest: condenses the counts of all ranks.
     """
 
     cdef Py_ssize_t _read
-    cdef object _lane, _engine, _poll, _arrival, _work, _tensor, _ours, _digests, _append
-    cdef dict _active
+    cdef object _lane, _engine, _poll, _arrival, _work, _tensor, _torch, _ours, _digests, _append
+    cdef dict _active, _listed
     cdef tuple _ops, _names
-    cdef list _dtypes, _checks
+    cdef list _checks
     cdef int64_t[24] _codes
     cdef int64_t _counted, _counts
     cdef Py_ssize_t _at_seq, _at_given
     cdef object _code  # the user's code that called last
     cdef int64_t _owed, _owed_kind, _last, _kind
     cdef bint _stale
+    cdef char *_spare
+    cdef char *_kept
+
+    def __dealloc__(self):
+        free(self._spare)
 
     def __init__(
-        self, memory, layout, crowded, read, kinds, dtypes, ops, engine, lane, arrival, ring, work, checks, ours, digest
+        self, memory, layout, crowded, *, read, kinds, dtypes, listed, ops, engine, lane, arrival, ring, work, checks,
+        ours, digest,
     ):
         cdef int number
         self._read = read
         self._names = tuple(kinds)
-        self._dtypes = [dtypes.get(number) for number in range(DTYPES)]
-        for number in range(DTYPES):
-            self._codes[number] = -1 if number not in dtypes else dtypes[number].code
+        self._listed = listed
+        for number in range(NUMBERS):
+            self._codes[number] = dtypes[number].code if number in dtypes else -1
         self._ops = tuple(ops)
         self._engine, self._lane, self._arrival = engine, lane, arrival
+        self._active, self._poll, self._append = engine._active, engine._poll, ring.append
         self._checks = [checks.get(kind) for kind in kinds]
-        self._active, self._poll = engine._active, engine._poll
-        self._append = ring.append
         self._work, self._ours, self._digests = work, ours, digest
         self._counted = -1
         self._at_seq = slot_offset(work.seq)
@@ -433,85 +362,109 @@ cdef class Core(Node):
 
     cdef object _reducing(self, int kind, object tensor, object op, object timeout, int root, int upto, tuple given):
         """Reduce what the first ranks give, into the array itself."""
+        cdef Given a
         cdef bint lands = root < 0 or root == self._rank
-        cdef cnp.ndarray array = self._array(tensor, lands)
-        cdef Plan *plan = self._plan(array, op)
+        cdef object array = self._view(tensor, lands, &a)
+        cdef int code = self._op(op)
+        cdef const plan *p
         cdef int64_t seq
-        cdef Py_ssize_t count
-        cdef int code
+        cdef char *mine
         cdef double now
-        if plan is NULL or not self._fits(cnp.PyArray_NBYTES(array), True):
+        if array is None:
             return None
-        code = self._op(op)
-        if code == AVG and (kind == SCAN or kind == EXSCAN):
-            return None
-        now = self._open(timeout)
-        if now == 0:
-            return None
-        seq, count = self._lane.seq + 1, cnp.PyArray_SIZE(array)
-        encode(plan, self._room(self._rank, seq), <void *>cnp.PyArray_DATA(array), count)
-        if not self._meet(seq, kind, self._code_of(array), code, root, count, 0, count):
-            return None
-        if lands and upto and not self._fold(plan, seq, <char *>cnp.PyArray_DATA(array), 0, count, upto):
-            return self._undo(seq, kind, array)
-        return self._done(seq, kind, array, count, op, root, now, given)
-
-    def reduce_scatter_single(self, output, input, op, timeout):
-        cdef cnp.ndarray out = self._array(output, True)
-        cdef cnp.ndarray source = self._array(input, False)
-        cdef Plan *plan = self._plan(source, op)
-        cdef int64_t seq
-        cdef Py_ssize_t count
-        cdef double now
-        if plan is NULL or not self._pair(out, source) or not self._fits(cnp.PyArray_NBYTES(source), True):
-            return None
-        count = cnp.PyArray_SIZE(out)
-        if cnp.PyArray_SIZE(source) != count * self._size or not self._apart(out, source, source):
+        p = plan_of(a.dtype, code)
+        if p is NULL or not self._fits(a.count * p.wire, True) or (code == AVG_OP and kind >= SCAN):
             return None
         now = self._open(timeout)
         if now == 0:
             return None
         seq = self._lane.seq + 1
-        encode(plan, self._room(self._rank, seq), <void *>cnp.PyArray_DATA(source), count * self._size)
-        if not self._meet(
-            seq, REDUCE_SCATTER_SINGLE, self._code_of(out), self._op(op), -1, count, 0, count * self._size
-        ):
+        mine = self._room(self._rank, seq)
+        encode(p, mine, a.data, a.count)
+        if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
             return None
-        if not self._fold(plan, seq, <char *>cnp.PyArray_DATA(out), self._rank * count, count, self._size):
-            if not self._apart(out, source, None):
-                self._undo(seq, REDUCE_SCATTER_SINGLE, source)
-            self._owe(seq, REDUCE_SCATTER_SINGLE)
-            return None
-        return self._done(seq, REDUCE_SCATTER_SINGLE, source, count, op, -1, now, (output, input, op))
+        if lands and upto:
+            self._keep(p, &a, mine)
+            if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True):
+                memcpy(a.data, self._kept, a.nbytes)
+                return None  # the general way makes the NaN
+        return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given)
 
-    def reduce_scatter(self, output, input, op, timeout):
-        cdef cnp.ndarray out = self._array(output, True)
-        cdef cnp.ndarray part
-        cdef list sources = self._arrays(input, out, False)
-        cdef Plan *plan = self._plan(out, op)
+    cdef inline void _keep(self, const plan *p, Given *a, char *mine):
+        """Know where an array still is as it was, in case that a result is NaN.
+
+        Which NaN it is must be the same on all ranks: the general way makes it, on each of them.
+        """
+        self._kept = mine
+        if p.wire != p.width:
+            if self._spare is NULL:
+                self._spare = <char *>malloc(self._payload)
+            self._kept = self._spare
+            memcpy(self._kept, a.data, a.nbytes)
+
+    def reduce_scatter_single(self, output, input, op, timeout):
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
+        cdef int code = self._op(op)
+        cdef const plan *p
         cdef int64_t seq
-        cdef Py_ssize_t count
         cdef char *mine
-        cdef int rank
         cdef double now
-        if plan is NULL or sources is None or not self._fits(cnp.PyArray_NBYTES(out) * self._size, True):
+        if into is None or source is None or a.dtype != out.dtype or a.count != out.count * self._size:
+            return None
+        p = plan_of(a.dtype, code)
+        if p is NULL or not self._fits(a.count * p.wire, True) or not self._apart(&out, &a):
             return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count = self._lane.seq + 1, cnp.PyArray_SIZE(out)
+        seq = self._lane.seq + 1
+        mine = self._room(self._rank, seq)
+        encode(p, mine, a.data, a.count)
+        if not self._meet(seq, REDUCE_SCATTER_SINGLE, a.dtype, code, -1, out.count, 0, a.count):
+            return None
+        if self._own_part(p, seq, &out):
+            return None  # the general way makes the NaN
+        return self._done(seq, REDUCE_SCATTER_SINGLE, source, a.dtype, out.count, op, -1, now, (output, input, op))
+
+    cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
+        """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
+        cdef char *first = self._room(0, seq) + self._rank * out.count * p.wire
+        return fold(p, out.data, first, self._stride, self._size, out.count, self._size, True)
+
+    def reduce_scatter(self, output, input, op, timeout):
+        cdef Given out
+        cdef Given[16] parts
+        cdef object into = self._view(output, True, &out)
+        cdef int code = self._op(op), rank
+        cdef const plan *p
+        cdef int64_t seq
+        cdef char *mine
+        cdef list sources
+        cdef double now
+        if into is None:
+            return None
+        p = plan_of(out.dtype, code)
+        if p is NULL or not self._fits(out.count * self._size * p.wire, True):
+            return None
+        sources = self._views(input, &out, False, parts)
+        if sources is None:
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._lane.seq + 1
         mine = self._room(self._rank, seq)
         for rank in range(self._size):
-            part = sources[rank]
-            encode(plan, mine + rank * cnp.PyArray_NBYTES(out), <void *>cnp.PyArray_DATA(part), count)
+            encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
         if not self._meet(
-            seq, REDUCE_SCATTER, self._code_of(out), self._op(op), -1, count, self._digest(count), count * self._size
+            seq, REDUCE_SCATTER, out.dtype, code, -1, out.count, self._digest(out.count), out.count * self._size
         ):
             return None
-        if not self._fold(plan, seq, <char *>cnp.PyArray_DATA(out), self._rank * count, count, self._size):
-            self._owe(seq, REDUCE_SCATTER)
-            return None
-        return self._done(seq, REDUCE_SCATTER, sources[0], count, op, -1, now, (output, input, op))
+        if self._own_part(p, seq, &out):
+            return None  # the general way makes the NaN
+        return self._done(seq, REDUCE_SCATTER, sources[0], out.dtype, out.count, op, -1, now, (output, input, op))
 
     def barrier(self, timeout):
         cdef double now = self._open(timeout)
@@ -521,276 +474,273 @@ cdef class Core(Node):
         seq = self._lane.seq + 1
         if not self._meet(seq, BARRIER, -1, -1, -1, 0, 0, 0):
             return None
-        return self._done(seq, BARRIER, None, 0, None, -1, now, ())
+        return self._done(seq, BARRIER, None, -1, 0, None, -1, now, ())
 
     def broadcast(self, tensor, root, timeout):
-        cdef cnp.ndarray array
-        cdef Py_ssize_t count, nbytes
+        cdef Given a
+        cdef object array
         cdef int64_t seq
+        cdef bint gives
         cdef double now
         if not self._is_rank(root):
             return None
-        array = self._array(tensor, root != self._rank)
-        if array is None or not self._fits(cnp.PyArray_NBYTES(array), False):
-            return None
-        now = self._open(timeout)
-        if now == 0:
-            return None
-        seq, count, nbytes = self._lane.seq + 1, cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
-        if root == self._rank:
-            memcpy(self._room(self._rank, seq), cnp.PyArray_DATA(array), nbytes)
-        if not self._meet(seq, BROADCAST, self._code_of(array), -1, root, count, 0, count):
-            return None
-        if root != self._rank:
-            memcpy(cnp.PyArray_DATA(array), self._room(root, seq), nbytes)
-        return self._done(seq, BROADCAST, array, count, None, root, now, (tensor, root))
-
-    def all_gather_single(self, output, input, timeout):
-        cdef cnp.ndarray out = self._array(output, True)
-        cdef cnp.ndarray source = self._array(input, False)
-        cdef Py_ssize_t count, nbytes
-        cdef int64_t seq
-        cdef int rank
-        cdef char *into
-        cdef double now
-        if not self._pair(out, source) or not self._fits(cnp.PyArray_NBYTES(out), False):
-            return None
-        count, nbytes = cnp.PyArray_SIZE(source), cnp.PyArray_NBYTES(source)
-        if cnp.PyArray_SIZE(out) != count * self._size or not self._apart(out, source, out):
+        gives = root == self._rank
+        array = self._view(tensor, not gives, &a)
+        if array is None or not self._fits(a.nbytes, False):
             return None
         now = self._open(timeout)
         if now == 0:
             return None
         seq = self._lane.seq + 1
-        memcpy(self._room(self._rank, seq), cnp.PyArray_DATA(source), nbytes)
-        if not self._meet(seq, ALL_GATHER_SINGLE, self._code_of(out), -1, -1, count, 0, count * self._size):
+        if gives:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, BROADCAST, a.dtype, -1, root, a.count, 0, a.count):
             return None
-        into = <char *>cnp.PyArray_DATA(out)
-        for rank in range(self._size):
-            memcpy(into + rank * nbytes, self._room(rank, seq), nbytes)
-        return self._done(seq, ALL_GATHER_SINGLE, source, count, None, -1, now, (output, input))
+        if not gives:
+            memcpy(a.data, self._room(root, seq), a.nbytes)
+        return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root))
 
-    def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
-        """Where the rows are shared equally."""
-        cdef cnp.ndarray out = self._array(output, True)
-        cdef cnp.ndarray source = self._array(input, False)
-        cdef Py_ssize_t count, nbytes, rows
+    def all_gather_single(self, output, input, timeout):
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
         cdef int64_t seq
         cdef int rank
-        cdef char *into
         cdef double now
-        if not (self._even(output_sizes) and self._even(input_sizes)):
+        if into is None or source is None or a.dtype != out.dtype or out.count != a.count * self._size:
             return None
-        if not self._pair(out, source) or not self._fits(cnp.PyArray_NBYTES(out), False):
+        if not self._fits(out.nbytes, False):
             return None
-        if cnp.PyArray_NDIM(out) < 1 or cnp.PyArray_NDIM(source) < 1 or cnp.PyArray_SIZE(out) != cnp.PyArray_SIZE(source):
-            return None
-        rows = cnp.PyArray_DIM(out, 0)
-        if rows != cnp.PyArray_DIM(source, 0) or rows % self._size or not self._apart(out, source, None):
+        if not self._apart(&out, &a) and a.data != out.data + self._rank * a.nbytes:
             return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count = self._lane.seq + 1, cnp.PyArray_SIZE(out) // self._size
-        nbytes = cnp.PyArray_NBYTES(out) // self._size
-        memcpy(self._room(self._rank, seq), cnp.PyArray_DATA(source), nbytes * self._size)
-        if not self._meet(seq, ALL_TO_ALL_SINGLE, self._code_of(out), -1, -1, count, 0, count * self._size):
+        seq = self._lane.seq + 1
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, ALL_GATHER_SINGLE, a.dtype, -1, -1, a.count, 0, out.count):
             return None
-        into = <char *>cnp.PyArray_DATA(out)
         for rank in range(self._size):
-            memcpy(into + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
-        return self._done(seq, ALL_TO_ALL_SINGLE, source, count, None, -1, now, (output, input, None, None))
+            memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
+        return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input))
 
-    def allgather(self, outputs, input, timeout):
-        cdef cnp.ndarray source = self._array(input, False)
-        cdef list into = self._arrays(outputs, source, True)
-        cdef cnp.ndarray part
-        cdef Py_ssize_t count, nbytes
+    def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
+        """Where the rows are shared equally."""
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
+        cdef Py_ssize_t nbytes
         cdef int64_t seq
         cdef int rank
         cdef double now
+        if into is None or source is None or a.dtype != out.dtype or a.count != out.count:
+            return None
+        if not (self._even(output_sizes, into) and self._even(input_sizes, source)):
+            return None
+        if cnp.PyArray_DIM(into, 0) != cnp.PyArray_DIM(source, 0):
+            return None
+        if not self._fits(a.nbytes, False) or not self._apart(&out, &a):
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq, nbytes = self._lane.seq + 1, a.nbytes // self._size
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, ALL_TO_ALL_SINGLE, a.dtype, -1, -1, a.count // self._size, 0, a.count):
+            return None
+        for rank in range(self._size):
+            memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
+        return self._done(
+            seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None)
+        )
+
+    def allgather(self, outputs, input, timeout):
+        cdef Given a
+        cdef Given[16] parts
+        cdef object source = self._view(input, False, &a)
+        cdef list into
+        cdef int64_t seq
+        cdef int rank
+        cdef double now
+        if source is None or not self._fits(a.nbytes * self._size, False):
+            return None
+        into = self._views(outputs, &a, True, parts)
         if into is None:
             return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count, nbytes = self._lane.seq + 1, cnp.PyArray_SIZE(source), cnp.PyArray_NBYTES(source)
-        memcpy(self._room(self._rank, seq), cnp.PyArray_DATA(source), nbytes)
+        seq = self._lane.seq + 1
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(
-            seq, ALLGATHER, self._code_of(source), -1, -1, count, self._digest(count), count * self._size
+            seq, ALLGATHER, a.dtype, -1, -1, a.count, self._digest(a.count), a.count * self._size
         ):
             return None
         for rank in range(self._size):
-            part = into[rank]
-            memcpy(cnp.PyArray_DATA(part), self._room(rank, seq), nbytes)
-        return self._done(seq, ALLGATHER, source, count, None, -1, now, (outputs, input))
+            memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (outputs, input))
 
     def gather(self, outputs, input, root, timeout):
-        cdef cnp.ndarray source = self._array(input, False)
-        cdef list into = None
-        cdef cnp.ndarray part
-        cdef Py_ssize_t count, nbytes
+        cdef Given a
+        cdef Given[16] parts
+        cdef object source = self._view(input, False, &a)
+        cdef list into
         cdef int64_t seq
         cdef int rank
         cdef bint lands
         cdef double now
-        if source is None or not self._is_rank(root) or not self._fits(cnp.PyArray_NBYTES(source) * self._size, False):
+        if source is None or not self._is_rank(root) or not self._fits(a.nbytes * self._size, False):
             return None
         lands = root == self._rank
         if lands:
-            into = self._arrays(outputs, source, True)
+            into = self._views(outputs, &a, True, parts)
             if into is None:
                 return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count, nbytes = self._lane.seq + 1, cnp.PyArray_SIZE(source), cnp.PyArray_NBYTES(source)
-        memcpy(self._room(self._rank, seq), cnp.PyArray_DATA(source), nbytes)
-        if not self._meet(
-            seq, GATHER, self._code_of(source), -1, root, count, 0, count * self._size if lands else count
-        ):
+        seq = self._lane.seq + 1
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, GATHER, a.dtype, -1, root, a.count, 0, a.count * self._size if lands else a.count):
             return None
         if lands:
             for rank in range(self._size):
-                part = into[rank]
-                memcpy(cnp.PyArray_DATA(part), self._room(rank, seq), nbytes)
-        return self._done(seq, GATHER, source, count, None, root, now, (outputs, input, root))
+                memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now, (outputs, input, root))
 
     def scatter(self, output, inputs, root, timeout):
-        cdef cnp.ndarray out = self._array(output, True)
-        cdef list sources = None
-        cdef cnp.ndarray part
-        cdef Py_ssize_t count, nbytes
+        cdef Given out
+        cdef Given[16] parts
+        cdef object into = self._view(output, True, &out)
+        cdef list sources
         cdef int64_t seq
         cdef int rank
         cdef bint gives
         cdef double now
-        if out is None or not self._is_rank(root) or not self._fits(cnp.PyArray_NBYTES(out) * self._size, False):
+        if into is None or not self._is_rank(root) or not self._fits(out.nbytes * self._size, False):
             return None
         gives = root == self._rank
         if gives:
-            sources = self._arrays(inputs, out, False)
+            sources = self._views(inputs, &out, False, parts)
             if sources is None:
                 return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count, nbytes = self._lane.seq + 1, cnp.PyArray_SIZE(out), cnp.PyArray_NBYTES(out)
+        seq = self._lane.seq + 1
         if gives:
             for rank in range(self._size):
-                part = sources[rank]
-                memcpy(self._room(self._rank, seq) + rank * nbytes, cnp.PyArray_DATA(part), nbytes)
-        if not self._meet(seq, SCATTER, self._code_of(out), -1, root, count, 0, count * self._size if gives else count):
+                memcpy(self._room(self._rank, seq) + rank * out.nbytes, parts[rank].data, out.nbytes)
+        if not self._meet(
+            seq, SCATTER, out.dtype, -1, root, out.count, 0, out.count * self._size if gives else out.count
+        ):
             return None
-        memcpy(cnp.PyArray_DATA(out), self._room(root, seq) + self._rank * nbytes, nbytes)
-        return self._done(seq, SCATTER, out, count, None, root, now, (output, inputs, root))
+        memcpy(out.data, self._room(root, seq) + self._rank * out.nbytes, out.nbytes)
+        return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now, (output, inputs, root))
 
     def alltoall(self, outputs, inputs, timeout):
+        cdef Given first
+        cdef Given[16] parts, ins
         cdef list into, sources
-        cdef cnp.ndarray part, first
-        cdef Py_ssize_t count, nbytes
         cdef int64_t seq
-        cdef int rank
+        cdef int rank, other
         cdef double now
-        if type(outputs) is not list or not outputs:
+        if type(outputs) is not list or not outputs or self._view(outputs[0], True, &first) is None:
             return None
-        first = self._array(outputs[0], True)
-        sources = self._arrays(inputs, first, False)
+        if not self._fits(first.nbytes * self._size, False):
+            return None
+        into = self._views(outputs, NULL, True, parts)
+        if into is None or parts[0].count != first.count or parts[0].dtype != first.dtype:
+            return None
+        sources = self._views(inputs, &first, False, ins)
         if sources is None:
             return None
-        for part in sources:
-            into = self._arrays(outputs, part, True)
-            if into is None:
-                return None
+        for rank in range(self._size):
+            for other in range(self._size):
+                if not self._apart(&ins[rank], &parts[other]):
+                    return None
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, count, nbytes = self._lane.seq + 1, cnp.PyArray_SIZE(first), cnp.PyArray_NBYTES(first)
+        seq = self._lane.seq + 1
         for rank in range(self._size):
-            part = sources[rank]
-            memcpy(self._room(self._rank, seq) + rank * nbytes, cnp.PyArray_DATA(part), nbytes)
-        if not self._meet(seq, ALLTOALL, self._code_of(first), -1, -1, count, 0, count * self._size):
+            memcpy(self._room(self._rank, seq) + rank * first.nbytes, ins[rank].data, first.nbytes)
+        if not self._meet(seq, ALLTOALL, first.dtype, -1, -1, first.count, 0, first.count * self._size):
             return None
         for rank in range(self._size):
-            part = into[rank]
-            memcpy(cnp.PyArray_DATA(part), self._room(rank, seq) + self._rank * nbytes, nbytes)
-        return self._done(seq, ALLTOALL, sources[0], count, None, -1, now, (outputs, inputs))
+            memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
+        return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (outputs, inputs))
 
     # ---- what they have in common ----
 
-    cdef cnp.ndarray _array(self, object given, bint write):
-        """Return a plain array over what was given, or None."""
-        cdef cnp.ndarray array
-        if type(given) is cnp.ndarray:
-            array = given
-        elif self._is_tensor(given):
-            try:
-                array = given.numpy()
-            except Exception:  # its dtype, its device, its gradient: the general way says what of it
+    cdef object _view(self, object given, bint write, Given *found):
+        """Return a NumPy array over a plain array that was given, and what it holds; else None."""
+        cdef object array = given
+        cdef int64_t dtype = 0
+        if type(given) is not cnp.ndarray:
+            if not self._is_tensor(given):
                 return None
-        else:
+            try:  # what is wrong with it is the general way's to say
+                if given.dtype is self._torch.bfloat16:
+                    array, dtype = given.view(self._torch.int16).numpy(), BFLOAT16
+                else:
+                    array = given.numpy()
+            except Exception:
+                return None
+        if not cnp.PyArray_ISCARRAY_RO(array) or (write and not cnp.PyArray_ISWRITEABLE(array)):
             return None
-        if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_TYPE(array) >= DTYPES or cnp.PyArray_SIZE(array) == 0:
-            return None
-        if self._codes[cnp.PyArray_TYPE(array)] < 0 or (write and not cnp.PyArray_ISWRITEABLE(array)):
-            return None
-        return array
+        if not dtype:
+            if cnp.PyArray_TYPE(array) >= NUMBERS:
+                return None
+            dtype = self._codes[cnp.PyArray_TYPE(array)]
+        found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
+        found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
+        return None if dtype < 0 or found.count == 0 else array
 
     cdef bint _is_tensor(self, object given):
         if self._tensor is None:
-            torch = modules.get("torch")
-            self._tensor = getattr(torch, "Tensor", None)  # it may be half imported
+            self._torch = modules.get("torch")
+            self._tensor = getattr(self._torch, "Tensor", None)  # it may be half imported
         return self._tensor is not None and type(given) is self._tensor
 
-    cdef list _arrays(self, object given, cnp.ndarray like, bint write):
-        """Return the arrays of a list, one per rank, each like another and apart from it and each other."""
-        cdef cnp.ndarray array, other
+    cdef list _views(self, object given, Given *like, bint write, Given *parts):
+        """View the arrays of a list, one per rank: alike, and apart from each other if written."""
         cdef list found = []
-        cdef int rank
-        if type(given) is not list or len(<list>given) != self._size or self._size > LISTED or like is None:
-            return None
-        if not self._fits(cnp.PyArray_NBYTES(like) * self._size, False):
+        cdef object array
+        cdef int rank, other
+        if type(given) is not list or len(<list>given) != self._size or self._size > LISTED:
             return None
         for rank in range(self._size):
-            array = self._array((<list>given)[rank], write)
-            if not self._pair(array, like) or cnp.PyArray_SIZE(array) != cnp.PyArray_SIZE(like):
-                return None
-            if not self._apart(array, like, None):
+            array = self._view((<list>given)[rank], write, &parts[rank])
+            if array is None or parts[rank].dtype != parts[0].dtype or parts[rank].count != parts[0].count:
                 return None
             if write:
-                for other in found:
-                    if not self._apart(array, other, None):
+                for other in range(rank):
+                    if not self._apart(&parts[rank], &parts[other]):
                         return None
+            if like is not NULL:
+                if parts[0].dtype != like.dtype or parts[0].count != like.count:
+                    return None
+                if not self._apart(&parts[rank], like):
+                    return None
             found.append(array)
         return found
 
-    cdef inline bint _pair(self, cnp.ndarray a, cnp.ndarray b):
-        return a is not None and b is not None and self._code_of(a) == self._code_of(b)
+    cdef inline bint _apart(self, Given *a, Given *b):
+        return a.data + a.nbytes <= b.data or b.data + b.nbytes <= a.data
 
-    cdef inline bint _apart(self, cnp.ndarray a, cnp.ndarray b, cnp.ndarray whole):
-        """Return whether two arrays share no memory, or one is this rank's own part of the whole."""
-        cdef char *first = <char *>cnp.PyArray_DATA(a)
-        cdef char *second = <char *>cnp.PyArray_DATA(b)
-        cdef cnp.ndarray part
-        if first + cnp.PyArray_NBYTES(a) <= second or second + cnp.PyArray_NBYTES(b) <= first:
-            return True
-        if whole is None:
+    cdef inline bint _even(self, object sizes, object array):
+        """Return whether an array's rows are shared equally."""
+        if sizes is not None and (type(sizes) is not list or sizes):
             return False
-        part = b if whole is a else a
-        return <char *>cnp.PyArray_DATA(part) == <char *>cnp.PyArray_DATA(whole) + self._rank * cnp.PyArray_NBYTES(part)
+        return cnp.PyArray_NDIM(array) > 0 and cnp.PyArray_DIM(array, 0) % self._size == 0
 
     cdef inline bint _fits(self, Py_ssize_t nbytes, bint reduces):
         """The rule of inline.py: what is decided here must be decided alike there."""
         return nbytes <= self._payload and (not reduces or nbytes * self._size <= self._read)
 
-    cdef inline bint _even(self, object sizes):
-        return sizes is None or (type(sizes) is list and not sizes)
-
     cdef inline bint _is_rank(self, object root):
         return type(root) is int and 0 <= root < self._size
-
-    cdef inline int64_t _code_of(self, cnp.ndarray array):
-        return self._codes[cnp.PyArray_TYPE(array)]
 
     cdef int64_t _digest(self, Py_ssize_t count):
         """Return the digest of the same count for each rank."""
@@ -804,15 +754,6 @@ cdef class Core(Node):
             if op is self._ops[code]:
                 return code
         return -1
-
-    cdef inline Plan *_plan(self, cnp.ndarray array, object op):
-        """Return how an array is reduced; NULL: not here."""
-        cdef int code = self._op(op)
-        cdef Plan *plan
-        if array is None or code < 0:
-            return NULL
-        plan = &plans[cnp.PyArray_TYPE(array)][code]
-        return NULL if plan.reduce is NULL else plan
 
     cdef double _open(self, object timeout) except -1:
         """Return the time if the group takes calls, and nothing is under way; else 0."""
@@ -832,26 +773,13 @@ cdef class Core(Node):
     cdef inline char *_room(self, int rank, int64_t seq):
         return self._base + rank * self._stride + self._page + (seq & 1) * self._payload
 
-    cdef inline bint _fold(self, Plan *plan, int64_t seq, char *out, Py_ssize_t start, Py_ssize_t count, int upto):
-        """Reduce what the first ranks gave, from an element on; return whether it is done.
-
-        Not where a result is NaN: the general way does that once more, so that all ranks have one.
-        """
-        cdef size_t width = WIDTHS[plan.element]
-        if fold(plan.reduce, out, self._room(0, seq) + start * width, self._stride, upto, count, width):
-            return False
-        finish(plan, out, count, self._size)
-        return True
-
-    cdef object _undo(self, int64_t seq, int kind, cnp.ndarray given):
-        """Leave a call to the general way, with the array that was given as it was."""
-        memcpy(cnp.PyArray_DATA(given), self._room(self._rank, seq), cnp.PyArray_NBYTES(given))
-        self._owe(seq, kind)
-
     cdef bint _meet(
         self, int64_t seq, int kind, int64_t dtype, int64_t op, int64_t root, int64_t count, int64_t digest, int64_t extent
     ):
-        """Post this rank's record, and return whether all others' are there soon and the same."""
+        """Post this rank's record, and return whether all others' are there soon and the same.
+
+        From here to `_done` the call is owed: the general way goes on with it.
+        """
         cdef char *own = self._base + self._rank * self._stride
         cdef Py_ssize_t at = (seq & 1) * self._record
         cdef Record *mine = <Record *>(own + at)
@@ -862,24 +790,22 @@ cdef class Core(Node):
         mine.fields[1], mine.fields[2], mine.fields[3], mine.fields[4] = kind, dtype, op, root
         mine.fields[5], mine.fields[6], mine.fields[7], mine.fields[8] = count, digest, 0, extent
         store_release(&mine.fields[0], seq)
+        self._owed, self._owed_kind = seq, kind  # until it is done
         for rank in range(self._size):
             theirs = <Record *>(self._base + rank * self._stride + at)
             if not self._reaches(&theirs.fields[0], seq, &until) or theirs.fields[0] != seq:
-                return self._owe(seq, kind)
+                return False
             if memcmp(&theirs.fields[1], &mine.fields[1], 56):  # all but the extent, which follows from it
-                return self._owe(seq, kind)
+                return False
         for rank in range(self._size):
             left = load_acquire(<int64_t *>(self._base + rank * self._stride + self._left))
             if 0 < left <= seq:
-                return self._owe(seq, kind)
+                return False
         return True
 
-    cdef bint _owe(self, int64_t seq, int kind):
-        self._owed, self._owed_kind = seq, kind
-        return False
-
     cdef object _done(
-        self, int64_t seq, int kind, cnp.ndarray array, int64_t count, object op, int root, double now, tuple given
+        self, int64_t seq, int kind, object array, int64_t dtype, int64_t count, object op, int root, double now,
+        tuple given,
     ):
         """Note that a call is over, and return its Work."""
         cdef PyFrameObject *frame
@@ -887,10 +813,10 @@ cdef class Core(Node):
         cdef PyCodeObject *code
         cdef int at = 0
         cdef object work, place = None
-        cdef object called = now, number_of = seq
+        cdef object called = now, number = seq
         self._last, self._kind = seq, kind
-        self._lane.seq = number_of
-        self._arrival._last = number_of
+        self._lane.seq = number
+        self._arrival._last = number
         store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
         frame = PyEval_GetFrame()  # the group's method
         if frame is not NULL:
@@ -899,8 +825,7 @@ cdef class Core(Node):
             code = PyFrame_GetCode(frame)
             if <PyObject *>code is <PyObject *>self._code or not self._ours[<object>filename_of(code)]:
                 at = last_instruction(frame)
-                place = <object>code
-                self._code = place
+                place = self._code = <object>code
                 Py_DECREF(code)
                 Py_DECREF(frame)
                 break
@@ -909,14 +834,11 @@ cdef class Core(Node):
             Py_DECREF(frame)
             frame = back
         self._append([
-            number_of, self._names[kind], None if array is None else self._dtypes[cnp.PyArray_TYPE(array)],
-            count, None if array is None else (<object>array).shape, op, root, -1, 0,
-            called, monotonic(), None, place, at,
+            number, self._names[kind], None if array is None else self._listed[dtype], count,
+            None if array is None else array.shape, op, root, -1, 0, called, monotonic(), None, place, at,
         ])
         work = new_instance(self._work)
-        Py_INCREF(number_of)
-        give_slot(work, self._at_seq, <PyObject *>number_of)
-        place = (self._checks[kind], given)
-        Py_INCREF(place)
-        give_slot(work, self._at_given, <PyObject *>place)
+        give_slot(work, self._at_seq, number)
+        give_slot(work, self._at_given, (self._checks[kind], given))
+        self._owed = 0
         return work

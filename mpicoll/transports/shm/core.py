@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...arrays.dtypes import BY_NAME as DTYPES
 from ...arrays.dtypes import DType, from_numpy
 from ...arrays.ops import BY_NAME
 from ...engine import calls
@@ -77,8 +78,7 @@ def chunks(memory: NodeMemory) -> Chunks | None:
     """Return what reduces a group's large arrays on one node in compiled code, or None."""
     if not available():
         return None
-    codes = {number: dtype.code for number, dtype in _dtypes().items()}
-    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded, codes)
+    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
     return made
 
 
@@ -102,6 +102,7 @@ def make(memory: NodeMemory, arrival: BoardArrival, lane: Lane, recorder: Record
         read=READ,
         kinds=KINDS,
         dtypes=_dtypes(),
+        listed={dtype.code: dtype for dtype in DTYPES.values()},
         ops=BY_NAME.values(),
         engine=engine,
         lane=lane,

@@ -117,19 +117,21 @@ class ShmTransport(MessagesByMpi):
         else:
             yield from self._in_chunks(call, plan, array, self.size)
 
-    def _compiled(self, call: Call, array: Array) -> tuple[_native.Chunks | None, int]:
-        """Return what reduces an array in compiled code, or None; and the operator's code."""
+    def _compiled(
+        self, call: Call, array: Array
+    ) -> tuple[_native.Chunks | None, tuple[Array, int, int]]:
+        """Return what reduces an array in compiled code, or None; and what it is given."""
         assert call.dtype is not None and call.op is not None
-        code, chunks = call.op.code, self._chunks
-        known = chunks is not None and chunks.knows(array, call.dtype.code, code)
-        return chunks if known else None, code
+        what = array, call.dtype.code, call.op.code
+        known = self._chunks is not None and self._chunks.knows(*what)
+        return self._chunks if known else None, what
 
     def _in_chunks(self, call: Call, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
-        (compiled, op), reached = self._compiled(call, array), 0
+        (compiled, what), reached = self._compiled(call, array), 0
         for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
             if compiled is not None and reached <= c:
-                reached = compiled.fold(self._flag(0), array, op, upto, c)
+                reached = compiled.fold(self._flag(0), *what, upto, c)
             if c < reached:
                 continue
             slots = self._memory.slots(c, plan.wire)
@@ -145,10 +147,10 @@ class ShmTransport(MessagesByMpi):
         is_late = late(plan)
         kind = array.dtype if is_late else plan.wire
         scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
-        (compiled, op), reached = self._compiled(call, array), 0  # reached: halves of chunks
+        (compiled, what), reached = self._compiled(call, array), 0  # reached: halves of chunks
         for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
             if compiled is not None and reached <= 2 * c:
-                reached = compiled.share(self._flag(0), array, op, 2 * c)
+                reached = compiled.share(self._flag(0), *what, 2 * c)
             if 2 * c + 1 < reached:
                 continue
             slots = self._memory.slots(c, kind)
