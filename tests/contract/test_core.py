@@ -80,19 +80,31 @@ def test_the_same_bits_with_and_without(direct, world, dtype, size):
             assert len(set(world.allgather(got[0]))) == 1
 
 
-@pytest.mark.parametrize("size", [70_001, 300_000])
+@pytest.mark.parametrize("size", [70_001, 600_000])
 def test_the_same_bits_in_large_arrays(direct, size):
+    n, chunks = direct.size(), direct._transport._chunks
     rng = np.random.default_rng(size + direct.rank())
     for op in map(mc.ReduceOp.__dict__.get, OPS[:5]):
         for dtype in "efd":
-            given, got = strange(rng, size, dtype), []
-            for chunks in (direct._transport._chunks, None):
-                direct._transport._chunks, kept = chunks, direct._transport._chunks
+            given, whole, got = strange(rng, size, dtype), strange(rng, n * size, dtype), []
+            for way in (chunks, None):
+                direct._transport._chunks = way
                 array = given.copy()
                 direct.allreduce(array, op).wait()
-                direct._transport._chunks = kept
                 got.append(array.tobytes())
-            assert got[0] == got[1], (op, dtype)
+                for root in range(n):
+                    array = given.copy()
+                    direct.reduce(array, root, op).wait()
+                    got.append(array.tobytes())
+                array = np.empty_like(given)
+                direct.reduce_scatter_single(array, whole.copy(), op).wait()
+                got.append(array.tobytes())
+                if op is not mc.ReduceOp.AVG:
+                    array = given.copy()
+                    direct.scan(array, op).wait()
+                    got.append(array.tobytes())
+            half = len(got) // 2
+            assert got[:half] == got[half:], (op, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -266,6 +266,73 @@ cdef class Chunks(Node):
                 half += 1
         return half
 
+    def reduce(self, int64_t flag, cnp.ndarray array, int64_t dtype, int op, int root, Py_ssize_t c):
+        """Reduce into the root's array, from chunk `c` on; return how far it came, as `fold` does."""
+        cdef const plan *p = plan_of(dtype, op)
+        cdef Py_ssize_t room = self._slot // p.wire, count = cnp.PyArray_SIZE(array), last = c + TURN, n
+        cdef char *data = <char *>cnp.PyArray_DATA(array)
+        cdef char *here
+        cdef double until
+        with nogil:
+            while c * room < count and c < last:
+                here = data + c * room * p.width
+                n = min(room, count - c * room)
+                until = 0
+                if self._rank != root and c >= 2 and not self._reaches(self._word(root), flag + c - 1, &until):
+                    break
+                encode(p, self._of(self._rank, c), here, n)
+                if self._rank == root:
+                    if not self._others_reach(flag + c + 1):
+                        break
+                    memcpy(self._scratch, here, n * p.width)
+                    if fold(p, here, self._of(0, c), self._stride, self._size, n, self._size, True):
+                        memcpy(here, self._scratch, n * p.width)
+                        break
+                store_release(self._word(self._rank), flag + c + 1)
+                c += 1
+        return c
+
+    def scatter(
+        self, int64_t flag, cnp.ndarray array, int64_t dtype, int op, cnp.ndarray output, Py_ssize_t c
+    ):
+        """Reduce, and leave each rank one of the equal parts, from round `c` on; return how far it came.
+
+        In a round each rank gives a piece of each part.
+        """
+        cdef const plan *p = plan_of(dtype, op)
+        cdef size_t width = p.width
+        cdef Py_ssize_t room = self._slot // width // self._size, count = cnp.PyArray_SIZE(output)
+        cdef Py_ssize_t last = c + TURN, n
+        cdef char *data = <char *>cnp.PyArray_DATA(array)
+        cdef char *out = <char *>cnp.PyArray_DATA(output)
+        cdef int rank
+        with nogil:
+            while c * room < count and c < last:
+                n = min(room, count - c * room)
+                for rank in range(self._size):
+                    memcpy(
+                        self._of(self._rank, c) + rank * room * width, data + (rank * count + c * room) * width, n * width
+                    )
+                store_release(self._word(self._rank), flag + c + 1)
+                if not self._all_reach(flag + c + 1):
+                    break
+                if fold(
+                    p, self._scratch, self._of(0, c) + self._rank * room * width, self._stride, self._size, n,
+                    self._size, False,
+                ):
+                    break
+                memcpy(out + c * room * width, self._scratch, n * width)
+                c += 1
+        return c
+
+    cdef inline bint _others_reach(self, int64_t value) noexcept nogil:
+        cdef double until = 0
+        cdef int rank
+        for rank in range(self._size):
+            if rank != self._rank and not self._reaches(self._word(rank), value, &until):
+                return False
+        return True
+
 
 cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nogil:
     return n * rank // size

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...arrays.buffers import Blocks
 from ...arrays.dtypes import Reduction
-from ...engine.calls import Call
+from ...engine.calls import UNEVEN, Call
 from ...runtime.library import MOVED, MPI, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
@@ -189,7 +189,12 @@ class ShmTransport(MessagesByMpi):
             yield from self._end_in_place()
             return
         yield from self._begin()
+        (compiled, what), reached = self._compiled(call, array), 0
         for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            if compiled is not None and reached <= c:
+                reached = compiled.reduce(self._flag(0), *what, call.root, c)
+            if c < reached:
+                continue
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
             if self.rank == call.root:
                 if (
@@ -222,7 +227,16 @@ class ShmTransport(MessagesByMpi):
         kind = out.dtype if is_late else plan.wire
         room = SLOT // kind.itemsize // self.size
         yield from self._begin()
+        compiled: _native.Chunks | None = None
+        what: Any = ()
+        reached = 0
+        if len(send.buffers) == 1 and call.count != UNEVEN:
+            compiled, what = self._compiled(call, send.flat())
         for c in range(_rounds(max(send.counts), room)):
+            if compiled is not None and reached <= c:
+                reached = compiled.scatter(self._flag(0), *what, out, c)
+            if c < reached:
+                continue
             slots = self._memory.slots(c, kind)
             for j in range(self.size):
                 piece = send.block(j)[c * room : (c + 1) * room]
