@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import time
 import weakref
 from collections import OrderedDict, deque
@@ -206,6 +207,7 @@ class GroupState:
         self.gathering: Gathering | None = None  # where it is told who called what
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
+        self.core: Callable[[], Any] = lambda: None  # the compiled way of its small calls
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.final_arrival: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
@@ -264,7 +266,10 @@ class GroupState:
         messages = (task for state in others for task in state.beside)
         for task in (*heads, *itertools.islice(messages, _SEVERAL)):
             found.append(_placed(task, f" of group {task.group_state.name!r}"))
-        last = "nothing" if self.finished is None else f"{self.finished[0]} #{self.finished[1]}"
+        core = self.core()
+        ways = (self.finished, None if core is None else core.finished)
+        kind, number = max(filter(None, ways), key=operator.itemgetter(1), default=("nothing", 0))
+        last = f"{kind} #{number}" if number else kind
         since = f", and since then {self.once.said()}" if self.once and self.once.count else ""
         if found:
             text = f"is in {' and in '.join(found[:_SEVERAL])}; last finished here {last}{since}"

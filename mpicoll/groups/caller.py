@@ -20,7 +20,13 @@ from ..engine.progress import engine
 from ..engine.recorder import Recorder
 from ..engine.tasks import GroupState, Task
 from ..engine.work import Work
-from ..errors import GroupBrokenError, GroupClosedError, InvalidCallError, MpicollError
+from ..errors import (
+    CallInterruptedError,
+    GroupBrokenError,
+    GroupClosedError,
+    InvalidCallError,
+    MpicollError,
+)
 from ..runtime.library import IDLE, Steps, highest_tag
 from ..runtime.settings import default_timeout, seconds
 from ..transports import select
@@ -53,6 +59,7 @@ class Caller:
         group_state: the group as the engine sees it.
         transport: what moves the group's data.
         arrival: how the ranks meet in a call.
+        core: the compiled way of small calls, in a group that has one.
         once: the calls that go on without arrival, in a group with ``checks="first"``.
         recorder: the group's flight recorder.
         children: the groups that were made out of this one.
@@ -94,6 +101,9 @@ class Caller:
         state.final_arrival = partial(
             _arrive_finally, state, self.arrival, self.transport, self.recorder
         )
+        self.core = None  # the compiled way of small calls
+        if self.once is None:
+            self.core = self.transport.core(self.arrival, state, self.recorder)
         self.children = Children()
         self.child = Child(
             *(self, resources.comms, self.transport, state, self.recorder, self.children)
@@ -124,7 +134,9 @@ class Caller:
         state = self.group_state
         self.check_usable()
         seq = 0
-        if self.once is None:  # else it is known only later whether the call takes a number
+        if self.core is not None and self.core.owed:
+            seq = self._taken_over(kind)
+        elif self.once is None:  # else it is known only later whether the call takes a number
             state.seq += 1
             seq = state.seq
         call = None
@@ -151,6 +163,16 @@ class Caller:
             engine.forsake(work, error)
             raise
         return work
+
+    def _taken_over(self, kind: Kind) -> int:
+        """Return the number of a call that the core has posted, and left to this way."""
+        assert self.core is not None
+        self.group_state.seq += 1
+        if not self.core.take_over(kind):
+            error = CallInterruptedError("a call was interrupted when its peers could know of it")
+            engine.fail_all(self.group_state, error)
+            self.check_usable()
+        return self.group_state.seq
 
     def _at_once(self, call: Call, seq: int) -> bool:
         """Carry out a call whose data travel beside the records, if all ranks are there already."""
@@ -348,6 +370,8 @@ class Caller:
         self.group_state.close(how)
         engine.delist(self.group_state)
         self.recorder.close()
+        if self.core is not None:
+            self.core.close()
         together = self.group_state.broken is None
         engine.between_steps(lambda: self.transport.release(together=together))
 

@@ -63,6 +63,7 @@ class ProcessGroup(Unique):
         self.comm = caller.comm
         self._caller = caller
         self._call = caller.call  # bound once: one look-up less in each collective
+        self._core = caller.core
         self._rank = caller.rank
         self._size = caller.size
 
@@ -84,7 +85,8 @@ class ProcessGroup(Unique):
         state = known.closed or ("broken" if known.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
-            f"transport {self.name()}{', ' + state if state else ''}>"
+            f"transport {self.name()}{', compiled' if self._core else ''}"
+            f"{', ' + state if state else ''}>"
         )
 
     def rank(self) -> int:
@@ -155,7 +157,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp`, the same on all ranks (a PREMUL_SUM factor is each rank's own).
         """
-        return self._call(kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op)
+        return (self._core and self._core.allreduce(tensor, op, timeout)) or self._call(
+            kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op
+        )
 
     def broadcast(self, tensor: object, root: int, timeout: object = None) -> Work:
         """Copy the root's array to all other ranks, in place.
@@ -164,7 +168,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call(kinds.BROADCAST, timeout, checks.broadcast, tensor, root)
+        return (self._core and self._core.broadcast(tensor, root, timeout)) or self._call(
+            kinds.BROADCAST, timeout, checks.broadcast, tensor, root
+        )
 
     def reduce(self, tensor: object, root: int, op: object = SUM, timeout: object = None) -> Work:
         """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
@@ -174,11 +180,15 @@ class ProcessGroup(Unique):
             root: the rank that gets the result; the same on all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call(kinds.REDUCE, timeout, checks.reduce, tensor, root, op)
+        return (self._core and self._core.reduce(tensor, root, op, timeout)) or self._call(
+            kinds.REDUCE, timeout, checks.reduce, tensor, root, op
+        )
 
     def barrier(self, timeout: object = None) -> Work:
         """Wait for all ranks."""
-        return self._call(kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER))
+        return (self._core and self._core.barrier(timeout)) or self._call(
+            kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER)
+        )
 
     def allgather(
         self, output_tensors: object, input_tensor: object, timeout: object = None
@@ -190,7 +200,9 @@ class ProcessGroup(Unique):
                 large as that.  Sizes may differ between entries, the same way on all ranks.
             input_tensor: this rank's contribution.
         """
-        return self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
+        return (
+            self._core and self._core.allgather(output_tensors, input_tensor, timeout)
+        ) or self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
 
     def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:
         """Gather equal arrays from every rank into one array, on every rank.
@@ -199,7 +211,9 @@ class ProcessGroup(Unique):
             output: of `size` times input's elements; rank i's input comes i-th.
             input: of one dtype and number of elements on all ranks.
         """
-        return self._call(kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input)
+        return (self._core and self._core.all_gather_single(output, input, timeout)) or self._call(
+            kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input
+        )
 
     def gather(
         self, output_tensors: object, input_tensor: object, root: int, timeout: object = None
@@ -212,7 +226,9 @@ class ProcessGroup(Unique):
             input_tensor: this rank's contribution; sizes may differ between ranks.
             root: the rank that gets; the same on all ranks.
         """
-        return self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
+        return (
+            self._core and self._core.gather(output_tensors, input_tensor, root, timeout)
+        ) or self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
 
     def scatter(
         self, output_tensor: object, input_tensors: object, root: int, timeout: object = None
@@ -224,9 +240,9 @@ class ProcessGroup(Unique):
             input_tensors: on the root a list of `size` arrays; not looked at elsewhere.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call(
-            kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root
-        )
+        return (
+            self._core and self._core.scatter(output_tensor, input_tensors, root, timeout)
+        ) or self._call(kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root)
 
     def reduce_scatter(
         self, output: object, input: object, op: object = SUM, timeout: object = None
@@ -239,7 +255,9 @@ class ProcessGroup(Unique):
                 all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call(kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op)
+        return (self._core and self._core.reduce_scatter(output, input, op, timeout)) or self._call(
+            kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op
+        )
 
     def reduce_scatter_single(
         self, output: object, input: object, op: object = SUM, timeout: object = None
@@ -251,7 +269,9 @@ class ProcessGroup(Unique):
             input: of `size` times output's elements.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call(
+        return (
+            self._core and self._core.reduce_scatter_single(output, input, op, timeout)
+        ) or self._call(
             kinds.REDUCE_SCATTER_SINGLE, timeout, checks.reduce_scatter_single, output, input, op
         )
 
@@ -264,7 +284,9 @@ class ProcessGroup(Unique):
             output_tensors: a list of `size` arrays; the i-th is as large as what rank i sends here.
             input_tensors: a list of `size` arrays of any sizes.
         """
-        return self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
+        return (
+            self._core and self._core.alltoall(output_tensors, input_tensors, timeout)
+        ) or self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
 
     def all_to_all_single(
         self,
@@ -281,7 +303,12 @@ class ProcessGroup(Unique):
             output_split_sizes: rows that come from each rank; None or []: equal parts.
             input_split_sizes: rows that go to each rank; None or []: equal parts.
         """
-        return self._call(
+        return (
+            self._core
+            and self._core.all_to_all_single(
+                output, input, output_split_sizes, input_split_sizes, timeout
+            )
+        ) or self._call(
             kinds.ALL_TO_ALL_SINGLE,
             timeout,
             checks.all_to_all_single,
@@ -298,14 +325,18 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp` other than AVG, the same on all ranks.
         """
-        return self._call(kinds.SCAN, timeout, checks.scan, tensor, op)
+        return (self._core and self._core.scan(tensor, op, timeout)) or self._call(
+            kinds.SCAN, timeout, checks.scan, tensor, op
+        )
 
     def exscan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
         """Reduce, on each rank, the arrays of the ranks below this one, in place.
 
         Rank 0's array stays as it is.  Arguments as in `scan`.
         """
-        return self._call(kinds.EXSCAN, timeout, checks.exscan, tensor, op)
+        return (self._core and self._core.exscan(tensor, op, timeout)) or self._call(
+            kinds.EXSCAN, timeout, checks.exscan, tensor, op
+        )
 
     def empty(self, shape: object, dtype: object = "float32", timeout: object = None) -> Any:
         """Make an array in the node's shared memory, which every rank of the group must call for.

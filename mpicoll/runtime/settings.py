@@ -95,6 +95,11 @@ def default_timeout() -> float:
     return value
 
 
+def native_wanted() -> bool:
+    """Return whether compiled code is to be used, which MPICOLL_NATIVE=0 turns off."""
+    return os.environ.get("MPICOLL_NATIVE", "1") != "0"
+
+
 def grace() -> float:
     """Seconds that a rank which failed gives peers that don't know of it: MPICOLL_GRACE, else 3."""
     text = os.environ.get("MPICOLL_GRACE", "3")

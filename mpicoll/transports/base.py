@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.buffers import Blocks, as_buffer, refuse_device
 from ..engine import kinds
+from ..engine.arrival import Arrival
 from ..engine.call import UNEVEN, Call, Message, Pieces
 from ..engine.kinds import Kind
+from ..engine.recorder import Recorder
 from ..engine.tasks import GroupState
 from ..runtime.library import Steps
+
+if TYPE_CHECKING:
+    from .shm._native import Core
 
 
 class Transport(ABC):
@@ -46,6 +51,10 @@ class Transport(ABC):
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
         raise refuse_device(call.buffers())
+
+    def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
+        """Return the compiled way of small calls, where the transport and this machine have one."""
+        return None
 
     def prepare(self, call: Call, seq: int) -> bool:
         """Before this rank arrives: give what can ride along with its record; true if it does."""

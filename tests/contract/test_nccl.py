@@ -492,6 +492,7 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
 @pytest.fixture
 def ahead(fresh) -> mc.ProcessGroup:
     fresh._caller.once = fresh._caller.group_state.once = Once()
+    fresh._core = None  # as such groups have none
     return fresh
 
 

@@ -34,7 +34,8 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "transports",
         [
             *("tuning", "base", "kernels", "mpi"),
-            *("shm.symmetric", "shm.cma", "shm.inline", "shm.transport", "hierarchical"),
+            *("shm.symmetric", "shm.cma", "shm.inline", "shm.core", "shm.transport"),
+            "hierarchical",
             *("cuda.gpu", "cuda.binding", "cuda.probe", "cuda.staged", "cuda.aware", "cuda.nccl"),
             "select",
         ],

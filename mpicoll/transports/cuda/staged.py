@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from ...arrays.buffers import Blocks, Buffer, DeviceBuffer
 from ...arrays.device import UNKNOWN, DeviceArray
 from ...arrays.dtypes import DType
+from ...engine.arrival import Arrival
 from ...engine.call import UNEVEN, Call, Message, digest
+from ...engine.recorder import Recorder
 from ...engine.tasks import Expired, GroupState
 from ...errors import InvalidCallError, TransportError, UnsupportedError
 from ...runtime.library import POLL, Steps
 from ..base import Transport
 from ..tuning import Tuning
+
+if TYPE_CHECKING:
+    from ..shm._native import Core
 
 Array = np.ndarray[Any, Any]
 Done = Callable[[], bool]
@@ -132,6 +137,9 @@ class StagedTransport(Transport):
             f"{call.describe()} can't be captured in a CUDA graph, as the host takes part in it: "
             "call it outside of the graph"
         )
+
+    def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
+        return self._host.core(arrival, group_state, recorder)
 
     def prepare(self, call: Call, seq: int) -> bool:
         return call.device is None and self._host.prepare(call, seq)
