@@ -8,8 +8,8 @@ the same machine.  A guard's price is how much faster the call is without it: th
 rounds.  Over shared memory the comparison of the ranks can't be left out, since small data ride
 along with it; what its parts take there is measured by themselves.
 
-All calls take the general way.  The compiled core, which carries out small calls of a node, has all
-guards in one piece: none can be left out there, and the whole call takes less than one of them here.
+All calls take the general way.  In the compiled core, which carries out small calls of a node, none
+of the guards can be left out: they are one piece, and take less than one of them takes here.
 """
 
 from __future__ import annotations
