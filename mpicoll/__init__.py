@@ -24,16 +24,12 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
-from .groups.group import (
-    ProcessGroup,
-    current_process_group,
-    new_group,
-    parent_group,
-    process_group,
-)
+from .groups.current import current_process_group, process_group
+from .groups.group import ProcessGroup
+from .groups.new import new_group, parent_group
+from .groups.registry import ProcessGroupFactory, register_backend
 from .runtime.settings import child_environment
 from .stores import FileStore, PrefixStore, TCPStore
-from .transports.select import ProcessGroupFactory, register_backend
 
 __version__ = "0.1.0"
 

@@ -39,7 +39,8 @@ import numpy.typing as npt
 from ..arrays.ops import ReduceOp
 from ..engine.kinds import BARRIER
 from ..errors import InvalidCallError
-from ..groups.group import ProcessGroup, new_group
+from ..groups.group import ProcessGroup
+from ..groups.new import new_group
 from ..runtime.library import MPI
 from ..transports.cuda import binding
 from ..transports.cuda.gpu import load_cupy

@@ -26,7 +26,8 @@ import numpy as np
 from .. import __version__
 from ..arrays.ops import ReduceOp
 from ..errors import MpicollError
-from ..groups.group import ProcessGroup, new_group
+from ..groups.group import ProcessGroup
+from ..groups.new import new_group
 from . import digits as classifier
 from .trials import TRIALS, Maker
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ..runtime.launcher import abortive, pmi_of, remedy, serves, stray
+from ..runtime.launcher import abortive, pmi_of, remedy, serves, singleton
 from ..runtime.memory import bytes_per_rank
 from ..runtime.settings import SETTINGS, SLURM_INTERACTIVE
 from ..transports.select import NCCL_SHARES
@@ -159,7 +159,7 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield Finding(topic, OK, said)
     elif first.spawned:
         yield Finding(topic, OK, f"{first.world} ranks, spawned by an MPI program")
-    elif why := stray(first.world, first.vendor, found):
+    elif why := singleton(first.world, first.vendor, found):
         if first.meant_single:
             yield Finding(topic, OK, f"{said}, each alone, as MPICOLL_SINGLE=1 says")
         else:

@@ -27,7 +27,8 @@ import numpy as np
 from ..arrays.ops import ReduceOp
 from ..engine import arrival, checks, work
 from ..engine.progress import engine
-from ..groups.group import ProcessGroup, new_group
+from ..groups.group import ProcessGroup
+from ..groups.new import new_group
 from ..runtime.library import Steps
 
 SIZES = (4, 2**20)  # bytes
@@ -117,7 +118,7 @@ def _unchecked(pg: ProcessGroup, x: Any) -> _Patch:
 
 def _unrecorded(pg: ProcessGroup, x: Any) -> _Patch:
     return _Patch(
-        (pg._recorder, "note", lambda *arguments: []), (work, "end", lambda *arguments: None)
+        (pg._caller.recorder, "note", lambda *arguments: []), (work, "end", lambda *arguments: None)
     )
 
 
@@ -130,7 +131,7 @@ def _uncompared(pg: ProcessGroup, x: Any) -> _Patch:
         call.largest = call.extent
         yield from ()
 
-    return _Patch((pg._arrival, "steps", steps))
+    return _Patch((pg._caller.arrival, "steps", steps))
 
 
 def _comparing(pg: ProcessGroup, x: Any) -> float:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
+from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, pending, until
 from ..runtime.memory import NodeMemory
 from .call import UNEVEN, Call, digest
@@ -220,12 +221,10 @@ class Arrival:
 
     def _compare_pairs(self, call: Call, seq: int) -> Steps:
         """Compare what each rank sends to each other with what that one expects."""
-        sends, expects = (np.array(c, dtype=np.int64) for c in self._pair_counts(call))
-        comes = np.empty(self._size, dtype=np.int64)
-        yield from until(self._comm.Ialltoall([sends, MPI.INT64_T], [comes, MPI.INT64_T]))
-        wrong = np.array([int((comes != expects).any())], dtype=np.int64)
-        yield from until(self._comm.Iallreduce(MPI.IN_PLACE, [wrong, MPI.INT64_T], MPI.MAX))
-        if wrong[0]:
+        sends, expects = self._pair_counts(call)
+        comes = yield from agreement.exchanged(self._comm, sends)
+        (fits,) = yield from agreement.unanimous(self._comm, bool((comes == expects).all()))
+        if not fits:
             odd = np.flatnonzero(comes != expects).tolist()
             said = "; ".join(
                 f"rank {self._rank} expects {expects[j]} elements from rank {j}, "

@@ -1,8 +1,8 @@
 """How communicators come to be: duplicated, split, shrunk.  It never sees a group.
 
-Those that merge have modules of their own: rendezvous.py, merge.py and spawn.py, among the groups.
+How communicators merge stands in modules of the room of groups: rendezvous.py, merge.py, spawn.py.
 
-Whatever blocks inside MPI comes after an arrival and under the engine's guard.
+A call that blocks inside MPI comes after an arrival and under the engine's guard.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import CollectiveMismatchError, CollectiveTimeoutError, UnsupportedError
+from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, shrink_tag, until
 from ..runtime.memory import whereabouts
 from ..runtime.processes import Identity, identity
@@ -33,7 +34,7 @@ MakesComm: TypeAlias = "Generator[int, None, MPI.Intracomm | None]"
 Plan = dict[str, Any]
 """What one rank decides for all, as JSON can hold it."""
 
-STRANGER = -1
+FOREIGN = -1
 """Stands for the rank in MPI.COMM_WORLD of a process that is not in it."""
 
 
@@ -62,12 +63,12 @@ def split_by_lists(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -
     """
     size, me = comm.Get_size(), comm.Get_rank()
     mine = digest(*ranks)
-    named_high, named_low, own = table = np.full((3, size), -1, dtype=np.int64)
+    table = np.full((3, size), -1, dtype=np.int64)
     top = np.iinfo(np.int64).max
-    named_high[list(ranks)] = mine
-    named_low[list(ranks)] = top - mine
-    own[me] = mine
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [table, MPI.INT64_T], MPI.MAX))
+    table[0, list(ranks)] = mine
+    table[1, list(ranks)] = top - mine
+    table[2, me] = mine
+    named_high, named_low, own = yield from agreement.reduced(comm, table, MPI.MAX)
     wrong = (named_high >= 0) & ((named_high != top - named_low) | (named_high != own))
     if wrong.any():
         others = np.flatnonzero(own != mine).tolist()
@@ -94,8 +95,8 @@ def nodes_of(
 ) -> Generator[int, None, tuple[Nodes, dict[int, Identity]]]:
     """Find which ranks share a node, and as which processes those of this rank's node are known.
 
-    Ranks are on one node if they have one host name and one folder for shared memory.  MPI's
-    own word for it can be wrong on a merged communicator.
+    Ranks are on one node if they have one host name and one folder for shared memory.  What MPI
+    itself finds (`Split_type`) can be wrong on a merged communicator.
 
     Args:
         sizes: ranks of each node to pretend, by world rank; () if none.
@@ -104,10 +105,8 @@ def nodes_of(
     if sizes:
         ends = list(itertools.accumulate(sizes))
         pretended.append(bisect.bisect(ends, MPI.COMM_WORLD.Get_rank()))
-    mine = np.array([host_mark(*pretended), *identity()], dtype=np.int64)
-    table = np.empty((comm.Get_size(), mine.size), dtype=np.int64)
-    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
-    near = np.flatnonzero(table[:, 0] == mine[0]).tolist()
+    table = yield from agreement.rows(comm, host_mark(*pretended), *identity())
+    near = np.flatnonzero(table[:, 0] == table[comm.Get_rank(), 0]).tolist()
     return Nodes.of(table[:, 0].tolist()), {r: Identity(*table[r, 1:].tolist()) for r in near}
 
 
@@ -122,7 +121,7 @@ def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:
-    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `STRANGER` if they have none.
+    """Return the ranks of a communicator's members in MPI.COMM_WORLD; `FOREIGN` if they have none.
 
     Members of another MPI world, separately launched or spawned, have none.
     """
@@ -130,23 +129,23 @@ def world_ranks(comm: MPI.Intracomm) -> list[int]:
     ranks = group.Translate_ranks(None, world)
     group.Free()
     world.Free()
-    return [STRANGER if rank == MPI.UNDEFINED else rank for rank in ranks]
+    return [FOREIGN if rank == MPI.UNDEFINED else rank for rank in ranks]
 
 
-def strangers(comm: MPI.Intracomm) -> list[int]:
+def foreign_ranks(comm: MPI.Intracomm) -> list[int]:
     """Return the ranks of a communicator that are of another MPI world than this process."""
-    return [rank for rank, known in enumerate(world_ranks(comm)) if known == STRANGER]
+    return [rank for rank, known in enumerate(world_ranks(comm)) if known == FOREIGN]
 
 
 # ---- shrinking ----
 #
 # After a failure the old communicator may have a collective pending, beside which it can neither
-# be duplicated nor split; messages still go.  So all who stay say so to one of them, the lowest
-# that is neither excluded nor dead.  It waits for all, and tells them who is in.  If it dies, the
-# next one is told.
+# be duplicated nor split; messages still go.  So each rank that stays sends a message to one of
+# them, the lowest that is neither excluded nor dead.  That one waits for all, and sends them the
+# plan: which ranks are in.  If it dies, the messages go to the next one.
 
 _attempts = itertools.count(1)  # a plan counts only for the attempt that it answers
-_PASS_ON = 0.03  # seconds that a plan may take to reach those who wait for it
+_PASS_ON = 0.03  # seconds that a plan may take to reach the ranks that wait for it
 
 
 def shrink(
@@ -179,7 +178,10 @@ def shrink(
 
 
 def survivors(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, MPI.Intracomm]:
-    """Make a communicator of those who live, who all call.  It takes MPI's fault tolerance."""
+    """Make a communicator of the ranks that live, all of which call.
+
+    It takes MPI's fault tolerance.
+    """
     comm.Revoke()
     made = yield from engine.outside(deadline, "MPIX_Comm_shrink", comm.Shrink)
     assert isinstance(made, MPI.Intracomm)
@@ -187,7 +189,7 @@ def survivors(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, MPI.
 
 
 def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> Generator[int, None, bool]:
-    """Return whether all ranks of a communicator live, and what they made of it is `fine`.
+    """Return whether all ranks of a communicator live, and each has found what it made `fine`.
 
     The answer is the same on all that live.  It takes MPI's fault tolerance.
     """
@@ -206,14 +208,14 @@ def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> Generator
 def _agree_on_shrinking(
     peers: Peers, excluded: Sequence[int], deadline: float
 ) -> Generator[int, None, list[int]]:
-    """Wait for all who stay; return who is out."""
-    attempt, told = next(_attempts), -1
+    """Wait for all ranks that stay; return those that don't."""
+    attempt, asked = next(_attempts), -1
     peers.plan = ""
     while True:
         try:
             peers.poll()
         except MPI.Exception:
-            if comm_is_revoked(peers.comm):  # others have heard the plan, and go on
+            if comm_is_revoked(peers.comm):  # others have the plan, and go on
                 return sorted({*excluded, *peers.dead})
             raise
         late = time.monotonic() - deadline
@@ -225,9 +227,9 @@ def _agree_on_shrinking(
                     peers.decide(rank, json.dumps({**plan, "to": join["attempt"]}))
                 peers.joined.clear()
                 return _follow(plan, excluded)
-        elif decider != told:
+        elif decider != asked:
             peers.join(decider, json.dumps({"out": list(excluded), "attempt": attempt}))
-            told = decider
+            asked = decider
         elif peers.plan and json.loads(peers.plan)["to"] == attempt:
             return _follow(json.loads(peers.plan), excluded)
         elif late > _PASS_ON:
@@ -241,13 +243,13 @@ def _joined(peers: Peers) -> dict[int, dict[str, Any]]:
 
 
 def _plan_shrinking(peers: Peers, excluded: Sequence[int], late: bool) -> Plan | None:
-    """Say what all who have come shall do, if it can be said already."""
+    """Return what all ranks that have come shall do; None while that can't be decided."""
     joined = _joined(peers)
     wrong = {rank: join["out"] for rank, join in joined.items() if join["out"] != list(excluded)}
     if wrong:
         lists = {peers.rank: list(excluded), **wrong}
-        said = "; ".join(f"rank {rank} excludes {out}" for rank, out in sorted(lists.items()))
-        return {"wrong": said}
+        listed = "; ".join(f"rank {rank} excludes {out}" for rank, out in sorted(lists.items()))
+        return {"wrong": listed}
     out = {*excluded, *peers.dead}
     missing = [r for r in range(peers.size) if r not in {*out, *joined, peers.rank}]
     if missing:
@@ -256,7 +258,7 @@ def _plan_shrinking(peers: Peers, excluded: Sequence[int], late: bool) -> Plan |
 
 
 def _follow(plan: Plan, excluded: Sequence[int]) -> list[int]:
-    """Return who is out, or raise what the plan says instead."""
+    """Return the ranks that are out, or raise the error that the plan holds instead."""
     if "wrong" in plan:
         raise CollectiveMismatchError(
             f"shrink_group: ranks_to_exclude must be the same on all ranks that stay, "

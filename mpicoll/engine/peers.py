@@ -127,11 +127,11 @@ class Peers:
 
     # ---- who is alive ----
 
-    def observe(self, others: dict[int, Identity], strangers: Collection[int]) -> None:
+    def observe(self, others: dict[int, Identity], foreign: Collection[int]) -> None:
         """Watch ranks of this machine and pid namespace from now on; some are of other worlds."""
         for rank, who in others.items():
             if rank != self.rank:
-                watch.add(who, stranger=rank in strangers)
+                watch.add(who, foreign=rank in foreign)
                 self._watched[rank] = who
 
     def observe_locks(self, locks: dict[int, Callable[[], bool]]) -> None:

@@ -1,4 +1,4 @@
-"""`ProcessGroup`: the user's object, and how one comes to be.
+"""`ProcessGroup`: the user's object.
 
 A public method checks, starts and returns.  Unless said otherwise, every rank of the group
 must call it, all in the same order; each takes a `timeout` (seconds or `timedelta`, counted
@@ -21,78 +21,31 @@ call raises `GroupBrokenError`; after the others it is usable and no array has c
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import os
 import pickle
-import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from ..arrays.ops import ReduceOp
-from ..engine import checks, communicators, kinds
-from ..engine.arrival import Arrival, Once
-from ..engine.call import (
-    ANY_SOURCE,
-    NULL,
-    PROC_NULL,
-    UNEVEN,
-    Call,
-    Color,
-    Members,
-    Message,
-    Peer,
-    Program,
-    Shape,
-    digest,
-)
-from ..engine.exit import check_process, ending
+from ..engine import checks, kinds
+from ..engine.call import ANY_SOURCE, Call, Message, Peer, Shape
 from ..engine.kinds import Kind
-from ..engine.progress import Lane, Task, check_threads, engine, share_machine
-from ..engine.recorder import Recorder
+from ..engine.progress import engine
 from ..engine.work import Work
-from ..errors import (
-    GroupBrokenError,
-    GroupClosedError,
-    InvalidCallError,
-    MpicollError,
-    TransportError,
-    Unique,
-    UnsupportedError,
-)
-from ..runtime import launcher
-from ..runtime.library import IDLE, MPI, Steps, highest_tag
-from ..runtime.settings import (
-    NEVER,
-    default_timeout,
-    environment,
-    launchers,
-    node_sizes,
-    ranks_on_node,
-    seconds,
-    single,
-)
-from ..stores import Store, TCPStore
-from ..transports import select
-from ..transports.base import Transport
-from ..transports.select import Ground, Wanted
-from . import merge, rendezvous, spawn
-from .reclaim import Child, Children
+from ..errors import Unique
+from ..runtime.settings import NEVER, seconds
+from ..stores import Store
+from . import coalesced, derive, merge, shrink, spawn
+from .caller import Caller
 
 SUM = ReduceOp.SUM
 
-_VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
-_SLACK = 3.0  # the same, where it waited for others than the group's ranks
-_FAILURES = 64  # Works that failed and may have been dropped, which a call looks at
-
 
 class ProcessGroup(Unique):
-    """A group of ranks that call collectives together.  Made by `new_group` and its kin.
+    """A group of ranks that call collectives together, as `new_group` makes it.
 
     ``with new_group() as pg:`` shuts the group down at the end, or aborts it if the body raises.
 
@@ -106,53 +59,12 @@ class ProcessGroup(Unique):
         "or call current_process_group() there); split(0) makes another group of the same ranks"
     )
 
-    def __init__(
-        self,
-        ground: Ground,
-        wanted: Wanted,
-        *,
-        timeout: float,
-        name: str,
-        desc: str = "",
-        progress: str = "caller",
-    ) -> None:
-        self.comm = comm = ground.comm
-        self._ground = ground
-        if ground.gpu is not None:  # groups that are made out of this one stay on this rank's GPU
-            wanted = dataclasses.replace(wanted, device=f"cuda:{ground.gpu.device}")
-        self._wanted = wanted
-        self._rank = comm.Get_rank()
-        self._size = comm.Get_size()
-        self._timeout = timeout
-        self._desc = desc
-        self._progress = progress
-        self._highest_tag = highest_tag()
-        self._lane = Lane(name, comm)
-        self._transport = select.transport(ground)
-        self._lane.abort = self._transport.abort
-        self._arrival = select.arrival(ground, self._lane.peers, wanted)
-        self._lane.exchange = self._arrival.exchange
-        self._lane.gathering = self._arrival.gathering
-        self._once = self._lane.once = Once() if wanted.checks == "first" else None
-        self._world_ranks = communicators.world_ranks(comm)
-        self._recorder = Recorder(name, self._rank, self._world_ranks, checks=wanted.checks)
-        self._lane.mark = self._recorder.mark
-        if ground.shared is not None:
-            shared = ground.shared
-            self._lane.page, self._lane.word = shared.words, shared.finished[shared.rank]
-        self._lane.farewell = partial(
-            _farewell, self._lane, self._arrival, self._transport, self._recorder
-        )
-        self._ending: Work | None = None  # the call of shutdown()
-        self._children = Children()
-        self._kin = Child(
-            *(self, ground.comms, self._transport, self._lane, self._recorder, self._children)
-        )
-        engine.enlist(self._lane)
-        if progress == "thread":
-            engine.background(stay=True)
-        if self._transport.watched:
-            engine.keep_deadlines()
+    def __init__(self, caller: Caller) -> None:
+        self.comm = caller.comm
+        self._caller = caller
+        self._call = caller.call  # bound once: one look-up less in each collective
+        self._rank = caller.rank
+        self._size = caller.size
 
     # ---- what it is ----
 
@@ -160,18 +72,19 @@ class ProcessGroup(Unique):
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
         engine.mend()
-        return self._lane.broken is not None
+        return self._caller.lane.broken is not None
 
     @property
     def is_closed(self) -> bool:
         """Whether it was shut down or aborted."""
-        return bool(self._lane.closed)
+        return bool(self._caller.lane.closed)
 
     def __repr__(self) -> str:
-        state = self._lane.closed or ("broken" if self._lane.broken else "")
+        lane = self._caller.lane
+        state = lane.closed or ("broken" if lane.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
-            f"transport {self._transport.name}{', ' + state if state else ''}>"
+            f"transport {self.name()}{', ' + state if state else ''}>"
         )
 
     def rank(self) -> int:
@@ -184,27 +97,28 @@ class ProcessGroup(Unique):
 
     def name(self) -> str:
         """Return the name of the group's transport, as `_dist2` names its backend."""
-        return self._transport.name
+        return self._caller.transport.name
 
     @property
     def group_name(self) -> str:
         """The group's name."""
-        return self._lane.name
+        return self._caller.lane.name
 
     @property
     def group_desc(self) -> str:
         """What the group is for, in its maker's words."""
-        return self._desc
+        return self._caller.desc
 
     @property
     def timeout(self) -> timedelta:
         """How long a call may take where it doesn't say otherwise; `timedelta.max`: for ever."""
-        return timedelta.max if self._timeout >= NEVER else timedelta(seconds=self._timeout)
+        limit = self._caller.timeout
+        return timedelta.max if limit >= NEVER else timedelta(seconds=limit)
 
     @property
     def device(self) -> str:
         """The device whose memory the group moves, besides the host's: "cpu" means none."""
-        return self._wanted.device
+        return self._caller.options.device
 
     @property
     def ranks(self) -> list[int]:
@@ -212,11 +126,11 @@ class ProcessGroup(Unique):
 
         -1 stands for a member of another world: of a separately launched job, or spawned.
         """
-        return list(self._world_ranks)
+        return list(self._caller.world_ranks)
 
     def set_timeout(self, timeout: object) -> None:
         """Set how long a call may take where it doesn't say otherwise.  Local."""
-        self._timeout = seconds(timeout, self._timeout)
+        self._caller.timeout = seconds(timeout, self._caller.timeout)
 
     def _get_backend(self, device: object = None) -> Any:
         return SimpleNamespace(
@@ -230,7 +144,7 @@ class ProcessGroup(Unique):
         number, arguments, state ("called", "finished" or "failed"), times in seconds of the
         epoch, error, and the file and line of yours that called.
         """
-        return json.dumps(self._recorder.report())
+        return json.dumps(self._caller.recorder.report())
 
     # ---- collectives on arrays ----
 
@@ -315,11 +229,7 @@ class ProcessGroup(Unique):
         )
 
     def reduce_scatter(
-        self,
-        output: object,
-        input: object,
-        op: object = SUM,
-        timeout: object = None,
+        self, output: object, input: object, op: object = SUM, timeout: object = None
     ) -> Work:
         """Reduce a list of arrays over all ranks, and give the i-th result to rank i.
 
@@ -332,11 +242,7 @@ class ProcessGroup(Unique):
         return self._call(kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op)
 
     def reduce_scatter_single(
-        self,
-        output: object,
-        input: object,
-        op: object = SUM,
-        timeout: object = None,
+        self, output: object, input: object, op: object = SUM, timeout: object = None
     ) -> Work:
         """Reduce an array over all ranks, and give the i-th equal part of it to rank i.
 
@@ -429,13 +335,7 @@ class ProcessGroup(Unique):
         self, tensors: Sequence[object], op: object = SUM, timeout: object = None
     ) -> Work:
         """`allreduce` of each array of a list, as one call."""
-
-        def check(rank: int, size: int) -> Call:
-            arrays = checks.several(tensors, "tensors")
-            parts = [checks.allreduce(rank, size, x, op) for x in arrays]
-            return checks.coalesced(kinds.ALLREDUCE_COALESCED, parts, "tensors")
-
-        return self._call(kinds.ALLREDUCE_COALESCED, timeout, check)
+        return self._call(kinds.ALLREDUCE_COALESCED, timeout, coalesced.allreduce, tensors, op)
 
     def allgather_coalesced(
         self,
@@ -449,29 +349,17 @@ class ProcessGroup(Unique):
             output_lists: a list of `size` lists; the i-th is as rank i's `input_list`.
             input_list: this rank's contributions, equally many on all ranks.
         """
-
-        def check(rank: int, size: int) -> Call:
-            inputs = checks.several(input_list, "input_list")
-            by_input = checks.transposed(output_lists, size, len(inputs))
-            parts = [
-                checks.allgather(rank, size, outs, x)
-                for outs, x in zip(by_input, inputs, strict=True)
-            ]
-            return checks.coalesced(kinds.ALLGATHER_COALESCED, parts, "output_lists", "input_list")
-
-        return self._call(kinds.ALLGATHER_COALESCED, timeout, check)
+        return self._call(
+            kinds.ALLGATHER_COALESCED, timeout, coalesced.allgather, output_lists, input_list
+        )
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[object], inputs: Sequence[object], timeout: object = None
     ) -> Work:
         """`all_gather_single` of each pair of two lists, as one call."""
-
-        def check(rank: int, size: int) -> Call:
-            found = checks.pairs(outputs, inputs, "outputs", "inputs")
-            parts = [checks.all_gather_single(rank, size, out, x) for out, x in found]
-            return checks.coalesced(kinds.ALL_GATHER_SINGLE_COALESCED, parts, "outputs", "inputs")
-
-        return self._call(kinds.ALL_GATHER_SINGLE_COALESCED, timeout, check)
+        return self._call(
+            kinds.ALL_GATHER_SINGLE_COALESCED, timeout, coalesced.all_gather_single, outputs, inputs
+        )
 
     def reduce_scatter_single_coalesced(
         self,
@@ -481,15 +369,14 @@ class ProcessGroup(Unique):
         timeout: object = None,
     ) -> Work:
         """`reduce_scatter_single` of each pair of two lists, as one call."""
-
-        def check(rank: int, size: int) -> Call:
-            found = checks.pairs(outputs, inputs, "outputs", "inputs")
-            parts = [checks.reduce_scatter_single(rank, size, out, x, op) for out, x in found]
-            return checks.coalesced(
-                kinds.REDUCE_SCATTER_SINGLE_COALESCED, parts, "outputs", "inputs"
-            )
-
-        return self._call(kinds.REDUCE_SCATTER_SINGLE_COALESCED, timeout, check)
+        return self._call(
+            kinds.REDUCE_SCATTER_SINGLE_COALESCED,
+            timeout,
+            coalesced.reduce_scatter_single,
+            outputs,
+            inputs,
+            op,
+        )
 
     # ---- point to point ----
 
@@ -504,9 +391,7 @@ class ProcessGroup(Unique):
             dst: the receiving rank, or `PROC_NULL`: then the call is done at once.
             tag: from 0; lets the receiver choose.
         """
-        return self._message(
-            timeout, lambda: checks.send(self._size, self._highest_tag, tensor, dst, tag)
-        )
+        return self._caller.message(timeout, checks.send, tensor, dst, tag)
 
     def recv(
         self, tensor: object, src: int | Peer = ANY_SOURCE, tag: int = 0, timeout: object = None
@@ -526,9 +411,7 @@ class ProcessGroup(Unique):
             CollectiveMismatchError: the message is of another dtype or size; it is lost, the
                 array is undefined, and the group stays usable.
         """
-        return self._message(
-            timeout, lambda: checks.recv(self._size, self._highest_tag, tensor, src, tag)
-        )
+        return self._caller.message(timeout, checks.recv, tensor, src, tag)
 
     def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
         """`recv` from whichever rank sends first."""
@@ -555,15 +438,7 @@ class ProcessGroup(Unique):
         Raises:
             RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
         """
-        self._usable()
-        peer, number = checks.probe(self._size, self._highest_tag, src, tag)
-        if peer == NULL:
-            return None
-        found = engine.look(lambda: self._transport.probe(peer, number))
-        if found is None:
-            self._usable()
-            engine.check_peers(self._lane)
-        return found
+        return self._caller.probe(src, tag)
 
     # ---- barriers and objects: these wait, and return values ----
 
@@ -600,9 +475,7 @@ class ProcessGroup(Unique):
         return pickle.loads(call.result)
 
     def _objects(self, kind: Kind, obj: object, root: int | None, timeout: object) -> Call:
-        work = self._call(
-            kind, timeout, lambda rank, size: checks.object_call(kind, rank, size, obj, root)
-        )
+        work = self._call(kind, timeout, partial(checks.object_call, kind), obj, root)
         work.wait()
         return work.call
 
@@ -630,20 +503,8 @@ class ProcessGroup(Unique):
         Raises:
             CollectiveMismatchError: lists overlap without being equal; raised on all ranks.
         """
-        if timeout is None:
-            timeout = getattr(opts, "_timeout", None)
-
-        def make(call: Call, deadline: float) -> communicators.MakesComm:
-            assert isinstance(call.payload, Members)
-            return communicators.split_by_lists(self.comm, call.payload.ranks, deadline)
-
-        def check(rank: int, size: int) -> Call:
-            return Call(kinds.SPLIT_GROUP, payload=checks.split_ranks(size, ranks))
-
-        made, call = self._comm(kinds.SPLIT_GROUP, timeout, check, make)
-        assert isinstance(call.payload, Members)
-        name = group_name or f"{self.group_name}:split:{list(call.payload.ranks)}"
-        return self._part(made, name, group_desc, timeout)
+        part = derive.split_group(self._caller, ranks, timeout, opts, group_name, group_desc)
+        return None if part is None else ProcessGroup(part)
 
     def split(
         self, color: int | bool | None, key: int = 0, timeout: object = None
@@ -656,42 +517,23 @@ class ProcessGroup(Unique):
             key: ranks of a new group are ordered by key, a C int, then by their rank here.
             timeout: how long the making may take, and the new group's default.
         """
-
-        def check(rank: int, size: int) -> Call:
-            return Call(kinds.SPLIT, payload=Color(checks.color(color), checks.int32(key, "key")))
-
-        def make(call: Call, deadline: float) -> communicators.MakesComm:
-            assert isinstance(call.payload, Color)
-            return communicators.split(self.comm, *call.payload, deadline)
-
-        made, call = self._comm(kinds.SPLIT, timeout, check, make)
-        assert isinstance(call.payload, Color)
-        return self._part(made, f"{self.group_name}:split:{call.payload.color}", None, timeout)
+        part = derive.split(self._caller, color, key, timeout)
+        return None if part is None else ProcessGroup(part)
 
     def local_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks on this rank's node, in order.
 
         A node is one host name and one folder for shared memory; MPICOLL_NODES pretends more.
         """
-        return self._by_node(kinds.LOCAL_GROUP, timeout, lambda node, place: node)
+        return ProcessGroup(
+            derive.by_node(self._caller, kinds.LOCAL_GROUP, timeout, lambda node, place: node)
+        )
 
     def cross_node_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks that have this rank's local rank on their nodes."""
-        return self._by_node(kinds.CROSS_NODE_GROUP, timeout, lambda node, place: place)
-
-    def _by_node(
-        self, kind: Kind, timeout: object, color: Callable[[int, int], int]
-    ) -> ProcessGroup:
-        def make(call: Call, deadline: float) -> communicators.MakesComm:
-            nodes, _ = yield from communicators.nodes_of(self.comm, self._wanted.sizes)
-            mine = color(*nodes.locate(self._rank))
-            made = yield from communicators.split(self.comm, mine, self._rank, deadline)
-            return made
-
-        made, _ = self._comm(kind, timeout, lambda rank, size: Call(kind), make)
-        group = self._part(made, f"{self.group_name}:{kind}", None, timeout)
-        assert group is not None
-        return group
+        return ProcessGroup(
+            derive.by_node(self._caller, kinds.CROSS_NODE_GROUP, timeout, lambda node, place: place)
+        )
 
     def merge_remote_group(
         self,
@@ -723,38 +565,10 @@ class ProcessGroup(Unique):
             UnsupportedError: the jobs' MPI libraries can't connect them; says what can.
             This group stays usable after all of these.
         """
-
-        def check(rank: int, own: int) -> Call:
-            total = checks.int32(size, "size")
-            if total < own:
-                raise InvalidCallError(
-                    f"size must be at least this group's {own} ranks, but got {total}"
-                )
-            for method in ("set", "get", "add"):
-                if rank == 0 and not callable(getattr(store, method, None)):
-                    raise InvalidCallError(
-                        f"store must have {method}(), as c10d's stores do, but got "
-                        f"{type(store).__name__}: use FileStore or TCPStore"
-                    )
-            return Call(kinds.MERGE_REMOTE_GROUP, root=0, count=total)
-
-        def make(call: Call, deadline: float) -> communicators.MakesComm:
-            members = yield from rendezvous.members(self.comm)
-            if self._rank == 0:
-                mine = rendezvous.entry(self.group_name, self._wanted.alike(), members, call.count)
-                plan = yield from rendezvous.meet(store, mine, deadline)
-                call.payload = json.dumps(plan).encode()
-            yield from self._transport.broadcast_object(call)
-            plan = call.payload = json.loads(bytes(call.result))
-            made = yield from merge.merge(self.comm, plan, store, deadline)
-            return made
-
-        made, call = self._comm(
-            kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=_SLACK, parts=False
+        merged = merge.merge_remote_group(
+            self._caller, store, size, timeout, group_name, group_desc
         )
-        assert made is not None and isinstance(call.payload, dict)
-        first = call.payload["groups"][0]["name"]
-        return self._made(made, group_name or f"{first}:merge", group_desc, timeout)
+        return ProcessGroup(merged)
 
     def spawn(self, argv: Sequence[str], n: int, timeout: object = None) -> ProcessGroup:
         """Start more ranks, and make a group of this group's and those; every rank calls.
@@ -777,33 +591,7 @@ class ProcessGroup(Unique):
             CollectiveTimeoutError: they were started, but did not all call `parent_group` in time.
             This group stays usable after all of these.
         """
-
-        def check(rank: int, size: int) -> Call:
-            count, words = checks.int32(n, "n"), list(argv)
-            if count < 1:
-                raise InvalidCallError(f"n must be at least 1, but got {count}")
-            if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
-                raise InvalidCallError(f"argv must be a list of str, but got {argv!r}")
-            spawned = MPI.Comm.Get_parent() != MPI.COMM_NULL
-            vendor, _ = MPI.get_vendor()
-            why = launcher.spawnless(vendor, launchers(environment()), spawned=spawned)
-            if why:
-                raise UnsupportedError(f"spawn: {why}")
-            if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
-                raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
-            text = "\0".join(words).encode("utf-8", "surrogateescape")
-            return Call(kinds.SPAWN, count=count, digest=digest(*text), payload=Program(words))
-
-        def make(call: Call, deadline: float) -> communicators.MakesComm:
-            wanted = dataclasses.asdict(self._wanted) | {"device": self._wanted.device[:4]}
-            hello = {"name": name, "wanted": wanted}
-            assert isinstance(call.payload, Program)
-            return spawn.spawn(self.comm, call.payload.argv, call.count, hello, deadline)
-
-        name = f"{self.group_name}:spawn"
-        made, _ = self._comm(kinds.SPAWN, timeout, check, make, slack=_SLACK, parts=False)
-        assert made is not None
-        return self._made(made, name, None, timeout)
+        return ProcessGroup(spawn.spawn(self._caller, argv, n, timeout))
 
     def shrink_group(
         self,
@@ -831,77 +619,10 @@ class ProcessGroup(Unique):
             CollectiveMismatchError: the ranks exclude different ones.  It may be called again.
             UnsupportedError: a rank died, and one that lives is excluded.
         """
-        check_process()
-        lane = self._lane
-        self._refuse_closed()
-        out = checks.excluded(self._rank, self._size, ranks_to_exclude)
-        limit = seconds(timeout, self._timeout)
-        if lane.broken is None:
-            engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
-        work = Work(lane, Call(kinds.SHRINK_GROUP), lane.seq, limit, self._recorder)
-        engine.launch(work, self._shrink(work, out))
-        _see_through(work)
-        lane.replaced = True
-        name = group_name or f"{self.group_name}:shrink"
-        return self._made(work.call.result, name, group_desc, timeout)
-
-    def _shrink(self, work: Work, out: Sequence[int]) -> Steps:
-        deadline = work.deadline
-        work.deadline += _VERDICT
-        made = yield from communicators.shrink(self.comm, self._lane.peers, out, deadline)
-        assert made is not None
-        work.call.result = yield from select.prepare_survivors(made, self._wanted, deadline)
-
-    def _comm(
-        self,
-        kind: Kind,
-        timeout: object,
-        check: Callable[..., Call],
-        make: Callable[[Call, float], communicators.MakesComm],
-        *,
-        slack: float = _VERDICT,
-        parts: bool = True,
-    ) -> tuple[Ground | None, Call]:
-        """Run a call that makes a communicator, wait for it, and return both.
-
-        `parts` says that its members are of this group.
-        """
-
-        def then(work: Work) -> Steps:
-            deadline = work.deadline
-            # All ranks of this group are here.  What makes the communicator keeps the deadline
-            # itself, and its verdict needs some time to reach them all.
-            work.deadline += slack
-            yield from self._children.reclaim(self.comm, deadline)
-            comm = yield from make(work.call, deadline)
-            work.call.result = nccl = None
-            if parts:
-                nccl = yield from select.split_nccl(self._ground, comm)
-            if comm is not None:
-                made = yield from select.prepare(comm, self._wanted, deadline, nccl)
-                work.call.result = made
-
-        work = self._call(kind, timeout, check, then=then)
-        _see_through(work)
-        return work.call.result, work.call
-
-    def _part(
-        self, made: Ground | None, name: str, desc: str | None, timeout: object
-    ) -> ProcessGroup | None:
-        """Return a group of some ranks of this one, which remembers it."""
-        group = None if made is None else self._made(made, name, desc, timeout)
-        self._children.add(None if group is None else group._kin)
-        return group
-
-    def _made(self, made: Ground, name: str, desc: str | None, timeout: object) -> ProcessGroup:
-        return ProcessGroup(
-            made,
-            self._wanted,
-            timeout=seconds(timeout, self._timeout),
-            name=name,
-            desc=desc or "",
-            progress=self._progress,
+        survivors = shrink.shrink_group(
+            self._caller, ranks_to_exclude, timeout, group_name, group_desc
         )
+        return ProcessGroup(survivors)
 
     # ---- the end ----
 
@@ -917,39 +638,7 @@ class ProcessGroup(Unique):
         that no rank receives is dropped.  That error is raised here, too, if nobody has asked the
         Work for it before; the group is shut down then.
         """
-        lane = self._lane
-        if lane.closed:
-            return
-        messages = list(lane.beside)
-        if lane.broken is None:
-            for work in list(lane.enqueued):
-                engine.wait(work, seconds(timeout, self._timeout))
-
-            def then(work: Work) -> Steps:
-                while lane.enqueued:
-                    yield IDLE  # what was left to the GPU comes first
-                yield from self._transport.clear(lane)
-                engine.delist(lane)  # nobody may listen on it any more
-                yield from self._transport.close()
-                yield from communicators.free(self._ground.comms, work.deadline)
-
-            try:
-                # If the wait is interrupted, the next one goes on with it.
-                if self._ending is None or self._ending.done:
-                    self._ending = self._call(
-                        kinds.SHUTDOWN, timeout, lambda r, s: Call(kinds.SHUTDOWN), then=then
-                    )
-                self._ending.wait()
-            except MpicollError as error:
-                if not error.breaks_group:
-                    raise  # no rank has shut it down
-                self._close("shut down")
-                raise
-        self._close("shut down")
-        for message in messages:
-            if message.error is not None and not message.fetched:
-                message.fetch()
-                raise message.error
+        self._caller.shutdown(timeout)
 
     def abort(self, reason: str = "") -> None:
         """Give up everything under way, at once and on this rank alone.
@@ -957,21 +646,7 @@ class ProcessGroup(Unique):
         Args:
             reason: why; the peers' `RemoteRankError` holds it.
         """
-        self._abort(f"aborted the group: {reason}" if reason else "aborted the group")
-
-    def _abort(self, why: str) -> None:
-        lane = self._lane
-        if lane.closed:
-            return
-        engine.fail_all(lane, GroupClosedError(f"rank {self._rank} {why}"))
-        self._close("aborted")
-
-    def _close(self, how: str) -> None:
-        self._lane.close(how)
-        engine.delist(self._lane)
-        self._recorder.close()
-        together = self._lane.broken is None
-        engine.between_steps(lambda: self._transport.release(together=together))
+        self._caller.abort(f"aborted the group: {reason}" if reason else "aborted the group")
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -985,446 +660,4 @@ class ProcessGroup(Unique):
         if error is None:
             self.shutdown()
         else:
-            self._abort(f"left its with-block: {type(error).__name__}: {error}")
-
-    # ---- the way of one call ----
-
-    def _call(
-        self,
-        kind: Kind,
-        timeout: object,
-        check: Callable[..., Call],
-        *arguments: object,
-        then: Callable[[Work], Steps] | None = None,
-    ) -> Work:
-        """Take a number, check the arguments, and launch arrival followed by the data."""
-        lane = self._lane
-        self._usable()
-        seq = 0
-        if self._once is None:  # else it is known only later whether it takes one
-            lane.seq += 1
-            seq = lane.seq
-        call = None
-        try:
-            limit = self._timeout if timeout is None else seconds(timeout, self._timeout)
-            if lane.failures:
-                self._raise_unfetched()
-            call = check(self._rank, self._size, *arguments)
-            if engine.busy:
-                _refuse_busy(call, lane)
-            if call.device is not None:
-                self._transport.admit(call)  # the last to refuse it: it has its turn then
-            work = Work(lane, call, seq, limit, self._recorder)
-        except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
-            if call is not None and call.turn is not None:
-                call.turn.over = True
-            self._arrive_refused(kind, seq, error)
-            raise
-        try:
-            in_one_go = then is None and call.device is None and self._once is None
-            if not (in_one_go and engine.at_once(work, self._at_once)):
-                engine.launch(work, self._steps(work, then))
-        except BaseException as error:
-            engine.forsake(work, error)
-            raise
-        return work
-
-    def _at_once(self, call: Call, seq: int) -> bool:
-        """Carry out a call whose data ride on the records, if all others are there already."""
-        transport = self._transport
-        if not (transport.prepare(call, seq) and self._arrival.at_once(call, seq)):
-            return False
-        if call.largest != call.extent and not transport.rides(call):
-            self._arrival.forget()  # another rank's data is too large
-            return False
-        transport.finish(call, seq)
-        return True
-
-    def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
-        call, transport = work.call, self._transport
-        if self._once is not None and then is None and self._once.goes_without(call):
-            yield from transport.steps(call)
-            return
-        yield from self._arrive(work)
-        if then is not None:
-            yield from then(work)
-        elif transport.rides(call):
-            transport.finish(call, work.seq)
-        else:
-            yield from transport.steps(call)
-
-    def _arrive(self, work: Work) -> Steps:
-        """Meet the other ranks in a call, which is the first of its queue."""
-        call, record = work.call, None
-        if self._once is not None:
-            record = self._once.before(call)
-            self._lane.seq += 1
-            work.take_number(self._lane.seq)
-        if not call.refused:
-            self._transport.prepare(call, work.seq)
-        at_once = call.device is not None and call.count != UNEVEN
-        if not (at_once and self._arrival.at_once(call, work.seq)):
-            yield from self._arrival.steps(call, work.seq)
-        if record is not None and self._once is not None and not call.refused:
-            self._once.after(record)
-
-    def _message(self, timeout: object, check: Callable[[], Call]) -> Work:
-        """Launch a send or recv: it takes no number and waits for no queue."""
-        self._usable()
-        limit = seconds(timeout, self._timeout)
-        self._raise_unfetched()
-        call = check()
-        before = _refuse_busy(call, self._lane) if engine.busy else None
-        if call.device is not None:
-            self._transport.admit(call)
-        move = self._transport.recv if call.kind.receives else self._transport.send
-        if call.peer == NULL:
-            move = _no_message
-        steps = move(call)
-        if before is not None:  # the same receive, the wait for which was interrupted
-            steps, call = before.steps, before.call
-        work = Work(self._lane, call, 0, limit, self._recorder)
-        try:
-            engine.launch(work, steps)
-        except BaseException as error:
-            engine.forsake(work, error)
-            raise
-        return work
-
-    def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
-        """Let the peers hear in this call that this rank's arguments were refused."""
-        call = Call(kind, refused=f"{type(error).__name__}: {error}")
-        work = Work(self._lane, call, seq, self._timeout, self._recorder)
-        engine.launch(work, self._arrive(work))
-        if self._size > 1:
-            with contextlib.suppress(MpicollError):
-                engine.background()
-
-    def _usable(self) -> None:
-        check_process()
-        lane = self._lane
-        self._refuse_closed()
-        if lane.broken is not None:
-            lane.told = True
-            raise GroupBrokenError(
-                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
-            ) from lane.broken
-
-    def _refuse_closed(self) -> None:
-        if self._lane.closed:
-            raise GroupClosedError(
-                f"group {self._lane.name!r} was {self._lane.closed}: "
-                "make a new one with new_group()"
-            )
-
-    def _raise_unfetched(self) -> None:
-        """Raise the error of a Work that was dropped before anybody asked for it."""
-        failures, error = self._lane.failures, None
-        for _ in range(min(len(failures), _FAILURES)):
-            failure = failures.popleft()
-            if failure.fetched:
-                continue
-            if failure.task() is not None:
-                failures.append(failure)
-            else:
-                error = error or failure.error  # the first will do
-        if error is not None:
-            raise error
-
-
-def _no_message(call: Call) -> Steps:
-    """Send nothing to nobody, or receive it."""
-    call.result = PROC_NULL
-    yield from ()
-
-
-def _see_through(work: Work) -> None:
-    """Wait for a call of which nothing is left to wait for if an exception ends the wait."""
-    try:
-        work.wait()
-    except BaseException as error:
-        if not work.done:
-            engine.forsake(work, error)
-        raise
-
-
-def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
-    """Launch this rank's last arrival in a group, which waits for the others' for long."""
-    lane.seq += 1
-    call = Call(kinds.SHUTDOWN, leaving=True)
-    work = Work(lane, call, lane.seq, default_timeout(), recorder)
-
-    def steps() -> Steps:
-        yield from arrival.steps(call, work.seq)
-        yield from transport.clear(lane)
-
-    engine.launch(work, steps())
-
-
-def _refuse_busy(call: Call, lane: Lane) -> Task | None:
-    """Refuse memory that an unfinished Work of any group is using in a way that conflicts.
-
-    Return a receive in whose place the new call goes on, if the wait for that was interrupted.
-    """
-    task = engine.make_room(call, lane)
-    if task is None or task.done:
-        return task
-    raise InvalidCallError(
-        f"an array given to {call.describe()} overlaps one that an unfinished Work "
-        f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
-    )
-
-
-# ---- making groups ----
-
-_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
-
-
-def new_group(
-    backend: str = "auto",
-    timeout: object = None,
-    device: object = "cpu",
-    *,
-    comm: MPI.Intracomm | None = None,
-    group_name: str | None = None,
-    checks: str = "full",
-    progress: str = "caller",
-    **options: object,
-) -> ProcessGroup:
-    """Make a group over MPI.COMM_WORLD, or over a communicator of yours.
-
-    Every rank of the communicator must call.
-
-    Args:
-        backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
-            name given to `register_backend`; "gloo" means "auto".  On GPU memory "nccl" is
-            NCCL (each rank needs a GPU of its own), "mpi" a CUDA-aware MPI library, "staged" goes
-            through pinned host memory, and "auto" takes the first of these that can be had.
-        timeout: seconds or `timedelta`: how long the making may take, and how long each call
-            may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
-        device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one
-            of the GPUs that it sees by its number on its node.  A group on GPU memory takes host
-            arrays, too, but not both in one call.  It needs CuPy.
-        comm: an mpi4py intracommunicator; the group works on a duplicate of it.
-        group_name: for messages, and to tell merging groups apart.
-        checks: "full": every call is compared between all ranks.  "node": in a group over several
-            nodes, an allreduce, broadcast, reduce, allgather, reduce_scatter, scan or exscan is
-            compared only between the ranks of each node, which saves an exchange between the
-            nodes.  Calls that differ between nodes then go unnoticed: they give wrong data, or
-            time out.  A mismatch inside a node breaks the group.  "first": on GPU memory, a call by
-            NCCL that was compared once, with this kind, dtype, count, op and root, is enqueued
-            without waiting for the peers, so that the host can run ahead of them.  That such calls
-            were the same is compared with the next call that meets, at the latest after 1,000: if
-            not, the group is broken, and what they gave is undefined.
-        progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
-        options: for a registered backend's factory.
-
-    Raises:
-        InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
-            all ranks raise.
-        CollectiveTimeoutError: not all ranks came; names those that are missing.
-        CollectiveMismatchError: the ranks ask for different backends, or one was refused.
-        TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
-            because another MPI's launcher started them.
-    """
-    check_process()
-    parent = MPI.COMM_WORLD if comm is None else comm
-    if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
-        raise InvalidCallError(
-            f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
-            "Merge() an intercommunicator first; ranks outside a communicator make no group"
-        )
-    lane, recorder, children = _creation_lane(parent)
-    if lane.broken is not None:
-        raise GroupBrokenError(
-            f"an earlier new_group over this communicator failed: {lane.broken}"
-        ) from lane.broken
-    limit, call = default_timeout(), Call(kinds.NEW_GROUP)
-    wanted = refusal = None
-    try:
-        limit = seconds(timeout, limit)
-        factory = select.factory_of(backend)
-        place = select.check_device(device, backend) if factory is None else "cpu"
-        if progress not in ("caller", "thread"):
-            raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
-        if progress == "thread":
-            check_threads()
-        if options and factory is None:
-            raise InvalidCallError(
-                f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
-                "comm, group_name, checks and progress"
-            )
-        wanted = Wanted(backend, checks, node_sizes(MPI.COMM_WORLD.Get_size()), place)
-        call.digest, call.payload = wanted.digest(), str(wanted)
-    except (InvalidCallError, UnsupportedError) as error:
-        refusal = error
-        call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq + 1, limit, recorder)
-
-    def made() -> None:
-        engine.delist(lane)  # `parent` may be freed from now on
-        recorder.close()
-
-    work.callbacks.append(made)
-    try:
-        lane.seq += 1
-        engine.launch(work, _create(parent, work, children, wanted))
-    except BaseException as error:
-        engine.forsake(work, error)
-        raise
-    if refusal is not None:
-        if parent.Get_size() > 1:
-            with contextlib.suppress(InvalidCallError):  # it is heard of later without a thread
-                engine.background()
-        raise refusal
-    assert wanted is not None
-    _see_through(work)
-    name = group_name or ("world" if comm is None else "comm")
-    group = ProcessGroup(call.result, wanted, timeout=limit, name=name, progress=progress)
-    children.add(group._kin)
-    return group if factory is None else _from_factory(group, factory, limit, str(device), options)
-
-
-def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
-    """Return the lane on which groups over `parent` are made, and what was made on it."""
-    global _creation_key
-    if not _creation_key:
-        ending.hook()
-        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
-        _creation_key = MPI.Comm.Create_keyval()
-    # An attribute, since it goes with the communicator; a handle may come to mean another one.
-    made: Any = parent.Get_attr(_creation_key)
-    if made is not None and made[0].broken is not None and parent.Get_size() == 1:
-        made = None  # nobody else could have lost the order
-    if made is None:
-        if parent != MPI.COMM_SELF:
-            _refuse_stray()
-        ranks = communicators.world_ranks(parent)
-        recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        made = Lane("new_group", parent), recorder, Children()
-        # Between the makings of groups nobody listens there.
-        made[
-            0
-        ].peers.silence = (
-            "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
-        )
-        parent.Set_attr(_creation_key, made)
-    lane, recorder, children = made
-    engine.enlist(lane)
-    recorder.open()
-    return lane, recorder, children
-
-
-def _refuse_stray() -> None:
-    """Refuse to work alone where the launcher has started several ranks."""
-    world = MPI.COMM_WORLD.Get_size()
-    if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
-        return  # ranks that another program has spawned are as many as it asked for
-    vendor, _ = MPI.get_vendor()
-    why = launcher.stray(world, vendor, launchers(environment()))
-    if why:
-        raise TransportError(
-            f"{why}: {launcher.remedy(vendor, launcher.library_file())}. Where single ranks are "
-            "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
-        )
-
-
-def _create(parent: MPI.Intracomm, work: Work, children: Children, wanted: Wanted | None) -> Steps:
-    made = yield from communicators.duplicate(parent)
-    assert made is not None
-    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
-    if wanted is None:
-        return  # the peers have heard that it was refused, and go no further
-    yield from children.reclaim(made, work.deadline)
-    yield from rendezvous.name_job(made)
-    work.call.result = yield from select.prepare(made, wanted, work.deadline)
-
-
-def _from_factory(
-    base: ProcessGroup,
-    factory: select.ProcessGroupFactory,
-    limit: float,
-    device: str,
-    options: dict[str, object],
-) -> Any:
-    """Give a registered factory the store it expects, and return what it makes."""
-    name = MPI.Get_processor_name()
-    host = name if len(set(base.allgather_object(name))) > 1 else "localhost"
-    secret = os.urandom(16).hex()
-    store = TCPStore(host, 0, is_master=True, secret=secret) if base.rank() == 0 else None
-    address = (store.host, store.port, secret) if store is not None else None
-    host, port, secret = base.broadcast_object(address, 0)
-    if store is None:
-        store = TCPStore(host, port, secret=secret)
-    base.shutdown()
-    timeout, where = select.factory_arguments(limit, device)
-    return factory(store, base.rank(), base.size(), timeout, where, **options)
-
-
-def parent_group(timeout: object = None) -> ProcessGroup:
-    """Return the group that this program was started for, by `ProcessGroup.spawn`.
-
-    Every rank that was started must call, once.  Those that called `spawn` come first in it.
-
-    Args:
-        timeout: seconds or `timedelta`: how long the making may take, and the group's default.
-            None: MPICOLL_TIMEOUT, else 1800 s.
-
-    Raises:
-        InvalidCallError: this program was not spawned, or it has called this before.
-        CollectiveTimeoutError: not all that were started have called, or those that called `spawn`
-            have given up.
-    """
-    check_process()
-    parents = MPI.Comm.Get_parent()
-    if parents == MPI.COMM_NULL:
-        raise InvalidCallError(
-            "parent_group: no rank of a group has started this program, or it was called before: "
-            "start it with pg.spawn([sys.executable, 'worker.py'], n)"
-        )
-    own = new_group(timeout=timeout, group_name="spawned")
-
-    def make(call: Call, deadline: float) -> communicators.MakesComm:
-        made, hello = yield from spawn.join_parents(own.comm, parents, deadline)
-        call.payload, wanted = hello, hello["wanted"]
-        own._wanted = Wanted(**wanted | {"sizes": tuple(wanted["sizes"])})  # as the parents'
-        return made
-
-    made, call = own._comm(
-        kinds.PARENT_GROUP,
-        timeout,
-        lambda rank, size: Call(kinds.PARENT_GROUP),
-        make,
-        slack=_SLACK,
-        parts=False,
-    )
-    assert made is not None and isinstance(call.payload, dict)
-    group = own._made(made, call.payload["name"], None, timeout)
-    own.shutdown()
-    return group
-
-
-# ---- the current group ----
-
-
-class _Current(threading.local):
-    group: ProcessGroup | None = None
-
-
-_current = _Current()
-
-
-def current_process_group() -> ProcessGroup | None:
-    """Return the group of the innermost `process_group` block of this thread, or None."""
-    return _current.group
-
-
-@contextlib.contextmanager
-def process_group(pg: ProcessGroup) -> Iterator[ProcessGroup]:
-    """Make a group the current one of this thread, inside a with-block.  Blocks nest."""
-    before = _current.group
-    _current.group = pg
-    try:
-        yield pg
-    finally:
-        _current.group = before
+            self._caller.abort(f"left its with-block: {type(error).__name__}: {error}")

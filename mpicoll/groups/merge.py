@@ -1,17 +1,17 @@
-"""How the groups of a plan become one communicator: the first takes in the others, one by one.
+"""How groups merge: the first group of a plan takes in the others, one by one.
 
 Groups whose leaders are of one MPI world reach one another through it.  Separately launched jobs
 are connected by a port that the first group's leader opens.  MPI's calls for that block, and can
-crash if the other side has died, so nobody makes them before both leaders have said, through the
-store, that they are about to:
+crash if the other side has died, so no rank makes them before both leaders have written to the
+store that they are about to:
 
-    offer      "connect to this port"     the first group's leader, to the one whose turn it is
-    coming     "I am about to connect"    its answer
-    accepting  "I am about to accept"     the first one again
-    failed     "there will be no merge"   whoever gives up, to all, and why
+    offer      "connect to this port"     the first group's leader, to the leader whose turn it is
+    coming     "I am about to connect"    that leader's answer
+    accepting  "I am about to accept"     the first group's leader again
+    failed     "there will be no merge"   a leader that gives up, to all, with its reason
 
-Whatever a leader learns, it broadcasts to those who then make the same call.  Where a step fails,
-all groups of the plan are left as they were.
+A leader broadcasts what it learns to the ranks that then make the same call with it.  Where a step
+fails, all groups of the plan are left as they were.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import json
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import numpy as np
 
-from ..engine.communicators import MakesComm, Plan, free, host_mark, strangers
+from ..engine import checks, kinds
+from ..engine.call import Call
+from ..engine.communicators import MakesComm, Plan, foreign_ranks, free, host_mark
 from ..engine.progress import engine
 from ..errors import (
     CollectiveTimeoutError,
@@ -32,33 +33,67 @@ from ..errors import (
     UnsupportedError,
     interrupts,
 )
-from ..runtime.library import (
-    IDLE,
-    KEEN,
-    MPI,
-    Abandoned,
-    Steps,
-    greeting_tag,
-    merge_tag,
-    pause,
-    pending,
-)
+from ..runtime.agreement import Decides, before, decision, too_late
+from ..runtime.library import KEEN, MPI, Steps, greeting_tag, merge_tag, pause, pending
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
+from . import rendezvous
+from .caller import SLACK, Caller
 from .rendezvous import BEAT, PREFIX, Entry
 
-CONNECTING = 10  # seconds that a side which says it is about to connect, or accept, may still take
+CONNECTING = 10  # seconds that MPI's call may take on a side that has said it is about to make it
 
-_SAYS = 2048  # bytes of what a leader tells its members, as JSON
-_OP = "merge_remote_group"
+_OP = kinds.MERGE_REMOTE_GROUP.name
 _USABLE = ". The group is still usable"
-_LAST_WORD = 0.5  # seconds that a leader's word may take to its members
 
 
-def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:
+def merge_remote_group(
+    group: Caller,
+    store: Store,
+    size: int,
+    timeout: object,
+    name: str | None,
+    desc: str | None,
+) -> Caller:
+    """Merge a group with the others that its rank 0, the leader, meets in the store."""
+
+    def check(rank: int, own: int) -> Call:
+        total = checks.int32(size, "size")
+        if total < own:
+            raise InvalidCallError(
+                f"size must be at least this group's {own} ranks, but got {total}"
+            )
+        for method in ("set", "get", "add"):
+            if rank == 0 and not callable(getattr(store, method, None)):
+                raise InvalidCallError(
+                    f"store must have {method}(), as c10d's stores do, but got "
+                    f"{type(store).__name__}: use FileStore or TCPStore"
+                )
+        return Call(kinds.MERGE_REMOTE_GROUP, root=0, count=total)
+
+    def make(call: Call, deadline: float) -> MakesComm:
+        members = yield from rendezvous.members(group.comm)
+        if group.rank == 0:
+            mine = rendezvous.entry(group.lane.name, group.options.alike(), members, call.count)
+            plan = yield from rendezvous.meet(store, mine, deadline)
+            call.payload = json.dumps(plan).encode()
+        yield from group.transport.broadcast_object(call)
+        agreed = call.payload = json.loads(bytes(call.result))
+        made = yield from _merge(group.comm, agreed, store, deadline)
+        return made
+
+    made, call = group.make_comm(
+        kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=SLACK, parts=False
+    )
+    assert made is not None and isinstance(call.payload, dict)
+    first = call.payload["groups"][0]["name"]
+    return group.successor(made, name or f"{first}:merge", desc, timeout)
+
+
+def _merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float) -> MakesComm:
     """Merge the groups of a plan.  Rank 0 of each, its leader, has the store."""
     if "late" in plan:
-        raise too_late(plan["late"])
+        raise too_late(plan["late"], _OP)
     if plan["wrong"]:
         raise InvalidCallError(f"{_OP}: {plan['wrong']}")
     if plan.get("apart"):
@@ -84,7 +119,7 @@ def merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float)
     except CollectiveTimeoutError as error:
         if talk is not None:
             talk.give_up(str(error))
-        raise  # what has merged so far stays where it is: its members may be gone
+        raise  # what has merged so far is not freed: some of its ranks may be gone
     return merged
 
 
@@ -109,7 +144,8 @@ def _take_in(
         except MPI.Exception as error:
             raise too_late(
                 f"{what} failed: its leader said that it is about to "
-                f"{'accept' if joins else 'connect'}, but has not: {error}"
+                f"{'accept' if joins else 'connect'}, but has not: {error}",
+                _OP,
             ) from error
         finally:
             info.Free()
@@ -132,18 +168,17 @@ def _agree(
     merged: MPI.Intracomm, talk: _Talk | None, i: int, deadline: float
 ) -> Generator[int, None, str]:
     """Have the leaders say that they are about to connect group `i`; return the port."""
-    said: dict[str, str] = {}
-    if merged.Get_rank() == 0:
-        assert talk is not None
-        said = yield from talk.about(i)
-    said = yield from tell(merged, said, deadline, _OP)
-    if "failed" in said:
-        raise too_late(said["failed"])
-    return str(said["port"])
+
+    def about() -> Decides:
+        assert talk is not None  # this is rank 0
+        return talk.about(i)
+
+    agreed = yield from decision(merged, about, deadline, _OP)
+    return str(agreed["port"])
 
 
 class _Talk:
-    """What one leader says to the others through the store, and hears from them."""
+    """One leader's messages to the other leaders through the store, and theirs to it."""
 
     def __init__(self, store: Store, plan: Plan, deadline: float) -> None:
         self._store = store
@@ -152,15 +187,15 @@ class _Talk:
         self._place: int = plan["place"]
         self._deadline = deadline
 
-    def about(self, i: int) -> Generator[int, None, dict[str, str]]:
-        """Make sure that both sides of step `i` are there; return the port, or what failed."""
+    def about(self, i: int) -> Decides:
+        """Make sure that both sides of step `i` are there; return the port, or why not."""
         port = ""
         try:
             if self._place == i:
                 port = yield from self._hear(f"{i}/offer", self._groups[0])
                 self._say(f"{i}/coming")
                 yield from self._hear(f"{i}/accepting", self._groups[0])
-                yield from pause(BEAT)  # a process that dies of what it is about to do is seen to
+                yield from pause(BEAT)  # by then it shows if the other process died of the call
                 self._look_after(self._groups[0])
                 return {"port": port}
             if self._groups[0]["job"] != self._groups[i]["job"]:
@@ -177,13 +212,13 @@ class _Talk:
             why = f"the store failed: {error!r}"
         if port and self._place != i:
             MPI.Close_port(port)
-        return {"failed": why}
+        return why
 
     def give_up(self, why: str) -> None:
         """Let the other leaders know that there will be no merge."""
         try:
             self._say("failed", why.removeprefix(f"{_OP}: ").removesuffix(_USABLE))
-        except Exception as error:  # they find out by themselves, at their deadlines
+        except Exception as error:  # the other leaders find out at their deadlines
             if interrupts(error):
                 raise
 
@@ -197,7 +232,7 @@ class _Talk:
         return bytes(self._store.get(f"{self._prefix}{key}")).decode()
 
     def _hear(self, key: str, peer: Entry) -> Generator[int, None, str]:
-        """Wait for a word of another leader."""
+        """Wait for another leader's message."""
         while True:
             self._look_after(peer)
             said = self._said(key)
@@ -215,11 +250,11 @@ class _Talk:
 
     @staticmethod
     def _look_after(peer: Entry) -> None:
-        """Raise if another leader is of this machine, and seen to be dead."""
+        """Raise if another leader runs on this machine, and is seen to be dead."""
         who = Identity(*peer["process"])
         if peer["host"] != host_mark() or who.namespace == NOBODY:
             return
-        watch.add(who, stranger=True)
+        watch.add(who, foreign=True)
         watch.look()
         if who in watch.dead:
             raise CollectiveTimeoutError(
@@ -227,54 +262,19 @@ class _Talk:
             )
 
 
-# ---- what spawn.py does alike ----
-
-
-def tell(
-    comm: MPI.Intracomm, said: dict[str, Any], deadline: float, op: str
-) -> Generator[int, None, dict[str, Any]]:
-    """Return on all ranks what rank 0 says."""
-    room = np.zeros(_SAYS, dtype=np.uint8)
-    if comm.Get_rank() == 0:
-        text = json.dumps(said)
-        if len(text) > _SAYS:  # an error's, or a group's name
-            text = json.dumps({"failed": str(said)[: _SAYS // 12]})  # 6 letters may stand for one
-        room[: len(text)] = np.frombuffer(text.encode(), dtype=np.uint8)
-    yield from _before(comm.Ibcast([room, MPI.BYTE], 0), deadline, IDLE, op)
-    told: dict[str, Any] = json.loads(room.tobytes().rstrip(b"\0"))
-    return told
-
-
 def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     """Exchange a byte with every rank of another world, so that MPI has connected them all.
 
-    It connects two ranks when the first message goes, and crashes where one of them has died: a
-    failure would be the worst time to speak for the first time.
+    MPI connects two ranks when the first message goes between them, and crashes where one of them
+    has died: so the first message must not be the one that reports a failure.
     """
-    others, tag = strangers(comm), greeting_tag()
+    others, tag = foreign_ranks(comm), greeting_tag()
     room = np.zeros((2, comm.Get_size()), dtype=np.uint8)
     requests = [comm.Irecv([room[0, r : r + 1], MPI.BYTE], r, tag) for r in others]
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
     for place, request in enumerate(requests):
         try:
-            yield from _before(request, deadline, KEEN, op)
+            yield from before(request, deadline, KEEN, op)
         except BaseException:
             pending.extend(requests[place + 1 :])
             raise
-
-
-def _before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
-    """Wait for a request; raise if the deadline passes, as where a process of the peers' died."""
-    try:
-        while not request.Test():
-            if time.monotonic() > deadline + _LAST_WORD:
-                raise too_late("some that were there have not gone on in time", op)
-            yield mood
-    except (Abandoned, CollectiveTimeoutError):
-        pending.append(request)
-        raise
-
-
-def too_late(why: str, op: str = _OP) -> CollectiveTimeoutError:
-    """Return the error of a merge to which not all came, or not in time."""
-    return CollectiveTimeoutError(f"{op}: {why}{_USABLE}", op=op, breaks_group=False)

@@ -1,10 +1,10 @@
-"""What becomes of groups that were merely dropped.
+"""How groups that the program merely dropped are given back.
 
-To free a communicator is collective, and garbage collection is not: it strikes each rank at another
-time.  So nothing happens when a group is collected.  The next call that makes a group out of the
-same parent, where all ranks of the parent meet anyway, finds with one allreduce of a byte per child
-those that all ranks have dropped, and frees them.  Groups made by merges have members outside the
-parent, and broken groups may have something pending: those stay.
+To free a communicator is collective, and garbage collection is not: each rank's collector runs at
+its own time.  So nothing happens when a group is collected.  The next call that makes a group out
+of the same parent, in which all ranks of the parent meet anyway, finds with one allreduce of a byte
+per child the groups that all ranks have dropped, and frees them.  Groups made by merges have
+members outside the parent, and broken groups may have something pending: neither is freed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..engine import communicators
 from ..engine.progress import Lane, engine
 from ..engine.recorder import Recorder
-from ..runtime.library import MPI, Steps, until
+from ..runtime import agreement
+from ..runtime.library import MPI, Steps
 from ..transports.base import Transport
 
 
 class Child:
-    """One group as its parent remembers it on this rank.
+    """One group, as its parent remembers it on this rank.
 
     Args:
-        group: the user's object; it is gone when the program has dropped it.
+        group: the group's `Caller`, which is gone when the program has dropped the group.
         comms: the group's communicators.
-        transport: what moves its data; the collector must not destroy that of NCCL, either.
-        lane, recorder: its own.
-        children: those of the group itself.
+        transport: what moves its data; held, since the collector must not destroy NCCL's, either.
+        lane: the group as the engine sees it.
+        recorder: the group's flight recorder.
+        children: the groups that were made out of this one.
     """
 
     __slots__ = ("_children", "_comms", "_group", "_lane", "_recorder", "_transport")
@@ -59,7 +59,7 @@ class Child:
         return bool(lane.closed) or (self._group() is None and self._children.done)
 
     def free(self, deadline: float) -> Steps:
-        """Give the communicators back, unless `shutdown` did.  All members do so now."""
+        """Give the communicators back, unless `shutdown` did.  All members call this together."""
         if not self._lane.closed:
             yield from self._children.free(deadline)
             engine.delist(self._lane)
@@ -90,23 +90,23 @@ class Children:
         return all(child is None or child.done for child in self._made)
 
     def reclaim(self, comm: MPI.Intracomm, deadline: float) -> Steps:
-        """Free the children with which all ranks of `comm`, the parent's, are done.
+        """Free the children that no rank of `comm`, the parent's, uses any more.
 
-        All have arrived.
+        All ranks have arrived.
         """
         if not self._made:
             return
-        done = np.array([child is None or child.done for child in self._made], dtype=np.uint8)
-        yield from until(comm.Iallreduce(MPI.IN_PLACE, [done, MPI.UINT8_T], MPI.MIN))
+        votes = [child is None or child.done for child in self._made]
+        done = yield from agreement.unanimous(comm, *votes)
         made, self._made = self._made, []
-        for child, agreed in zip(made, done.tolist(), strict=True):
-            if not agreed:
+        for child, everywhere in zip(made, done, strict=True):
+            if not everywhere:
                 self._made.append(child)
             elif child is not None:
                 yield from child.free(deadline)
 
     def free(self, deadline: float) -> Steps:
-        """Free all of them: their parent goes, since all its ranks are done with it and them."""
+        """Free all of them, since no rank uses them or their parent any more."""
         for child in self._made:
             if child is not None:
                 yield from child.free(deadline)

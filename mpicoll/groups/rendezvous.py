@@ -1,9 +1,10 @@
 """Where groups that merge find one another: in a store, which may hold anything from earlier runs.
 
-Leaders meet there.  Each takes a number, writes an entry under it, and keeps a beat going.  An
-entry counts only while its beat is seen to move, so what a dead process left behind is never taken
-for a living group.  The living leader with the lowest number decides once the groups add up to
-`size`.  What it decides, the plan, says which groups merge in which order, or why none do.
+The leaders of the groups, their ranks 0, meet in the store.  Each leader takes a number, writes an
+entry under it, and keeps a beat going.  An entry counts only while its beat is seen to move, so the
+entry of a dead process is never taken for a living group.  The living leader with the lowest number
+decides once the groups add up to `size`.  Its decision is the plan: which groups merge in which
+order, or why none do.
 
 A process is known by its MPI world and its rank there: groups may have members of several worlds.
 """
@@ -19,43 +20,44 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.communicators import STRANGER, Plan, host_mark, world_ranks
+from ..engine.communicators import FOREIGN, Plan, host_mark, world_ranks
 from ..errors import MpicollError, interrupts
-from ..runtime import launcher
+from ..runtime import agreement, launcher
 from ..runtime.library import MPI, Steps, pause, until
 from ..runtime.processes import identity
 from ..runtime.settings import daemon, environment
 from ..stores import Store
 
 Entry = dict[str, Any]
-"""What a leader says of its group, as JSON can hold it."""
+"""What a leader writes about its group, as JSON can hold it."""
 
 BEAT = 0.02  # seconds between looks at the store
 PREFIX = "mpicoll/merge/"
 
-_MEMBER = struct.Struct("<16sq")  # a process: its world and its rank there
+_JOB = 16  # bytes of the name of an MPI world
+_MEMBER = struct.Struct(f"<{_JOB}sq")  # a process: its world and its rank there
 
 _job = b""
-"""Names this MPI world: the same on all its ranks once a group over the world was made."""
+"""The name of this MPI world: the same on all its ranks once a group over the world was made."""
 
 
 def name_job(comm: MPI.Intracomm) -> Steps:
     """Agree on a name for this MPI world, by which groups that merge know one another."""
     global _job
-    name = np.frombuffer(_job or os.urandom(16), dtype=np.uint8).copy()
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
+    name = yield from agreement.bytes_of(comm, _job or os.urandom(_JOB), _JOB)
     if not _job or comm.Get_size() == MPI.COMM_WORLD.Get_size():
-        _job = name.tobytes()
+        _job = name
 
 
 def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
-    """Return who is in a communicator, as ranks of their worlds by world; to rank 0 alone."""
+    """Return the members of a communicator as lists of world ranks, by world; on rank 0 alone."""
     ranks = world_ranks(comm)
-    if STRANGER not in ranks:
+    if FOREIGN not in ranks:
         return {_job.hex(): ranks}
     own = _MEMBER.pack(_job, MPI.COMM_WORLD.Get_rank())
     mine = np.frombuffer(own, dtype=np.uint8).copy()
     everyone = np.empty(comm.Get_size() * _MEMBER.size, dtype=np.uint8)
+    # Rank 0 alone needs them, so this is a gather and no exchange of `agreement`.
     yield from until(comm.Igather([mine, MPI.BYTE], [everyone, MPI.BYTE], 0))
     found: dict[str, list[int]] = {}
     if comm.Get_rank() == 0:
@@ -64,19 +66,19 @@ def members(comm: MPI.Intracomm) -> Generator[int, None, dict[str, list[int]]]:
     return found
 
 
-def entry(name: str, wanted: str, members: dict[str, list[int]], size: int) -> Entry:
-    """Return what this process, rank 0 of a group, says of it in the store.
+def entry(name: str, options: str, members: dict[str, list[int]], size: int) -> Entry:
+    """Return what this process, rank 0 of a group, writes about it to the store.
 
     Args:
-        wanted: what the group runs on; groups that merge must say the same.
-        members: as the function of that name returns it.
-        size: ranks of all groups together, as this group was told.
+        options: what the group runs on, in words; groups that merge must have the same.
+        members: what the function of that name returned.
+        size: ranks of all groups together, as the user said in this group.
     """
     vendor, version = MPI.get_vendor()
     return {
         "nonce": os.urandom(16).hex(),
         "name": name,
-        "wanted": wanted,
+        "options": options,
         "members": members,
         "size": size,
         "job": _job.hex(),
@@ -154,13 +156,13 @@ class _Meeting:
     def _plan(self, entries: list[Entry], there: int) -> Plan:
         plan: Plan = {"nonces": [one["nonce"] for one in entries], "wrong": "", "groups": []}
         processes = [(job, r) for one in entries for job, rs in one["members"].items() for r in rs]
-        wanted = {one["wanted"] for one in entries}
+        options = {one["options"] for one in entries}
         if len({one["size"] for one in entries}) > 1 or there > self.entry["size"]:
             plan["wrong"] = f"size must be the ranks of all groups together, {self.came()}"
         elif len(set(processes)) < len(processes):
             plan["wrong"] = f"the groups must not share a rank, {self.came()}"
-        elif len(wanted) > 1:
-            plan["wrong"] = f"groups must be made alike, but there are {' and '.join(wanted)}"
+        elif len(options) > 1:
+            plan["wrong"] = f"groups must be made alike, but there are {' and '.join(options)}"
         else:
             if len({one["job"] for one in entries}) > 1:
                 libraries = [one["library"] for one in entries]
@@ -170,7 +172,7 @@ class _Meeting:
         return plan
 
     def came(self) -> str:
-        """Say which groups have come."""
+        """Return, in words, which groups have come."""
         groups = ", ".join(
             f"{one['name']!r} of {_count(one)} (size={one['size']})" for one in self._entries()
         )
@@ -180,7 +182,7 @@ class _Meeting:
 def meet(store: Store, mine: Entry, deadline: float) -> Generator[int, None, Plan]:
     """Find the other groups through a store; the leader of a group does this.
 
-    Whatever goes wrong becomes part of the plan, so that all members hear of it.  In a plan to
+    A failure becomes part of the plan, so that all ranks of the group raise it.  In a plan to
     merge, `place` is this group's among the `groups`.
     """
     try:

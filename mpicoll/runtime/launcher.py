@@ -23,7 +23,7 @@ def serves(launcher: Launcher, vendor: str) -> bool:
     return launcher.serves == ("MPICH" if vendor in KIN else vendor)
 
 
-def stray(world: int, vendor: str, found: Sequence[Launcher]) -> str:
+def singleton(world: int, vendor: str, found: Sequence[Launcher]) -> str:
     """Say why a world of one rank is not what was started; "" where it may be.
 
     Args:

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from .library import IDLE, MOVED, MPI, Steps, until
+from . import agreement
+from .library import IDLE, MOVED, MPI, Steps
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -42,10 +43,11 @@ SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
 _STRIDE = _PAGE + 2 * PAYLOAD + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
-_SAID = struct.Struct("8q")  # a record after its number, and the extent
+_BODY = struct.Struct("8q")  # a record after its number, and the extent
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
 _FOLDER = "/dev/shm"
+_NAME = 256  # bytes of the name of a file there, at most
 _SEGMENTS = (f"{_FOLDER}/mpich_shm_", f"{_FOLDER}/sm_segment.")  # MPICH's, Open MPI's
 
 
@@ -53,8 +55,8 @@ _SEGMENTS = (f"{_FOLDER}/mpich_shm_", f"{_FOLDER}/sm_segment.")  # MPICH's, Open
 def _fence() -> Callable[[], None]:
     """Return what keeps the memory accesses before it from being seen after those behind it.
 
-    x86 keeps the order of stores, and that of loads, by itself.  MPI's word for it elsewhere is
-    the synchronization of a window; one is enough for all groups.
+    x86 keeps the order of stores, and that of loads, by itself.  Elsewhere MPI does it
+    when a window is synchronized; one window is enough for all groups.
     """
     if platform.machine() in ("x86_64", "AMD64"):
         return lambda: None
@@ -69,8 +71,8 @@ class NodeMemory:
     """The mapped file of one group, seen from one of its ranks.
 
     Args:
-        file: open for as long as this is, where each rank holds a lock on the byte of its number,
-            which the system takes from it when it dies.
+        file: given where each rank holds a lock on the byte of its number, which the system takes
+            from it when it dies.  It stays open for as long as the memory is in use.
     """
 
     def __init__(self, room: mmap.mmap, rank: int, size: int, file: int | None = None) -> None:
@@ -78,7 +80,7 @@ class NodeMemory:
         self._map = room
         self._file = None if file is None else os.fdopen(file, "r+b", buffering=0)
         self.words = memoryview(self._map).cast("q")
-        # A peer on a core of its own is there in a moment; on ours it needs the core.
+        # A peer on a core of its own is there in a moment; one that shares our core needs it first.
         self._spins = range(SPINS if has_cores_for(size) else 0)
         self.peers = [r for r in range(size) if r != rank]
         self._whole = np.frombuffer(self._map, dtype=np.uint8)
@@ -91,15 +93,15 @@ class NodeMemory:
     def post(self, record: tuple[int, ...], extent: int) -> int:
         """Publish this rank's record of a call, and the extent of its data.
 
-        Returns the largest extent of all ranks if all others' records are there and the same, else
-        -1; it waits for them for a moment only.  A record begins with the number of the call, at
-        which the others look: it is written last.
+        Returns the largest extent of all ranks if the records of all others are there and the same,
+        else -1; it waits for them for a moment only.  A record begins with the number of the call.
+        The others look at that, so it is written last.
         """
-        seq, said = record[0], _SAID.pack(*record[1:], extent)
+        seq, body = record[0], _BODY.pack(*record[1:], extent)
         words, whole = self.words, self._map
         first = (seq & 1) * _RECORD
         at = self.rank * _STRIDE + first
-        whole[at + 8 : at + 72] = said
+        whole[at + 8 : at + 72] = body
         self.fence()
         words[at >> 3] = seq
         largest = extent
@@ -114,8 +116,8 @@ class NodeMemory:
                     return -1
             self.fence()
             theirs = whole[at + 8 : at + 72]
-            if theirs != said:
-                if theirs[:-8] != said[:-8]:
+            if theirs != body:
+                if theirs[:-8] != body[:-8]:
                     largest = -1
                 elif largest >= 0:
                     largest = max(largest, words[word + 8])
@@ -128,7 +130,7 @@ class NodeMemory:
     def has_skipped(self, rank: int, seq: int) -> bool:
         """Return whether a rank has gone on to a later call without call `seq`."""
         beyond = self.words[self._record_at(rank, seq + 1) >> 3] > seq
-        self.fence()  # it writes the one of `seq` first
+        self.fence()  # a rank writes its record of `seq` first
         return beyond and self.words[self._record_at(rank, seq) >> 3] < seq
 
     def arrived(self, rank: int, seq: int) -> Steps:
@@ -145,11 +147,11 @@ class NodeMemory:
         return rank * _STRIDE + (seq & 1) * _RECORD
 
     def outcome(self, seq: int) -> memoryview:
-        """Return room for what rank 0 hears of call `seq` from other nodes; after its number."""
+        """Return the room, after its number, for the outcome of call `seq` that rank 0 gets."""
         return self.words[self._outcome_at(seq) + 1 : self._outcome_at(seq) + _OUTCOME // 8]
 
     def conclude(self, seq: int) -> None:
-        """Say that the outcome of a call is there."""
+        """Mark that the outcome of a call is there."""
         self.fence()
         self.words[self._outcome_at(seq)] = seq
 
@@ -186,7 +188,8 @@ class NodeMemory:
         """Let go of the mapping and of the file, which no step uses any more.
 
         Args:
-            together: all ranks do so.  Else a lock stays, or this rank would seem to have died.
+            together: all ranks do so.  Otherwise a lock is kept, or this rank would seem to have
+                died.
         """
         if self.locked and not together:
             return
@@ -197,7 +200,7 @@ class NodeMemory:
 
     @property
     def locked(self) -> bool:
-        """Whether each rank's lock tells that it lives."""
+        """Whether each rank holds a lock for as long as it lives."""
         return self._file is not None
 
     def has_died(self, rank: int) -> bool:
@@ -206,7 +209,7 @@ class NodeMemory:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except OSError:
-            return False  # it holds it, or another rank is looking just now
+            return False  # the rank holds it, or another one is looking just now
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
         return True
 
@@ -248,7 +251,7 @@ class NodeMemory:
         return text if self.words[at >> 3] == seq else b""
 
     def announce(self, flag: int) -> None:
-        """Raise this rank's flag: all that was written before is there for who sees it."""
+        """Raise this rank's flag: whoever sees it sees what was written before."""
         self.fence()
         self.words[self._flags[self.rank]] = flag
 
@@ -278,7 +281,7 @@ class NodeMemory:
 def share(comm: MPI.Intracomm, *, locked: bool = False) -> Shares:
     """Share memory between all ranks of a communicator; None, with a warning, where it can't be.
 
-    With `locked`, each holds a lock that dies with it.
+    With `locked`, each rank holds a lock, which the system takes from it when it dies.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     room, file = yield from _map(comm, size * _STRIDE, rank if locked else None)
@@ -299,7 +302,6 @@ def _map(
 ) -> Generator[int, None, tuple[mmap.mmap | None, int | None]]:
     """Map a file; with `lock`, hold a lock on that byte, and return the open file, too."""
     rank = comm.Get_rank()
-    name = np.zeros(256, dtype=np.uint8)
     file, path, full = -1, "", False
     if rank == 0:
         with contextlib.suppress(OSError):
@@ -308,23 +310,21 @@ def _map(
                 os.posix_fallocate(file, 0, nbytes)
             except OSError:
                 full = True
-            said = path.encode()
-            name[: len(said)] = np.frombuffer(said, dtype=np.uint8)
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    if rank > 0 and name.any():
+    name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")
+    if rank > 0 and name:
         with contextlib.suppress(OSError):
-            file = os.open(name.tobytes().rstrip(b"\0"), os.O_RDWR | os.O_CLOEXEC)
+            file = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     if file >= 0 and lock is not None:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
     # The inode too: another node may hold a file of that name.
     inode = os.fstat(file).st_ino if file >= 0 else 0
-    heard = np.array([inode if file >= 0 and not full else -1, -inode], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [heard, MPI.INT64_T], MPI.MIN))
+    mine = inode if file >= 0 and not full else -1, -inode
+    lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
     if path:
         with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
             os.unlink(path)
     room = None
-    if heard[0] > 0 and heard[0] == -heard[1]:
+    if lowest > 0 and lowest == -minus_highest:
         room = mmap.mmap(file, nbytes)
     elif full:
         warnings.warn(

@@ -57,21 +57,21 @@ class Watch:
     def __init__(self) -> None:
         self.dead: dict[Identity, str] = {}
         self.lost: list[str] = []
-        self._strangers: set[Identity] = set()
+        self._foreign: set[Identity] = set()
         self._poll = select.poll()
         self._looking = threading.Lock()
         self._watched: dict[Identity, int] = {}
         self._who: dict[int, Identity] = {}
 
-    def add(self, who: Identity, *, stranger: bool = False) -> None:
+    def add(self, who: Identity, *, foreign: bool = False) -> None:
         """Watch a process of this pid namespace from now on.
 
-        A stranger belongs to another MPI world, which may end before this one.
+        A foreign process belongs to another MPI world, which may end before this one.
         """
         if who in self._watched or who in self.dead:
             return
-        if stranger:
-            self._strangers.add(who)
+        if foreign:
+            self._foreign.add(who)
         try:
             file = os.pidfd_open(who.pid)
         except ProcessLookupError:
@@ -105,7 +105,7 @@ class Watch:
 
     def _note_death(self, who: Identity, how: str) -> None:
         self.dead[who] = how
-        if who not in self._strangers:
+        if who not in self._foreign:
             self.lost.append(how)
 
 

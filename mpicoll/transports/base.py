@@ -146,7 +146,7 @@ class Transport(ABC):
     def scatter_object(self, call: Call) -> Steps:
         pieces = call.payload.pickled if isinstance(call.payload, Pieces) else []
         lengths = [len(piece) for piece in pieces]
-        # Each rank hears its own length, and the total, on which the way of moving depends.
+        # Each rank gets its own length, and the total, on which the way of moving depends.
         table = np.array([[n, sum(lengths)] for n in lengths], dtype=np.int64).reshape(-1)
         row = np.empty(2, dtype=np.int64)
         at_root = self.rank == call.root

@@ -28,11 +28,9 @@ from .base import inner_call
 from .kernels import decode, encode, reducing
 from .mpi import MessagesByMpi, MpiTransport
 from .shm.transport import ShmTransport
+from .tuning import Tuning
 
 Array = np.ndarray[Any, Any]
-
-SMALL = 2**20  # bytes below which MPI over the whole group is as fast or faster
-PIECE = 512 * 1024  # bytes of one stripe that are between the nodes at a time
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -45,6 +43,7 @@ class HierarchicalTransport(MessagesByMpi):
         near: that of the ranks of this node.
         memory: what they share.
         across: that of the ranks of this place on all nodes; None where the place has no stripe.
+        tuning: the same on all ranks of the group.
     """
 
     name = "hierarchical"
@@ -56,14 +55,17 @@ class HierarchicalTransport(MessagesByMpi):
         near: MPI.Intracomm,
         memory: NodeMemory,
         across: MPI.Intracomm | None,
+        tuning: Tuning,
     ) -> None:
-        self._mpi = MpiTransport(comm)
-        self._near = ShmTransport(near, memory)
-        self._across = None if across is None else MpiTransport(across)
+        self._mpi = MpiTransport(comm, tuning)
+        self._near = ShmTransport(near, memory, tuning)
+        self._across = None if across is None else MpiTransport(across, tuning)
+        self._from = tuning.nodes_from
         self.rank, self.size = self._mpi.rank, self._mpi.size
         self._nodes = nodes
         self._node, self._place = nodes.locate(self.rank)
         self._stripes = nodes.stripes
+        self._piece = tuning.nodes_piece * nodes.stripes  # bytes of all stripes together
         self._served = nodes.by_stripe()
 
     def release(self, *, together: bool) -> None:
@@ -73,7 +75,7 @@ class HierarchicalTransport(MessagesByMpi):
 
     def allreduce(self, call: Call) -> Steps:
         plan, array = reducing(call)
-        if array.size * plan.wire.itemsize < SMALL:
+        if array.size * plan.wire.itemsize < self._from:
             return self._mpi.allreduce(call)
         pieces = _Pieces(self, plan, array)
 
@@ -90,7 +92,7 @@ class HierarchicalTransport(MessagesByMpi):
 
     def reduce(self, call: Call) -> Steps:
         plan, array = reducing(call)
-        if array.size * plan.wire.itemsize < SMALL:
+        if array.size * plan.wire.itemsize < self._from:
             return self._mpi.reduce(call)
         pieces = _Pieces(self, plan, array)
         home, place = self._nodes.locate(call.root)
@@ -121,7 +123,7 @@ class HierarchicalTransport(MessagesByMpi):
         plan = call.reduction
         assert plan is not None and call.send is not None and call.recv is not None
         send, out = call.send, call.recv.flat()
-        if send.total * plan.wire.itemsize < SMALL:
+        if send.total * plan.wire.itemsize < self._from:
             return self._mpi.reduce_scatter(call)
         blocks = _Rounds(self, send.counts, plan.wire.itemsize)
         pool = _Pool(plan.wire)
@@ -167,10 +169,10 @@ class HierarchicalTransport(MessagesByMpi):
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        if blocks.nbytes < SMALL:
+        if blocks.nbytes < self._from:
             return self._mpi.broadcast(call)
         array = blocks.flat().view(np.uint8)
-        bounds = spans(shares(array.size, -(-array.size // (PIECE * self._stripes))))
+        bounds = spans(shares(array.size, -(-array.size // self._piece)))
         home, place = self._nodes.locate(call.root)
         pool = _Pool(array.dtype)
 
@@ -291,10 +293,8 @@ class _Pieces:
 
     def __init__(self, transport: HierarchicalTransport, plan: Reduction, array: Array) -> None:
         self._transport, self._plan, self._array = transport, plan, array
-        stripes = transport._stripes
-        self._spans = spans(
-            shares(array.size, -(-array.size * plan.wire.itemsize // (PIECE * stripes)))
-        )
+        pieces = -(-array.size * plan.wire.itemsize // transport._piece)
+        self._spans = spans(shares(array.size, pieces))
         self.count = len(self._spans)
         self._pool = _Pool(plan.wire)
 
@@ -335,7 +335,7 @@ class _Rounds:
     ) -> None:
         self._counts = counts
         self._served = transport._served
-        most = PIECE * transport._stripes // itemsize
+        most = transport._piece // itemsize
         self.rounds = -(-sum(counts) // most)
         self._room = -(-max(counts) // self.rounds)
 

@@ -5,7 +5,7 @@ goes through a `Reduction`: in place where MPI computes exactly what is promised
 of a wire array that is encoded before and decoded after.
 
 MPI's counts and displacements are C ints.  A call in which any rank touches more than
-`MAX_COUNT` elements is cut in pieces, or moved point to point, block by block.
+`Tuning.mpi_elements` elements is cut in pieces, or moved point to point, block by block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import struct
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..arrays.dtypes import BY_CODE, Reduction
 from ..engine.call import ANY, UNEVEN, Call, Message
 from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
 from ..errors import CollectiveMismatchError, interrupts
+from ..runtime import agreement
 from ..runtime.library import (
     IDLE,
     KEEN,
@@ -41,15 +42,14 @@ from ..runtime.library import (
     until_all,
 )
 from .base import Transport
+from .tuning import Tuning
 
 Array = np.ndarray[Any, Any]
-
-MAX_COUNT = 2**30  # elements that one MPI call is given at most
 
 EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
 
 CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
-_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype in words
+_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype as text
 _MAGIC = b"mpc2"
 
 
@@ -58,8 +58,9 @@ class MpiTransport(Transport):
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, tuning: Tuning) -> None:
         self.comm = comm
+        self._most = tuning.mpi_elements
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self._sent: Counter[int] = Counter()  # messages, by receiver
@@ -72,14 +73,14 @@ class MpiTransport(Transport):
 
     def allreduce(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
         if not plan.direct:
             plan.decode(wire, array)
 
     def reduce(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             spec = [piece, _number(plan)]
             if self.rank == call.root:
                 request = self.comm.Ireduce(MPI.IN_PLACE, spec, _op(plan), call.root)
@@ -96,7 +97,7 @@ class MpiTransport(Transport):
         array = recv.flat()
         apart = plan.direct and not call.in_place
         out = array if apart else np.empty(array.size, dtype=plan.wire)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             yield from self._reduce_to_each(wire, out, send, plan)
         elif call.count == UNEVEN:
             yield from until(
@@ -119,14 +120,15 @@ class MpiTransport(Transport):
         """A reduce_scatter too large for one call: a reduce to each rank, in pieces."""
         for root, (start, count) in enumerate(zip(send.displs, send.counts, strict=True)):
             block = wire[start : start + count]
-            pieces = zip(_pieces(block), _pieces(out if self.rank == root else block), strict=True)
-            for piece, into in pieces:
+            pieces = _pieces(block, self._most)
+            results = _pieces(out if self.rank == root else block, self._most)
+            for piece, into in zip(pieces, results, strict=True):
                 target = [into, _number(plan)] if self.rank == root else None
                 yield from until(self.comm.Ireduce([piece, _number(plan)], target, _op(plan), root))
 
     def scan(self, call: Call) -> Steps:
         plan, array, wire = _wire(call)
-        for piece in _pieces(wire):
+        for piece in _pieces(wire, self._most):
             yield from until(self.comm.Iscan(MPI.IN_PLACE, [piece, _number(plan)], _op(plan)))
         if not plan.direct:
             plan.decode(wire, array)
@@ -135,7 +137,7 @@ class MpiTransport(Transport):
         """Reduce what the lower ranks gave.  Rank 0's array stays as it is."""
         plan, array, wire = _wire(call)
         out = np.empty_like(wire)  # MPI leaves rank 0's output undefined: not the user's memory
-        for piece, into in zip(_pieces(wire), _pieces(out), strict=True):
+        for piece, into in zip(_pieces(wire, self._most), _pieces(out, self._most), strict=True):
             yield from until(
                 self.comm.Iexscan([piece, _number(plan)], [into, _number(plan)], _op(plan))
             )
@@ -149,12 +151,12 @@ class MpiTransport(Transport):
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        for piece in _pieces(blocks.flat()):
+        for piece in _pieces(blocks.flat(), self._most):
             yield from until(self.comm.Ibcast([piece, _element(piece)], call.root))
 
     def allgather(self, call: Call) -> Steps:
         send, recv = _two(call)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             mine = send.flat()
             yield from self._exchange([mine] * self.size, _each(recv), call.in_place)
             return
@@ -167,7 +169,7 @@ class MpiTransport(Transport):
         assert call.send is not None
         wire = call.send.flat()
         none: list[Array | None] = [None] * self.size
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             outgoing = none.copy()
             outgoing[call.root] = wire
             incoming = _each(call.recv) if call.recv else none
@@ -186,7 +188,7 @@ class MpiTransport(Transport):
         assert call.recv is not None
         into = call.recv.flat()
         none: list[Array | None] = [None] * self.size
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             incoming = none.copy()
             incoming[call.root] = into
             outgoing = _each(call.send) if call.send else none
@@ -198,7 +200,7 @@ class MpiTransport(Transport):
 
     def alltoall(self, call: Call) -> Steps:
         send, recv = _two(call)
-        if call.largest > MAX_COUNT:
+        if call.largest > self._most:
             yield from self._exchange(_each(send), _each(recv), call.in_place)
             return
         into = recv.landing()
@@ -222,9 +224,9 @@ class MpiTransport(Transport):
             if rank == self.rank:
                 continue
             into, wire = incoming[rank], outgoing[rank]
-            for piece in () if into is None else _pieces(into):
+            for piece in () if into is None else _pieces(into, self._most):
                 requests.append(self.comm.Irecv([piece, _element(piece)], rank, tag))
-            for piece in () if wire is None else _pieces(wire):
+            for piece in () if wire is None else _pieces(wire, self._most):
                 requests.append(self.comm.Isend([piece, _element(piece)], rank, tag))
         yield from until_all(requests)
 
@@ -234,7 +236,7 @@ class MpiTransport(Transport):
         assert call.send is not None
         payload = call.send.flat()
         header = np.frombuffer(_header(call.send), dtype=np.uint8)
-        message = _message(header, payload)
+        message = _message(header, payload, self._most)
         try:
             request = self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag)
             self._sent[call.peer] += 1
@@ -248,7 +250,7 @@ class MpiTransport(Transport):
         Then MPI is asked which message is there, and only after that for this one.  MPICH 5.0
         loses messages that come before a receive from any source, where some ranks of the
         communicator share memory and others don't: on several nodes, and where MPI worlds have
-        merged.  Over libfabric it goes on to tell of a message for which a receive is posted
+        merged.  Over libfabric it goes on to report a message for which a receive is posted
         already, so those of a tag are taken one at a time.
         """
         if call.peer != ANY:
@@ -294,10 +296,10 @@ class MpiTransport(Transport):
             self._taken.append(found)
         if not found.request.Test():
             return None
-        magic, code, count, said = _opened(found.data)
+        magic, code, count, text = _opened(found.data)
         if magic != _MAGIC:
             return Message(found.source, tag, "unknown", found.data.size)
-        return Message(found.source, tag, _name(code, said), count)
+        return Message(found.source, tag, _name(code, text), count)
 
     def _find(self, peer: int, tag: int) -> Taken | None:
         """Return the first message that `probe` has taken from a peer, or from any."""
@@ -344,7 +346,7 @@ class MpiTransport(Transport):
             status = MPI.Status()
             payload = call.recv.flat()
             header = np.zeros(_HEADER.size, dtype=np.uint8)
-            message = _message(header, payload)
+            message = _message(header, payload, self._most)
             mood = KEEN if payload.nbytes > EAGER else IDLE
             post(requests, self.comm.Irecv, [MPI.BOTTOM, 1, message], call.peer, call.tag)
             yield MOVED
@@ -384,24 +386,24 @@ class MpiTransport(Transport):
     def clear(self, lane: Lane) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more.
 
-        Where something is under way, or was never received, each rank learns how many messages it
-        was sent.  It drops what no receive takes, so that the sends end, too, and tells their
-        senders.  When it has all, the receives that are left can match nothing, and are cancelled.
+        Where something is under way, or was never received, each rank learns how many messages were
+        sent to it.  It drops those that no receive takes, so that the sends end, too, and sends a
+        list of them to their senders.  When it has all, the receives that are left can match
+        nothing, and are cancelled.
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
-        open_ends = [self._sent.total() - self._received.total(), len(lane.beside)]
-        total = np.array(open_ends, np.int64)
-        yield from until(self.comm.Iallreduce(MPI.IN_PLACE, [total, MPI.INT64_T], MPI.SUM))
-        if not total.any():
+        open_ends = self._sent.total() - self._received.total(), len(lane.beside)
+        if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
             (task for task in lane.beside if not task.call.kind.receives),
             key=lambda task: task.called,
         )
-        due = yield from self._tell_each(self._sent)
+        everyone = range(self.size)
+        due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
         dropped: dict[int, list[tuple[int, int, int]]] = {}
-        while any(due[rank] > self._received[rank] for rank in range(self.size)):
+        while any(due[rank] > self._received[rank] for rank in everyone):
             found = self._unwanted() or lane.peers.unwanted(partial(_is_awaited, lane))
             if found is None:
                 yield KEEN
@@ -417,13 +419,14 @@ class MpiTransport(Transport):
                 f"{lane.name!r}: no message came for it"
             )
             engine.cancel(task, unmatched, unmatched)
-        # (Once all have told, none looks for messages any more: what follows is not dropped.)
-        lost = yield from self._tell_each({rank: len(said) for rank, said in dropped.items()})
+        # (After this exchange no rank looks for messages: those that follow it are not dropped.)
+        counts = [len(dropped.get(rank, ())) for rank in everyone]
+        lost = yield from agreement.exchanged(self.comm, counts)
         tables = {int(rank): np.empty((lost[rank], 3), np.int64) for rank in np.flatnonzero(lost)}
         tag = exchange_tag()
         requests = [self.comm.Irecv([t, MPI.INT64_T], rank, tag) for rank, t in tables.items()]
-        for rank, said in dropped.items():
-            requests.append(self.comm.Isend([np.array(said), MPI.INT64_T], rank, tag))
+        for rank, messages in dropped.items():
+            requests.append(self.comm.Isend([np.array(messages), MPI.INT64_T], rank, tag))
         yield from until_all(requests)
         while not all(task.done for task in sends):
             yield KEEN
@@ -437,14 +440,6 @@ class MpiTransport(Transport):
                 self._taken.remove(found)
                 return found
         return None
-
-    def _tell_each(self, numbers: Mapping[int, int]) -> Generator[int, None, Array]:
-        """Tell each rank a number; return what each has told this one."""
-        told, heard = np.zeros(self.size, np.int64), np.empty(self.size, np.int64)
-        for rank, number in numbers.items():
-            told[rank] = number
-        yield from until(self.comm.Ialltoall([told, MPI.INT64_T], [heard, MPI.INT64_T]))
-        return heard
 
 
 class MessagesByMpi(Transport):
@@ -483,11 +478,11 @@ def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) 
 
     Of messages that are alike the receiver has taken the first ones.
     """
-    for said in lost:
+    for message in lost:
         for task in reversed(sends):
             call = task.call
             assert call.send is not None
-            alike = [call.tag, call.send.dtype.code, call.send.total] == said
+            alike = [call.tag, call.send.dtype.code, call.send.total] == message
             if call.peer == rank and alike and task.error is None:
                 task.error = CollectiveMismatchError(
                     f"{call.describe()} at {task.place()} was not received by the end of group "
@@ -526,8 +521,8 @@ _WIDER = Reduction(
 def _apart(send: Array, into: Array) -> Array:
     """Return what to send: a copy where it is a part of what is received into: MPI refuses that.
 
-    Users' arrays are where the call is in place; so are the stripes of one across nodes.  MPI has
-    a word for it, which all ranks must say or none; but each rank decides for itself.
+    Users' arrays are where the call is in place; so are the stripes of one across nodes.  MPI's
+    `IN_PLACE` must be given by all ranks or by none; but here each rank decides for itself.
     """
     return send.copy() if np.may_share_memory(send, into) else send
 
@@ -537,10 +532,10 @@ def _two(call: Call) -> tuple[Blocks, Blocks]:
     return call.send, call.recv
 
 
-def _pieces(array: Array) -> Iterator[Array]:
+def _pieces(array: Array, most: int) -> Iterator[Array]:
     """Cut an array in pieces that one MPI call can take; an empty one is one empty piece."""
-    for start in range(0, max(array.size, 1), MAX_COUNT):
-        yield array[start : start + MAX_COUNT]
+    for start in range(0, max(array.size, 1), most):
+        yield array[start : start + most]
 
 
 def _each(blocks: Blocks) -> list[Array]:
@@ -585,8 +580,8 @@ def _op(plan: Reduction) -> MPI.Op:
 
 def _header(blocks: Blocks) -> bytes:
     dtype = blocks.dtype
-    said = b"" if dtype.code in BY_CODE else dtype.name.encode()
-    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, said)
+    text = b"" if dtype.code in BY_CODE else dtype.name.encode()
+    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, text)
 
 
 def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | None:
@@ -595,7 +590,7 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     The group stays usable.
     """
     assert call.recv is not None
-    magic, code, count, said = _opened(header)
+    magic, code, count, text = _opened(header)
     if magic != _MAGIC:
         return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
@@ -604,15 +599,15 @@ def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | 
     if code == call.recv.dtype.code and count == call.recv.total:
         return None
     return CollectiveMismatchError(
-        f"{call.describe()}: rank {source} sent {_name(code, said)}[{count}], but the array is "
+        f"{call.describe()}: rank {source} sent {_name(code, text)}[{count}], but the array is "
         f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost; pg.probe(src, tag) tells "
         "what the next one is before it is received"
     )
 
 
-def _name(code: int, said: bytes) -> str:
-    """Return the name of the dtype that a header tells of."""
-    return BY_CODE[code].name if code in BY_CODE else said.rstrip(b"\0").decode(errors="replace")
+def _name(code: int, text: bytes) -> str:
+    """Return the name of the dtype that a header holds."""
+    return BY_CODE[code].name if code in BY_CODE else text.rstrip(b"\0").decode(errors="replace")
 
 
 def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException) -> bool:
@@ -632,10 +627,10 @@ def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException)
     return bool(status.Is_cancelled())
 
 
-def _message(header: Array, payload: Array) -> MPI.Datatype:
+def _message(header: Array, payload: Array, most: int) -> MPI.Datatype:
     """Describe header and payload as one MPI datatype of absolute addresses."""
     lengths, places, types = [header.size], [MPI.Get_address(header)], [MPI.BYTE]
-    for piece in _pieces(payload):
+    for piece in _pieces(payload, most):
         if piece.size:
             lengths.append(piece.size)
             places.append(MPI.Get_address(piece))

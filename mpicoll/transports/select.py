@@ -1,4 +1,4 @@
-"""Which transport a group gets, and backends that users register.
+"""Which transport a group gets.
 
 The choice is made when a group is created and agreed by all its ranks, never at a call.
 """
@@ -6,20 +6,18 @@ The choice is made when a group is created and agreed by all its ranks, never at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
 from ..engine.call import digest
 from ..engine.peers import Peers
 from ..errors import InvalidCallError, UnsupportedError
-from ..runtime import memory
-from ..runtime.library import IDLE, MPI, until
+from ..runtime import agreement, memory
+from ..runtime.agreement import first_reason
+from ..runtime.library import IDLE, MPI
 from ..runtime.processes import NOBODY, Identity
 from ..runtime.settings import (
     environment,
@@ -38,61 +36,13 @@ from .cuda.staged import StagedTransport
 from .hierarchical import HierarchicalTransport
 from .mpi import MpiTransport
 from .shm.transport import ShmTransport
+from .tuning import Tuning
 
 OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
 
 NCCL_NAME = 128  # bytes of the name of one of NCCL's communicators
-NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, if it is told to
-
-_REASON = 400  # bytes of why a rank can't use its GPU that the others are told
-
-
-class ProcessGroupFactory(Protocol):
-    """What `register_backend` takes: called on every rank, it returns a group of its own kind.
-
-    The arguments are those of `_dist2`: a `TCPStore` that rank 0 serves, a `timedelta`, the device
-    (a `torch.device` where torch is loaded), and the options that `new_group` was given.
-    """
-
-    def __call__(
-        self,
-        store: Any,
-        rank: int,
-        world_size: int,
-        timeout: timedelta,
-        device: Any,
-        **options: Any,
-    ) -> Any:
-        """Make a group."""
-
-
-_factories: dict[str, ProcessGroupFactory] = {}
-
-
-def register_backend(name: str, factory: ProcessGroupFactory) -> None:
-    """Make `new_group(name, ...)` call your own factory.
-
-    Args:
-        name: the name of the backend.
-        factory: called on every rank, as `_dist2` calls it; what it returns, `new_group` returns.
-
-    Raises:
-        InvalidCallError: the name is taken.
-    """
-    if name in OWN or name in _factories:
-        raise InvalidCallError(f"name {name!r} is registered already: choose another one")
-    _factories[name] = factory
-
-
-def factory_of(name: object) -> ProcessGroupFactory | None:
-    """Return the registered factory of a name, or None for mpicoll's own backends."""
-    if name in OWN:
-        return None
-    if isinstance(name, str) and name in _factories:
-        return _factories[name]
-    known = ", ".join(repr(n) for n in (*OWN, *_factories))
-    raise InvalidCallError(f"backend must be one of {known}, but got {name!r}")
+NCCL_SHARES = 23000  # the version of NCCL that lets ranks share a GPU, where that is set
 
 
 def check_device(device: object, backend: str) -> str:
@@ -115,8 +65,8 @@ def check_device(device: object, backend: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a group was asked to run on: alike on all its ranks, and handed to its children.
+class GroupOptions:
+    """What a group was asked to run on: the same on all its ranks, and handed to its children.
 
     Attributes:
         backend: one of `OWN`, or a name given to `register_backend`.
@@ -148,6 +98,24 @@ class Wanted:
         """The backend, without its second name: "gloo" means "auto"."""
         return "auto" if self.backend == "gloo" else self.backend
 
+    @property
+    def device_kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    def on(self, gpu: cuda.Gpu) -> GroupOptions:
+        """Return the same on a GPU of this rank's: there its group's children stay."""
+        return replace(self, device=f"cuda:{gpu.device}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same as JSON can hold it, for ranks that are yet to take their GPUs."""
+        return {**asdict(self), "device": self.device_kind}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> GroupOptions:
+        """Return what `as_json` said."""
+        return cls(**{**said, "sizes": tuple(said["sizes"])})
+
     def digest(self) -> int:
         """Return a number that differs where ranks want different things."""
         on_gpu = self.device != "cpu"
@@ -155,7 +123,7 @@ class Wanted:
 
     def alike(self) -> str:
         """Return what must be the same in groups that merge, in words."""
-        return f"backend={self.choice!r}, device={self.device[:4]!r}, checks={self.checks!r}"
+        return f"backend={self.choice!r}, device={self.device_kind!r}, checks={self.checks!r}"
 
     def __str__(self) -> str:
         """Say it as it was asked for."""
@@ -165,7 +133,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class Resources:
     """What the ranks of a group have between them; which of it there is chooses the transport.
 
     Attributes:
@@ -195,11 +163,11 @@ class Ground:
         return [comm for comm in (self.near, self.across, self.comm) if comm is not None]
 
 
-Prepares: TypeAlias = "Generator[int, None, Ground]"
+Prepares: TypeAlias = "Generator[int, None, Resources]"
 
 
 def prepare(
-    comm: MPI.Intracomm, wanted: Wanted, deadline: float, nccl: Nccl | None = None
+    comm: MPI.Intracomm, options: GroupOptions, deadline: float, nccl: Nccl | None = None
 ) -> Prepares:
     """Find what the ranks of a new group have between them.  All have arrived.
 
@@ -210,47 +178,47 @@ def prepare(
         UnsupportedError: on all ranks, if one can't use the GPU that it is to, or NCCL was asked
             for and can't be had.
     """
-    ground = yield from _share(comm, wanted, deadline)
-    if wanted.device == "cpu":
-        return ground
+    resources = yield from _share(comm, options, deadline)
+    if options.device == "cpu":
+        return resources
     gpu, why = None, ""
     try:
-        gpu = cuda.open_gpu(wanted.device, (yield from _local_rank(comm, wanted)))
+        gpu = cuda.open_gpu(options.device, (yield from _local_rank(comm, options)))
     except UnsupportedError as error:
         why = str(error)
-    rank, heard = yield from _first_reason(comm, why)
-    if heard:
-        yield from communicators.free(ground.comms, deadline)
+    rank, reason = yield from first_reason(comm, why)
+    if reason:
+        yield from communicators.free(resources.comms, deadline)
         raise UnsupportedError(
-            f"device {wanted.device!r}: rank {rank} can't use a GPU. {why or heard}"
+            f"device {options.device!r}: rank {rank} can't use a GPU. {why or reason}"
         )
     assert gpu is not None
-    ground, why = replace(ground, gpu=gpu), ""
-    if wanted.choice in ("auto", "nccl"):
+    resources, why = replace(resources, gpu=gpu), ""
+    if options.choice in ("auto", "nccl"):
         if nccl is None:
             nccl, why = yield from _nccl(comm, gpu)
         if nccl is not None:
-            return replace(ground, nccl=nccl)
-    if wanted.choice in ("auto", "mpi"):
-        said = yield from probe.takes_gpu_memory(gpu.device)
-        rank, heard = yield from _first_reason(comm, said)
-        if not heard:
-            return replace(ground, aware=True)
-        why = f"rank {rank} finds that its MPI library is not CUDA-aware: {said or heard}"
-    if wanted.backend in ("nccl", "mpi"):
-        yield from communicators.free(ground.comms, deadline)
+            return replace(resources, nccl=nccl)
+    if options.choice in ("auto", "mpi"):
+        own = yield from probe.takes_gpu_memory(gpu.device)
+        rank, reason = yield from first_reason(comm, own)
+        if not reason:
+            return replace(resources, aware=True)
+        why = f"rank {rank} finds that its MPI library is not CUDA-aware: {own or reason}"
+    if options.backend in ("nccl", "mpi"):
+        yield from communicators.free(resources.comms, deadline)
         raise UnsupportedError(
-            f"backend {wanted.backend!r} can't be had for GPU memory: {why}. "
+            f"backend {options.backend!r} can't be had for GPU memory: {why}. "
             "Pass 'auto' or 'staged'"
         )
-    return ground
+    return resources
 
 
 _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
 
 
 def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
-    """Make a communicator of NCCL, on all ranks or on none; then say why not."""
+    """Make a communicator of NCCL, on all ranks or on none; in the second case return why."""
     size, own = comm.Get_size(), comm.Get_rank()
     version, identity, why = 0, "", ""
     order_nccl_launches()
@@ -260,32 +228,30 @@ def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
         why = str(error)
     except Exception as error:  # of CuPy, in a class of its own
         why = f"{type(error).__name__}: {error}"
-    mine = np.array([digest(*identity.encode()), version], dtype=np.int64)
-    table = np.empty((size, 2), dtype=np.int64)
-    yield from until(comm.Iallgather([mine, MPI.INT64_T], [table, MPI.INT64_T]))
+    table = yield from agreement.rows(comm, digest(*identity.encode()), version)
     threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     why = why or no_nccl(table.tolist(), own, shares=nccl_shares_gpus(), threads=threads)
-    name = np.zeros(NCCL_NAME, dtype=np.uint8)
+    name = b""
     if own == 0 and not why:
         try:
-            name[:] = np.frombuffer(binding.unique_id(), np.uint8)
+            name = binding.unique_id()
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-    rank, heard = yield from _first_reason(comm, why)
-    if heard:
-        return None, f"rank {rank} says: {heard}"
-    yield from until(comm.Ibcast([name, MPI.BYTE], 0))
-    made, why = yield from _made(lambda: binding.join(gpu, size, name.tobytes(), own))
-    rank, heard = yield from _first_reason(comm, why)
-    if not heard:
+    rank, reason = yield from first_reason(comm, why)
+    if reason:
+        return None, f"rank {rank} says: {reason}"
+    name = yield from agreement.bytes_of(comm, name, NCCL_NAME)
+    made, why = yield from _made(lambda: binding.join(gpu, size, name, own))
+    rank, reason = yield from first_reason(comm, why)
+    if not reason:
         return made, ""
     if made is not None:
         made.abort()
-    return None, f"on rank {rank} it could not be initialized: {heard}"
+    return None, f"on rank {rank} it could not be initialized: {reason}"
 
 
 def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
-    """Begin to make a communicator of NCCL, and wait until it is made; else say why not."""
+    """Begin to make a communicator of NCCL, and wait until it is made; else return why not."""
     made: Nccl | None = None
     try:
         made = begin()
@@ -295,14 +261,14 @@ def _made(begin: Callable[[], Nccl]) -> _FindsNccl:
         if made is not None:
             made.abort()
         return None, f"{type(error).__name__}: {error}"
-    except BaseException:  # nobody waits for it any more
+    except BaseException:  # no call waits for it any more
         if made is not None:
             made.abort()
         raise
     return made, ""
 
 
-def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, None, Nccl | None]:
+def split_nccl(parent: Resources, comm: MPI.Intracomm | None) -> Generator[int, None, Nccl | None]:
     """Split a group's communicator of NCCL as `comm` was split off.  All its ranks do so.
 
     Args:
@@ -325,10 +291,10 @@ def split_nccl(parent: Ground, comm: MPI.Intracomm | None) -> Generator[int, Non
     while not gpu.is_done(mark):  # with calls under way, NCCL may come to a deadlock
         yield IDLE
     part, why = yield from _made(lambda: nccl.split(color, key))
-    _, heard = yield from _first_reason(parent.comm, why)
-    if heard and part is not None:
+    _, reason = yield from first_reason(parent.comm, why)
+    if reason and part is not None:
         part.abort()
-    return None if heard or comm is None else part
+    return None if reason or comm is None else part
 
 
 def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) -> str:
@@ -354,117 +320,105 @@ def no_nccl(table: list[list[int]], own: int, *, shares: bool, threads: bool) ->
     return ""
 
 
-def _local_rank(comm: MPI.Intracomm, wanted: Wanted) -> Generator[int, None, int]:
+def _local_rank(comm: MPI.Intracomm, options: GroupOptions) -> Generator[int, None, int]:
     """Return this rank's number on its node: the launcher's, else that within the group."""
-    told = local_rank(environment())
-    if told is not None:
-        return told
-    nodes, _ = yield from communicators.nodes_of(comm, wanted.sizes)
+    launched = local_rank(environment())
+    if launched is not None:
+        return launched
+    nodes, _ = yield from communicators.nodes_of(comm, options.sizes)
     return nodes.locate(comm.Get_rank())[1]
 
 
-def _first_reason(comm: MPI.Intracomm, why: str) -> Generator[int, None, tuple[int, str]]:
-    """Tell all ranks the lowest rank that gives a reason, and the reason; "" if none does."""
-    size = comm.Get_size()
-    first = np.array([comm.Get_rank() if why else size], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [first, MPI.INT64_T], MPI.MIN))
-    if first[0] == size:
-        return size, ""
-    text = np.zeros(_REASON, np.uint8)
-    said = why.encode()[:_REASON]
-    text[: len(said)] = np.frombuffer(said, np.uint8)
-    yield from until(comm.Ibcast([text, MPI.BYTE], int(first[0])))
-    return int(first[0]), text.tobytes().rstrip(b"\0").decode(errors="replace")
-
-
-def _share(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
+def _share(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
     """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
-        return Ground(comm)
-    nodes, processes = yield from communicators.nodes_of(comm, wanted.sizes)
+        return Resources(comm)
+    nodes, processes = yield from communicators.nodes_of(comm, options.sizes)
     spaces = {who.namespace for who in processes.values()}
     mine = processes[comm.Get_rank()].namespace
     neighbours = {r: who for r, who in processes.items() if mine == who.namespace != NOBODY}
-    if wanted.backend == "mpi" or max(map(len, nodes.members)) == 1:
-        return Ground(comm, neighbours=neighbours)
+    if options.backend == "mpi" or max(map(len, nodes.members)) == 1:
+        return Resources(comm, neighbours=neighbours)
     locked = spaces != {mine} or mine == NOBODY
     if len(nodes.members) == 1:
         shared = yield from memory.share(comm, locked=locked)
-        return Ground(comm, shared, neighbours=neighbours)
+        return Resources(comm, shared, neighbours=neighbours)
     node, place = nodes.locate(comm.Get_rank())
     near = yield from communicators.split(comm, node, place, deadline)
     assert near is not None
     shared = yield from memory.share(near, locked=locked)
-    agreed = np.array([shared is not None], dtype=np.int64)
-    yield from until(comm.Iallreduce(MPI.IN_PLACE, [agreed, MPI.INT64_T], MPI.MIN))
-    if not agreed[0]:
+    (everywhere,) = yield from agreement.unanimous(comm, shared is not None)
+    if not everywhere:
         yield from communicators.free([near], deadline)
-        return Ground(comm, neighbours=neighbours)
+        return Resources(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None
     across = yield from communicators.split(comm, stripe, node, deadline)
-    return Ground(comm, shared, nodes, near, across, neighbours)
+    return Resources(comm, shared, nodes, near, across, neighbours)
 
 
-def prepare_survivors(comm: MPI.Intracomm, wanted: Wanted, deadline: float) -> Prepares:
-    """`prepare` for those who survived a failure; if one dies meanwhile, for those who are left."""
+def prepare_survivors(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
+    """`prepare` for the survivors of a failure; if one dies meanwhile, for those that are left."""
     while survives_deaths():
-        ground = None
+        resources = None
         try:
-            ground = yield from prepare(comm, wanted, deadline)
+            resources = yield from prepare(comm, options, deadline)
         except MPI.Exception:  # a member died, or has seen one die
             pass
-        fine = yield from communicators.all_succeeded(comm, ground is not None, deadline)
-        if fine and ground is not None:
-            return ground
+        fine = yield from communicators.all_succeeded(comm, resources is not None, deadline)
+        if fine and resources is not None:
+            return resources
         comm = yield from communicators.survivors(comm, deadline)
-    return (yield from prepare(comm, wanted, deadline))
+    return (yield from prepare(comm, options, deadline))
 
 
 _turns = Turns()
 
+tuning = Tuning()
+"""Of the groups that are made from now on; the tests replace it, on all ranks alike."""
 
-def transport(ground: Ground) -> Transport:
+
+def transport(resources: Resources) -> Transport:
     """Return the transport of a group."""
-    host = _host_transport(ground)
-    if ground.gpu is None:
+    host = _host_transport(resources)
+    if resources.gpu is None:
         return host
-    if ground.nccl is not None:
-        return NcclTransport(host, ground.gpu, ground.nccl, _turns)
-    if ground.aware:
-        return AwareTransport(host, ground.gpu, ground.comm)
-    return StagedTransport(host, ground.gpu)
+    if resources.nccl is not None:
+        return NcclTransport(host, resources.gpu, resources.nccl, _turns, tuning)
+    if resources.aware:
+        return AwareTransport(host, resources.gpu, resources.comm, tuning)
+    return StagedTransport(host, resources.gpu, tuning)
 
 
-def _host_transport(ground: Ground) -> Transport:
-    if ground.shared is None:
-        return MpiTransport(ground.comm)
-    if ground.nodes is None:
-        return ShmTransport(ground.comm, ground.shared)
-    assert ground.near is not None
+def _host_transport(resources: Resources) -> Transport:
+    if resources.shared is None:
+        return MpiTransport(resources.comm, tuning)
+    if resources.nodes is None:
+        return ShmTransport(resources.comm, resources.shared, tuning)
+    assert resources.near is not None
     return HierarchicalTransport(
-        ground.comm, ground.nodes, ground.near, ground.shared, ground.across
+        resources.comm, resources.nodes, resources.near, resources.shared, resources.across, tuning
     )
 
 
-def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
+def arrival(resources: Resources, peers: Peers, options: GroupOptions) -> Arrival:
     """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(ground.neighbours, communicators.strangers(ground.comm))
-    shared = ground.shared
+    peers.observe(resources.neighbours, communicators.foreign_ranks(resources.comm))
+    shared = resources.shared
     if shared is None:
-        return Arrival(ground.comm, peers)
-    if ground.nodes is None:
-        board = BoardArrival(ground.comm, peers, shared, range(shared.size))
+        return Arrival(resources.comm, peers)
+    if resources.nodes is None:
+        board = BoardArrival(resources.comm, peers, shared, range(shared.size))
     else:
-        assert ground.near is not None
-        node, place = ground.nodes.locate(ground.comm.Get_rank())
+        assert resources.near is not None
+        node, place = resources.nodes.locate(resources.comm.Get_rank())
         board = NodesArrival(
-            ground.comm,
+            resources.comm,
             peers,
             shared,
-            ground.nodes.members[node],
-            near=ground.near,
-            leaders=ground.across if place == 0 else None,
-            everywhere=wanted.checks != "node",
+            resources.nodes.members[node],
+            near=resources.near,
+            leaders=resources.across if place == 0 else None,
+            everywhere=options.checks != "node",
         )
     peers.near, peers.has_arrived = board.places, board.has_arrived
     peers.post_notice, peers.notice = shared.post_notice, board.notice
@@ -473,11 +427,3 @@ def arrival(ground: Ground, peers: Peers, wanted: Wanted) -> Arrival:
     if shared.locked:
         peers.observe_locks({r: partial(shared.has_died, p) for r, p in board.places.items()})
     return board
-
-
-def factory_arguments(timeout: float, device: str) -> tuple[timedelta, Any]:
-    """Return timeout and device in the types that a `_dist2` factory expects."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    return timedelta(seconds=timeout), device if torch is None else torch.device(device)

@@ -22,14 +22,15 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
-from mpicoll.transports import hierarchical
+from mpicoll.transports import select
+from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import KINDS, Kind
 
 # All backends on 2 and 3 ranks; what every user gets on any number, and over several nodes.
 NODES = os.environ.get("MPICOLL_NODES", "")
 BACKENDS = ("auto", "mpi") if MPI.COMM_WORLD.size in (2, 3) and not NODES else ("auto",)
 if NODES:  # the arrays of the tests are small: they are to cross between nodes in several pieces
-    hierarchical.SMALL, hierarchical.PIECE = 1, 32 * 1024
+    select.tuning = Tuning(nodes_from=1, nodes_piece=32 * 1024)
 GROUP_TIMEOUT = 20.0  # of every call that names no timeout of its own
 LIMIT = 45.0  # seconds that one test may take; @pytest.mark.limit(seconds) says otherwise
 OUTCOMES = ("passed", "skipped", "failed")
@@ -107,19 +108,28 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def tuned(tuning: Tuning, **options: Any) -> mc.ProcessGroup:
+    """Make a group of the whole world whose transport has its own tuning."""
+    before, select.tuning = select.tuning, tuning
+    try:
+        return mc.new_group(timeout=GROUP_TIMEOUT, **options)
+    finally:
+        select.tuning = before
+
+
 class Groups:
-    """World groups, one per set of options, shared by tests until one fails."""
+    """World groups, one per tuning and set of options, shared by tests until one fails."""
 
     def __init__(self) -> None:
         self.made: dict[tuple[Any, ...], tuple[int, mc.ProcessGroup]] = {}
 
-    def __call__(self, **options: Any) -> mc.ProcessGroup:
-        key = tuple(sorted(options.items()))
+    def __call__(self, tuning: Tuning = select.tuning, **options: Any) -> mc.ProcessGroup:
+        key = tuning, *sorted(options.items())
         stamp, pg = self.made.get(key, (-1, None))
         if pg is None or stamp != verdicts.broken:
             if pg is not None:
                 pg.abort()
-            pg = mc.new_group(timeout=GROUP_TIMEOUT, **options)
+            pg = tuned(tuning, **options)
             self.made[key] = verdicts.broken, pg
         return pg
 
@@ -127,16 +137,22 @@ class Groups:
 _groups = Groups()
 
 
+@pytest.fixture
+def tuning() -> Tuning:
+    """The tuning of the test's groups; a test that wants another one is parametrized with it."""
+    return select.tuning
+
+
 @pytest.fixture(params=BACKENDS)
-def pg(request: pytest.FixtureRequest) -> mc.ProcessGroup:
+def pg(request: pytest.FixtureRequest, tuning: Tuning) -> mc.ProcessGroup:
     """A group of the whole world, over each backend in turn."""
-    return _groups(backend=request.param)
+    return _groups(tuning, backend=request.param)
 
 
 @pytest.fixture
-def fresh() -> Iterator[mc.ProcessGroup]:
-    """A group of the whole world for one test alone, who may close it."""
-    pg = mc.new_group(timeout=GROUP_TIMEOUT)
+def fresh(tuning: Tuning) -> Iterator[mc.ProcessGroup]:
+    """A group of the whole world for one test alone, which may close it."""
+    pg = tuned(tuning)
     yield pg
     pg.shutdown()
 

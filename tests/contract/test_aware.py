@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import mpicoll as mc
 from mpicoll.arrays.device import DeviceArray
 from mpicoll.errors import CollectiveMismatchError, CollectiveTimeoutError, GroupBrokenError
 from mpicoll.runtime.library import exchange_tag
-from mpicoll.transports.cuda import aware
+from mpicoll.transports import select
 from mpicoll.transports.cuda.aware import AwareTransport
+from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import NUMPY, Kind, data, reduced
 from tests.contract.conftest import BACKENDS, _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -45,18 +47,17 @@ class Device(LateCopies):
         return self.looks[mark] >= LOOKS
 
 
-def device_of(pg: mc.ProcessGroup) -> Device:
-    if not isinstance(pg._transport, AwareTransport):
-        pg._transport = AwareTransport(pg._transport, Device(), pg.comm)
-    return pg._transport._gpu
+def device_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Device:
+    if not isinstance(pg._caller.transport, AwareTransport):
+        pg._caller.transport = AwareTransport(pg._caller.transport, Device(), pg.comm, tuning)
+    return pg._caller.transport._gpu
 
 
 @pytest.fixture(params=BACKENDS)
-def pg(request, monkeypatch) -> mc.ProcessGroup:
-    monkeypatch.setattr(aware, "SMALL", 2000)  # so that both ways of a broadcast are gone
-    monkeypatch.setattr(aware, "MAX_BYTES", 1000)  # so that the arrays go in several messages
+def pg(request) -> mc.ProcessGroup:
     pg = _groups(backend=request.param, group_name="aware")
-    device_of(pg)
+    # Both ways of a broadcast are gone, and the arrays go in several messages.
+    device_of(pg, replace(select.tuning, aware_whole=2000, aware_message=1000))
     return pg
 
 
@@ -138,7 +139,7 @@ def test_a_rank_that_stops_in_the_middle(fresh, world):
     if world.size == 1:
         pytest.skip("needs two ranks")
     if world.rank == 0:
-        fresh._transport._move = lambda call: iter(())
+        fresh._caller.transport._move = lambda call: iter(())
         fresh.broadcast(ELSEWHERE.full(50, 0), 0).wait()
         world.Barrier()
         for rank in range(1, world.size):  # or MPI could not be finalized

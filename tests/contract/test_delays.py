@@ -2,27 +2,32 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
 from mpicoll.cli.trials import TRIALS
-from mpicoll.transports.shm import inline
-from mpicoll.transports.shm import transport as shm
+from mpicoll.transports import select
 from tests.soak import soak
+
+
+@pytest.fixture
+def tuning(way):
+    """Have a call of any size go this way."""
+    if way == "ride":
+        return select.tuning
+    limit = 0 if way in ("read", "MPI") else select.tuning.read_above
+    return replace(select.tuning, inline=-1, read_above=limit)
 
 
 @pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
 @pytest.mark.parametrize("count", [5, 20_000, 200_000])
 def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypatch):
-    memory, dice = fresh._ground.shared, random.Random(1000 * count + fresh.rank())
+    memory, dice = fresh._caller.resources.shared, random.Random(1000 * count + fresh.rank())
     if memory is None:
         pytest.skip("the group doesn't go through shared memory")
-    if way != "ride":
-        monkeypatch.setattr(inline, "PAYLOAD", -1)
-    if way in ("read", "MPI"):
-        monkeypatch.setattr(shm, "MOVE_LIMIT", 0)
     if way == "MPI":  # as where the system doesn't permit reading
-        inside = getattr(fresh._transport, "_near", fresh._transport)
+        inside = getattr(fresh._caller.transport, "_near", fresh._caller.transport)
         monkeypatch.setattr(inside, "_reads", False)
     announce, reached = memory.announce, memory.reached
 

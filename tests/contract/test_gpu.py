@@ -211,7 +211,7 @@ def test_a_rank_that_comes_to_nccl_and_stops(fresh, world):
     x = cupy.ones(1 << 20, np.float32)
     fresh.allreduce(x).synchronize()  # NCCL connects in the first call, which blocks the host
     if world.rank == 0:  # as if the others' part had been lost
-        fresh._arrival.at_once = lambda call, seq: True
+        fresh._caller.arrival.at_once = lambda call, seq: True
         fresh.allreduce(x, timeout=1).wait()
         cupy.cuda.Device().synchronize()  # returns, since the communicator is aborted
         with pytest.raises(GroupBrokenError):

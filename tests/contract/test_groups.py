@@ -392,7 +392,7 @@ def test_dropped_groups_are_reclaimed_when_all_ranks_are_done_with_them(fresh):
     me = fresh.rank()
     kept = fresh.split(0)
     part = kept.split(me % 2)
-    lane, part_lane = kept._lane, part._lane
+    lane, part_lane = kept._caller.lane, part._caller.lane
     if me != 0:
         del kept  # rank 0 still has it
     fresh.split(0).shutdown()

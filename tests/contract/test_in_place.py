@@ -5,12 +5,14 @@ Each rank decides for itself: here every second one is in place.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mpicoll import ReduceOp
 from mpicoll.errors import InvalidCallError
-from mpicoll.transports import mpi
+from mpicoll.transports import select
 from tests.contract.arrays import NUMPY, Torch, data, reduced
 
 pytestmark = pytest.mark.mpi
@@ -192,8 +194,8 @@ def test_what_a_part_in_place_is_of_counts_in_a_coalesced_call(pg, kind):
 
 
 @pytest.mark.parametrize("odd", [0, None])
-def test_in_place_in_pieces(pg, monkeypatch, odd):
-    monkeypatch.setattr(mpi, "MAX_COUNT", 5)
+@pytest.mark.parametrize("tuning", [replace(select.tuning, mpi_elements=5)], ids=["5"])
+def test_in_place_in_pieces(pg, odd):
     for length in (1, 5, 6, 17):
         test_all_gather_single_in_place(pg, NUMPY, length, odd)
         test_allgather_in_place(pg, NUMPY, length, odd)

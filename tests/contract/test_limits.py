@@ -3,10 +3,12 @@ the soak run, for real."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mpicoll.transports import mpi
+from mpicoll.transports import select
 from tests.contract import test_collectives as collectives
 from tests.contract import test_objects as objects
 from tests.contract import test_p2p as messages
@@ -37,22 +39,30 @@ SIZED = [
 ]
 
 
-@pytest.mark.parametrize("size", [0, 4, 5, 1000])
+def most(elements):
+    """Tune the transports so that one call of MPI is given so many elements at most."""
+    return replace(select.tuning, mpi_elements=elements)
+
+
+@pytest.mark.parametrize(
+    ("size", "tuning"),
+    [(0, most(5)), (4, most(5)), (5, most(5)), (1000, most(64))],
+    ids=["0", "4", "5", "1000"],
+)
 @pytest.mark.parametrize("call", SIZED, ids=lambda c: "-".join([c[0].__name__, *map(str, c[1:])]))
-def test_in_pieces(pg, monkeypatch, call, size):
-    monkeypatch.setattr(mpi, "MAX_COUNT", 5 if size < 10 else 64)
+def test_in_pieces(pg, call, size):
     function, *more = call
     function(pg, NUMPY, size, *more)
 
 
 @pytest.mark.parametrize("size", [0, 5, 6, 1000])
-def test_messages_in_pieces(pg, monkeypatch, size):
-    monkeypatch.setattr(mpi, "MAX_COUNT", 5)
+@pytest.mark.parametrize("tuning", [most(5)], ids=["5"])
+def test_messages_in_pieces(pg, size):
     messages.test_ring(pg, NUMPY, size)
 
 
-def test_objects_in_pieces(pg, monkeypatch):
-    monkeypatch.setattr(mpi, "MAX_COUNT", 4096)
+@pytest.mark.parametrize("tuning", [most(4096)], ids=["4096"])
+def test_objects_in_pieces(pg):
     objects.test_broadcast_object(pg)
     objects.test_allgather_object(pg)
     objects.test_gather_object(pg)

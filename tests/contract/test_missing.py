@@ -35,7 +35,7 @@ def make(request, world):
     yield new
     finish(world)
     for group in made:  # who arrives late lets MPI end what the others have given up
-        for _ in range(max(world.allgather(group._lane.seq)) - group._lane.seq):
+        for _ in range(max(world.allgather(group._caller.lane.seq)) - group._caller.lane.seq):
             if not group.is_broken:
                 error_of(group.barrier)
     finish(world)
@@ -176,7 +176,7 @@ def test_notices_that_nobody_takes_are_not_looked_at_again_and_again(make, world
 
         monkeypatch.setattr(peers, "_is_over", counted)
         for _ in range(1000):
-            group._lane.peers.ask([1])
+            group._caller.lane.peers.ask([1])
         monkeypatch.undo()
         assert looks <= 5000, "each notice looks at all that were sent before"
     finish(world)

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ from mpicoll.errors import (
 )
 from mpicoll.runtime.library import IDLE, MOVED, pause
 from mpicoll.transports import select
-from mpicoll.transports.cuda import nccl
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
+from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import Kind, data, reduced
 from tests.contract.conftest import _groups
 from tests.contract.on_gpus import *  # noqa: F403
@@ -50,12 +51,13 @@ pytestmark = pytest.mark.mpi
 TURNS = Turns()
 
 
-def queue_of(pg: mc.ProcessGroup) -> Queue:
-    if not isinstance(pg._transport, NcclTransport):
+def queue_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Queue:
+    if not isinstance(pg._caller.transport, NcclTransport):
         queue = Queue(pg.comm.Dup())
-        pg._transport = NcclTransport(pg._transport, queue, Communicator(queue), TURNS)
-        pg._lane.abort = pg._transport.abort
-    return pg._transport._gpu
+        nccl = Communicator(queue)
+        pg._caller.transport = NcclTransport(pg._caller.transport, queue, nccl, TURNS, tuning)
+        pg._caller.lane.abort = pg._caller.transport.abort
+    return pg._caller.transport._gpu
 
 
 @pytest.fixture
@@ -66,9 +68,9 @@ def pg() -> mc.ProcessGroup:
 
 
 @pytest.fixture
-def fresh() -> Iterator[mc.ProcessGroup]:
+def fresh(tuning) -> Iterator[mc.ProcessGroup]:
     pg = mc.new_group(timeout=20, progress="thread")
-    queue_of(pg)
+    queue_of(pg, tuning)
     yield pg
     queue_of(pg).open = True
     pg.abort()
@@ -211,7 +213,7 @@ def test_an_error_of_nccl_is_a_transport_error(fresh, world):
     work.wait()
     world.Barrier()
     if world.rank == 0:
-        fresh._transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+        fresh._caller.transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
     with pytest.raises(MpicollError) as caught:
         work.synchronize()
     if world.rank == 0:
@@ -274,7 +276,7 @@ def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
 
 
 def test_the_factor_of_a_sum_is_given_back(fresh):
-    x, comm = ELSEWHERE.full(5, 1), fresh._transport._nccl
+    x, comm = ELSEWHERE.full(5, 1), fresh._caller.transport._nccl
     fresh.allreduce(x, ReduceOp.PREMUL_SUM(0.5)).synchronize()
     assert (x.values == fresh.size() / 2).all()
     assert comm.made > 1000 and not comm.factors
@@ -293,21 +295,21 @@ def two() -> Iterator[tuple[mc.ProcessGroup, mc.ProcessGroup]]:
 
 def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
     """Let the next arrivals in a group take longer."""
-    steps = pg._arrival.steps
+    steps = pg._caller.arrival.steps
 
     def later(call, seq):
         yield from pause(seconds)
         yield from steps(call, seq)
 
-    pg._arrival.steps = later
-    pg._arrival.at_once = lambda call, seq: False
+    pg._caller.arrival.steps = later
+    pg._caller.arrival.at_once = lambda call, seq: False
 
 
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
     """Whichever group's ranks have arrived first: NCCL wants one order on all ranks."""
     order: list[int] = []
     for i, pg in enumerate(two):
-        pg._transport._nccl._note = lambda name, stream, *what, i=i: order.append(i)
+        pg._caller.transport._nccl._note = lambda name, stream, *what, i=i: order.append(i)
     if world.rank == 0:
         held_up(two[0], 0.1)
     arrays = [ELSEWHERE.full(5, 1) for _ in range(6)]
@@ -344,7 +346,7 @@ def test_a_call_that_never_comes_so_far_holds_up_no_other(two, world):
 
 def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, world):
     stuck, other = two
-    stuck._transport._nccl.opened = False
+    stuck._caller.transport._nccl.opened = False
     begin = time.monotonic()
     work = stuck.allreduce(ELSEWHERE.full(5, 1), timeout=0.5)
     with pytest.raises(MpicollError) as caught:
@@ -359,7 +361,7 @@ def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, wo
 
 
 def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh):
-    queue, comm = queue_of(fresh), fresh._transport._nccl
+    queue, comm = queue_of(fresh), fresh._caller.transport._nccl
     for size in (5, 8):
         fresh.allreduce(ELSEWHERE.full(size, 1)).synchronize()
     assert len(comm.warm) == 2
@@ -474,7 +476,7 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
 
 @pytest.fixture
 def ahead(fresh) -> mc.ProcessGroup:
-    fresh._once = fresh._lane.once = Once()
+    fresh._caller.once = fresh._caller.lane.once = Once()
     return fresh
 
 
@@ -491,7 +493,7 @@ def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world)
     ahead.barrier().wait()
     ahead.allreduce(y).synchronize()  # unknown so far: compared
     assert (x.values == float(world.size) ** 11).all()
-    kinds = [entry["kind"] for entry in ahead._recorder.report()["calls"]]
+    kinds = [entry["kind"] for entry in ahead._caller.recorder.report()["calls"]]
     assert kinds.count("allreduce") == 12
 
 
@@ -562,10 +564,10 @@ def test_a_mismatch_before_anything_went_without_leaves_the_group_usable(ahead, 
 
 def test_after_so_many_calls_all_meet_again(ahead, world, monkeypatch):
     monkeypatch.setattr(Once, "AGAIN", 10)
-    x, number = ELSEWHERE.full(5, 0), ahead._lane.seq
+    x, number = ELSEWHERE.full(5, 0), ahead._caller.lane.seq
     for _ in range(45):
         ahead.allreduce(x).wait()
-    assert ahead._lane.seq - number == 5, "the first, and each eleventh"
+    assert ahead._caller.lane.seq - number == 5, "the first, and each eleventh"
 
 
 def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead, world):
@@ -584,9 +586,9 @@ def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead,
             ahead.allgather_object(3)
 
 
-def test_only_so_many_calls_are_ahead_of_the_gpu(ahead, monkeypatch):
+@pytest.mark.parametrize("tuning", [replace(select.tuning, nccl_ahead=4)], ids=["4"])
+def test_only_so_many_calls_are_ahead_of_the_gpu(ahead):
     """Else CUDA would block the host, where no deadline is kept."""
-    monkeypatch.setattr(nccl, "AHEAD", 4)
     queue = queue_of(ahead)
     queue.open = False
     x = ELSEWHERE.full(5, 0)
@@ -677,8 +679,10 @@ def split(
 ) -> tuple[Communicator | None, mc.ProcessGroup]:
     """Split a group and, in the same way, its communicator of NCCL."""
     part = fresh.split_group(members)
-    ground = select.Ground(fresh.comm, gpu=queue_of(fresh), nccl=fresh._transport._nccl)
-    made, steps = None, select.split_nccl(ground, part and part.comm)
+    resources = select.Resources(
+        fresh.comm, gpu=queue_of(fresh), nccl=fresh._caller.transport._nccl
+    )
+    made, steps = None, select.split_nccl(resources, part and part.comm)
     while True:
         try:
             with engine._lock:  # or the group's thread would look at the queue in between
@@ -700,14 +704,16 @@ def test_a_part_is_split_off_when_the_gpu_has_passed_all_calls(fresh):
     key = members.index(fresh.rank())
     assert queue.log[-1] == ("split", members[0], key) and queue.passed == 1
     assert (made.comm.rank, made.comm.size) == (key, len(members)) == (part.rank(), part.size())
-    part._transport = NcclTransport(part._transport, made.q, made, TURNS)
+    part._caller.transport = NcclTransport(
+        part._caller.transport, made.q, made, TURNS, select.tuning
+    )
     x = ELSEWHERE.full(5, fresh.rank())
     part.allreduce(x).synchronize()
     assert (x.values == sum(members)).all()
 
 
 def test_where_one_rank_cant_split_all_do_without(fresh, world):
-    communicator = fresh._transport._nccl
+    communicator = fresh._caller.transport._nccl
     # NCCL's own split waits for the rank that fails, or not; this doesn't.
     communicator.comm = MPI.COMM_SELF
     if world.rank == 0:

@@ -138,5 +138,5 @@ def test_children_inherit_the_nodes(set_nodes):
         set_nodes("1")
         with pg.split(0) as child:
             assert child.name() == "hierarchical"
-            assert child._wanted == pg._wanted
+            assert child._caller.options == pg._caller.options
     set_nodes(os.environ["MPICOLL_NODES"])

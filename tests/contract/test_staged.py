@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mpicoll.errors import (
     InvalidCallError,
     UnsupportedError,
 )
+from mpicoll.transports import select
 from mpicoll.transports.cuda import staged
 from mpicoll.transports.cuda.staged import StagedTransport
 from tests.contract.arrays import NUMPY, Kind, data, reduced
@@ -34,23 +36,22 @@ from tests.contract.test_p2p import (  # noqa: F401
 pytestmark = pytest.mark.mpi
 ELSEWHERE = ElsewhereKind()
 PIECE = 32 * 1024  # so that the arrays of the tests go in several pieces
+TUNING = replace(select.tuning, staged_piece=PIECE)
 
 
 @pytest.fixture(params=BACKENDS)
-def pg(request, monkeypatch) -> mc.ProcessGroup:
+def pg(request) -> mc.ProcessGroup:
     """A group over each backend in turn, whose arrays are staged."""
-    monkeypatch.setattr(staged, "PIECE", PIECE)
     pg = _groups(backend=request.param, group_name="staged")
-    if not isinstance(pg._transport, StagedTransport):
-        pg._transport = StagedTransport(pg._transport, LateCopies())
+    if not isinstance(pg._caller.transport, StagedTransport):
+        pg._caller.transport = StagedTransport(pg._caller.transport, LateCopies(), TUNING)
     return pg
 
 
 @pytest.fixture
-def fresh(monkeypatch) -> Iterator[mc.ProcessGroup]:
-    monkeypatch.setattr(staged, "PIECE", PIECE)
+def fresh() -> Iterator[mc.ProcessGroup]:
     pg = mc.new_group(timeout=20)
-    pg._transport = StagedTransport(pg._transport, LateCopies())
+    pg._caller.transport = StagedTransport(pg._caller.transport, LateCopies(), TUNING)
     yield pg
     pg.shutdown()
 
@@ -87,7 +88,7 @@ def test_several_works_are_under_way(pg):
 
 
 def test_pieces_overlap_and_rooms_are_few(fresh):
-    copies = fresh._transport._copies
+    copies = fresh._caller.transport._copies
     pieces = 6
     fresh.allreduce(ELSEWHERE.array(data(fresh.rank(), pieces * PIECE // 4))).wait()
     ways = [entry[0] for entry in copies.log]
@@ -98,7 +99,7 @@ def test_pieces_overlap_and_rooms_are_few(fresh):
 
 
 def test_copies_come_after_what_the_arrays_streams_were_given(fresh):
-    n, log = fresh.size(), fresh._transport._copies.log
+    n, log = fresh.size(), fresh._caller.transport._copies.log
     output, source = ELSEWHERE.full(n * 5, 0), ELSEWHERE.full(5, 1)
     work = fresh.all_gather_single(output, source)
     assert log[0] == ("mark", STREAM), "noted at the call, not when it starts"
@@ -109,7 +110,7 @@ def test_copies_come_after_what_the_arrays_streams_were_given(fresh):
 
 
 def test_reading_and_writing_are_left_out_where_nothing_is_read_or_written(fresh):
-    log = fresh._transport._copies.log
+    log = fresh._caller.transport._copies.log
     fresh.broadcast(ELSEWHERE.full(5, 1), 0).wait()
     ways = {entry[0] for entry in log if str(entry[0]).startswith("to_")}
     assert ways == ({"to_host"} if fresh.rank() == 0 else {"to_device"})

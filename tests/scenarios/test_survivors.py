@@ -63,7 +63,7 @@ def test_a_death_is_noticed_across_pid_namespaces(job):
     # (Hydra signals those who are left, and unshare would die of it.)
     python = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh", *inside, sys.executable]
     script = DEATH.format(backend="auto", late=0) + (
-        "assert pg._ground.shared.locked and os.getpid() == 1\n"
+        "assert pg._caller.resources.shared.locked and os.getpid() == 1\n"
     )
     ended = job(3, script, fails=True, options=["-disable-auto-cleanup"], python=python)
     for told in (ended.ranks[0], ended.ranks[2]):

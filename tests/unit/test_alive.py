@@ -55,13 +55,13 @@ def test_a_death_is_seen_and_how(child, number):
     assert not watch.look(), "it is news only once"
 
 
-@pytest.mark.parametrize("stranger", [False, True])
-def test_only_the_deaths_of_this_world_are_losses(child, stranger):
+@pytest.mark.parametrize("foreign", [False, True])
+def test_only_the_deaths_of_this_world_are_losses(child, foreign):
     watch, who = Watch(), identity_of(child.pid)
-    watch.add(who, stranger=stranger)
+    watch.add(who, foreign=foreign)
     child.kill()
     assert soon(watch)
-    assert watch.lost == ([] if stranger else ["was killed by SIGKILL"]) and who in watch.dead
+    assert watch.lost == ([] if foreign else ["was killed by SIGKILL"]) and who in watch.dead
 
 
 def test_an_exit_is_a_death_too():

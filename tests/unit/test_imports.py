@@ -14,7 +14,13 @@ import mpicoll
 PACKAGE = Path(mpicoll.__file__).parent
 ROOMS = [  # each imports only from those above it; so does each module, inside of its room
     ("", ["errors"]),
-    ("runtime", ["settings", "launcher", "library", "processes", "memory", "topology"]),
+    (
+        "runtime",
+        [
+            *("settings", "launcher", "library", "processes"),
+            *("agreement", "memory", "topology"),
+        ],
+    ),
     ("arrays", ["ops", "dtypes", "device", "buffers"]),
     (
         "engine",
@@ -26,14 +32,20 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "transports",
         [
-            *("base", "kernels", "mpi"),
+            *("tuning", "base", "kernels", "mpi"),
             *("shm.symmetric", "shm.cma", "shm.inline", "shm.transport", "hierarchical"),
             *("cuda.gpu", "cuda.binding", "cuda.probe", "cuda.staged", "cuda.aware", "cuda.nccl"),
             "select",
         ],
     ),
     ("", ["stores"]),
-    ("groups", ["rendezvous", "merge", "spawn", "reclaim", "group"]),
+    (
+        "groups",
+        [
+            *("rendezvous", "reclaim", "caller", "derive", "merge", "spawn", "shrink"),
+            *("coalesced", "group", "current", "registry", "new"),
+        ],
+    ),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
 FILES = {

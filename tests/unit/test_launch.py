@@ -8,7 +8,7 @@ import pytest
 
 from mpicoll.errors import InvalidCallError
 from mpicoll.runtime import settings
-from mpicoll.runtime.launcher import abortive, apart, remedy, serves, spawnless, stray
+from mpicoll.runtime.launcher import abortive, apart, remedy, serves, singleton, spawnless
 from mpicoll.runtime.settings import Launcher, daemon, launchers, local_rank
 from tests.harness import ROOT
 
@@ -89,7 +89,7 @@ def test_who_started_this(environ, names, ranks):
     ],
 )
 def test_a_world_of_one_that_was_not_meant(environ, vendor, world, refused):
-    why = stray(world, vendor, launchers(environ))
+    why = singleton(world, vendor, launchers(environ))
     assert bool(why) == refused
     if refused:
         assert vendor in why and "4 ranks" in why

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mpicoll.errors import GroupClosedError, InvalidCallError
+from mpicoll.groups import registry
 from mpicoll.stores import FileStore, TCPStore
-from mpicoll.transports import select
 
 
 def test_a_folder_that_others_can_write_to(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_a_store_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_whose_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_factories", {})
+    monkeypatch.setattr(registry, "_factories", {})
 
     def factory(*args: Any, **options: Any) -> object:
         return object()
 
     with pytest.raises(InvalidCallError, match="choose another one"):
-        select.register_backend("auto", factory)
-    select.register_backend("another one", factory)
-    assert select.factory_of("another one") is factory
+        registry.register_backend("auto", factory)
+    registry.register_backend("another one", factory)
+    assert registry.factory_of("another one") is factory

@@ -18,10 +18,8 @@ from ...arrays.device import DeviceArray
 from ...engine.call import Call
 from ...runtime.library import KEEN, MPI, Steps, exchange_tag, until_all
 from ..base import Transport
+from ..tuning import Tuning
 from .staged import Copies, Done, StagedTransport, copied, device_blocks
-
-SMALL = 64 * 1024  # bytes of a broadcast that is sent whole to each rank
-MAX_BYTES = 2**30  # that one message holds; MPI's counts are C ints
 
 Messages = Mapping[int, DeviceArray]  # by the rank at the other end
 
@@ -30,7 +28,7 @@ class Device(Copies, Protocol):
     """A GPU whose memory MPI is given the addresses of."""
 
     def within(self, source: DeviceArray, into: DeviceArray) -> Done:
-        """Start a copy inside the GPU's memory; return what tells whether it is done."""
+        """Start a copy inside the GPU's memory; return a function that says whether it is done."""
 
     def is_done(self, mark: object) -> bool:
         """Return whether the GPU has passed a mark."""
@@ -43,13 +41,15 @@ class AwareTransport(StagedTransport):
         host: moves host memory.
         gpu: this rank's.
         comm: the group's communicator.
+        tuning: the same on all ranks of the group.
     """
 
     name = "cuda-aware"
 
-    def __init__(self, host: Transport, gpu: Device, comm: MPI.Intracomm) -> None:
-        super().__init__(host, gpu)
+    def __init__(self, host: Transport, gpu: Device, comm: MPI.Intracomm, tuning: Tuning) -> None:
+        super().__init__(host, gpu, tuning)
         self._gpu, self._comm = gpu, comm
+        self._whole, self._most = tuning.aware_whole, tuning.aware_message
 
     def steps(self, call: Call) -> Steps:
         if call.device is None or call.kind.reduces:
@@ -68,7 +68,7 @@ class AwareTransport(StagedTransport):
             thrown = None
             try:
                 yield mood
-            except BaseException as error:  # the engine's word that nobody waits any more
+            except BaseException as error:  # thrown in by the engine: no call waits any more
                 thrown = error
 
     def _move(self, call: Call) -> Steps:
@@ -83,14 +83,14 @@ class AwareTransport(StagedTransport):
                 yield from self._blocks_at_once(part)
 
     def _broadcast(self, call: Call) -> Steps:
-        """Deal out the root's array in even parts, and let everyone pass its own on.
+        """Deal out the root's array in even parts, and let each rank pass its own on.
 
         So no rank sends more than twice the array.  van de Geijn's algorithm (Chan et al.,
         "Collective communication: theory, practice, and experience", 2007).  What is small, or has
         one taker, the root sends as it is.
         """
         (array,) = device_blocks(call.send)
-        if self.size == 2 or array.nbytes <= SMALL:
+        if self.size == 2 or array.nbytes <= self._whole:
             if self.rank == call.root:
                 takers = [rank for rank in range(self.size) if rank != self.rank]
                 yield from self._exchange(dict.fromkeys(takers, array), {})
@@ -131,10 +131,10 @@ class AwareTransport(StagedTransport):
         elif own.nbytes:
             copies.append(self._gpu.within(own, place))
         for rank in self._from_here(incoming):
-            for piece in _pieces(incoming[rank]):
+            for piece in _pieces(incoming[rank], self._most):
                 requests.append(self._comm.Irecv(piece, rank, tag))
         for rank in self._from_here(outgoing):
-            for piece in _pieces(outgoing[rank]):
+            for piece in _pieces(outgoing[rank], self._most):
                 requests.append(self._comm.Isend(piece, rank, tag))
         yield from until_all(requests)
         yield from copied(copies)
@@ -145,10 +145,10 @@ class AwareTransport(StagedTransport):
         return sorted(others, key=lambda rank: (rank - self.rank) % self.size)
 
 
-def _pieces(array: DeviceArray) -> list[list[object]]:
+def _pieces(array: DeviceArray, most: int) -> list[list[object]]:
     """Describe an array for MPI, which takes addresses of any memory; nothing if it is empty."""
     stop = array.address + array.nbytes
     return [
-        [MPI.buffer.fromaddress(start, min(MAX_BYTES, stop - start)), MPI.BYTE]
-        for start in range(array.address, stop, MAX_BYTES)
+        [MPI.buffer.fromaddress(start, min(most, stop - start)), MPI.BYTE]
+        for start in range(array.address, stop, most)
     ]

@@ -1,9 +1,10 @@
 """A communicator of NCCL by way of nccl4py.  What may wait for a peer is done aside, in a thread.
 
-To make a communicator, to split it, to give it back, and the first call of a kind and size, which
-connects the ranks: each may block for as long as a peer does not come.  So a thread makes these,
-and `settled` tells when it has; until then the communicator is asked for nothing else, but can be
-aborted, so that a deadline holds whatever a peer does.  All other calls only put work on a stream.
+Making a communicator, splitting it, giving it back, and the first call of a kind and size, which
+connects the ranks, may each block for as long as a peer does not come.  So a thread makes these
+calls, and `settled` returns whether they are over.  Until then the communicator is asked for
+nothing else, but it can be aborted, so that a deadline holds whatever a peer does.  All other calls
+only put work on a stream.
 
 (NCCL's own non-blocking communicators start a thread in *every* call: docs/decisions.md.)  The only
 module that imports nccl4py, when the first group that may use NCCL is made.
@@ -142,7 +143,7 @@ class Communicator:
         """Put operations on a stream, as one; return whether that is done, or goes on aside.
 
         Args:
-            like: what tells whether such ones were performed before, so that all is connected.
+            like: equal for operations that find the ranks connected once one of them was performed.
 
         Raises:
             TransportError: NCCL failed.
@@ -171,9 +172,9 @@ class Communicator:
                 self._binding.group_end()
 
     def _failed(self, why: object, status: int = 0) -> TransportError:
-        said = self._binding.get_last_error(self._handle) if self._handle else ""
+        detail = self._binding.get_last_error(self._handle) if self._handle else ""
         return TransportError(
-            f"NCCL failed: {why}. {said}".rstrip(". ") + ".",
+            f"NCCL failed: {why}. {detail}".rstrip(". ") + ".",
             code=status or int(getattr(why, "status", 0)),
         )
 

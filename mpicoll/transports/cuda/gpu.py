@@ -230,9 +230,9 @@ class Gpu:
 
     def identity(self) -> str:
         """Return what differs between any two GPUs, wherever they are, parts of one included."""
-        told = self._runtime.getDeviceProperties(self.device).get("uuid")
-        if told:
-            return bytes(told).hex()
+        uuid = self._runtime.getDeviceProperties(self.device).get("uuid")
+        if uuid:
+            return bytes(uuid).hex()
         return f"{platform.node()} {self._runtime.deviceGetPCIBusId(self.device)}"
 
     # ---- for NCCL, which works on a stream of its own ----

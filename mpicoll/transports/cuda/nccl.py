@@ -27,9 +27,9 @@ from ...engine.progress import engine
 from ...errors import UnsupportedError
 from ...runtime.library import IDLE, MOVED, Steps
 from ..base import Transport
+from ..tuning import Tuning
 from .staged import Copies, StagedTransport, device_blocks
 
-AHEAD = 128  # calls on a stream: where CUDA finds no room for more, it blocks the host
 BYTES = 1  # the NCCL type in which everything is moved: uint8
 
 TYPES = {
@@ -209,15 +209,18 @@ class NcclTransport(StagedTransport):
         gpu: this rank's.
         nccl: the communicator of the group's ranks.
         turns: of all groups of this process.
+        tuning: the same on all ranks of the group.
     """
 
     name = "nccl"
     watched = True
 
-    def __init__(self, host: Transport, gpu: Queue, nccl: Nccl, turns: Turns) -> None:
-        super().__init__(host, gpu)
+    def __init__(
+        self, host: Transport, gpu: Queue, nccl: Nccl, turns: Turns, tuning: Tuning
+    ) -> None:
+        super().__init__(host, gpu, tuning)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
-        self._ahead = 0  # calls that are on the stream
+        self._ahead, self._most = 0, tuning.nccl_ahead  # calls that are on the stream, and may be
         self._made: dict[Kind, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
             kinds.ALLREDUCE: self._allreduce,
             kinds.REDUCE: self._reduce,
@@ -262,7 +265,7 @@ class NcclTransport(StagedTransport):
 
     def _enqueue(self, call: Call) -> Steps:
         gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
-        while not self._turns.has_come(call.turn) or self._ahead >= AHEAD:
+        while not self._turns.has_come(call.turn) or self._ahead >= self._most:
             yield IDLE
         operations, like = self._operations(call.parts or (call,))
         if call.captured and not self._nccl.knows(like):
@@ -287,7 +290,7 @@ class NcclTransport(StagedTransport):
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1
             yield MOVED  # the engine sees that it is enqueued
-            # What is captured the GPU passes when the graph is launched, which nobody tells us.
+            # The GPU passes what is captured when the graph is launched, of which we learn nothing.
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
                 yield IDLE

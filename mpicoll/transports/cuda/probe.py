@@ -1,7 +1,7 @@
 """Whether the MPI library takes addresses of GPU memory: tried, in a process of its own.
 
-How the library was built doesn't tell, and where it takes none, the process that tries dies of a
-segmentation fault.  So a child does, alone: it sends arrays to itself, short ones and long ones.
+How the library was built doesn't answer it, and where it takes none, the process that tries dies
+of a segmentation fault.  So a child tries it, alone, and sends itself arrays, short and long ones.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def reading(code: int, output: str) -> str:
             "the GPU lets one process in at a time, so that none could try (nvidia-smi -c DEFAULT, "
             "or NVIDIA's MPS, lets several in)"
         )
-    said = output.strip().splitlines()
-    number = -code if code < 0 else code - 128  # a shell's way to say it
+    lines = output.strip().splitlines()
+    number = -code if code < 0 else code - 128  # as a shell reports it
     if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
         name = signal.Signals(number).name
         return f"a process that sent an array from GPU memory to itself died of {name}"
-    return said[-1] if said else f"the trial ended with exit code {code}"
+    return lines[-1] if lines else f"the trial ended with exit code {code}"
 
 
 def takes_gpu_memory(device: int) -> Generator[int, None, str]:
@@ -90,12 +90,12 @@ def takes_gpu_memory(device: int) -> Generator[int, None, str]:
     if device not in _known:
         trial = Trial(device)
         try:
-            while (said := trial.outcome()) is None:
+            while (outcome := trial.outcome()) is None:
                 yield IDLE
         except BaseException:
             trial.stop()
             raise
-        _known[device] = said
+        _known[device] = outcome
     return _known[device]
 
 

@@ -21,11 +21,11 @@ from ...engine.progress import Expired, Lane
 from ...errors import InvalidCallError, TransportError, UnsupportedError
 from ...runtime.library import KEEN, Steps
 from ..base import Transport
+from ..tuning import Tuning
 
 Array = np.ndarray[Any, Any]
 Done = Callable[[], bool]
 
-PIECE = 2 * 2**20  # bytes that are copied at a time
 ROOMS = 3  # pieces under way: one comes from the GPU, one is moved, one goes back
 
 ON_GPU = digest(*b"GPU")  # in the digests of calls on GPU memory
@@ -61,10 +61,10 @@ class Copies(Protocol):
         """Let the copies that are started from now on come after what a mark has noted."""
 
     def to_host(self, source: DeviceArray, into: Array) -> Done:
-        """Start a copy; return what tells whether it is done."""
+        """Start a copy; return a function that says whether it is done."""
 
     def to_device(self, source: Array, into: DeviceArray) -> Done:
-        """Start a copy; return what tells whether it is done."""
+        """Start a copy; return a function that says whether it is done."""
 
 
 class StagedTransport(Transport):
@@ -73,13 +73,15 @@ class StagedTransport(Transport):
     Args:
         host: moves host memory.
         copies: moves between that and the GPU's.
+        tuning: the same on all ranks of the group.
     """
 
     name = "staged"
 
-    def __init__(self, host: Transport, copies: Copies) -> None:
+    def __init__(self, host: Transport, copies: Copies, tuning: Tuning) -> None:
         self._host = host
         self._copies = copies
+        self._piece = tuning.staged_piece
         self.rank, self.size = host.rank, host.size
         self._rooms: dict[tuple[int, int], Array] = {}
         self._spare: list[Array] = []  # rooms for whole messages
@@ -170,7 +172,7 @@ class StagedTransport(Transport):
             return
         assert call.send is not None
         reads = None if call.kind.from_root and self.rank != call.root else call.send
-        room = PIECE // call.send.dtype.itemsize
+        room = self._piece // call.send.dtype.itemsize
         pieces = _Pieces(call.send, room)
 
         def inner(k: int) -> Call:
@@ -202,7 +204,7 @@ class StagedTransport(Transport):
             yield from move(call)
             return
         assert call.dtype is not None
-        room = max(1, PIECE // call.dtype.itemsize // self.size)
+        room = max(1, self._piece // call.dtype.itemsize // self.size)
         send = None if call.send is None else _Pieces(call.send, room)
         recv = None if call.recv is None else _Pieces(call.recv, room)
         counts = _common_counts(call)
@@ -283,7 +285,7 @@ class StagedTransport(Transport):
         key = use, k % ROOMS
         if key not in self._rooms:
             # Each block may have one element where there are more ranks than fit in a piece.
-            self._rooms[key] = self._copies.pinned(max(PIECE, 32 * self.size))
+            self._rooms[key] = self._copies.pinned(max(self._piece, 32 * self.size))
         return self._rooms[key]
 
     def _blocks(self, use: int, k: int, pieces: _Pieces) -> Blocks:

@@ -1,8 +1,8 @@
 """Small calls ride along with the records of their arrival.
 
-Each rank writes what it gives before it arrives.  After that all is there to be read, without a
-flag, and it stays until the call after the next: by then all have arrived at the next, so are done
-with this one.
+Each rank writes what it gives before it arrives.  Once all have arrived, everything is there to be
+read, without a flag.  It stays until the call after the next: by then all ranks have arrived at the
+next one, so they are done with this one.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import numpy as np
 
 from ...engine.call import UNEVEN, Call
-from ...runtime.memory import PAYLOAD, NodeMemory
+from ...runtime.memory import NodeMemory
 from ..kernels import fold
 
 READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
 
 
-def fits(call: Call, extent: int, size: int) -> bool:
-    """Return whether a call rides, if this is the largest extent of all its ranks."""
+def fits(call: Call, extent: int, size: int, most: int) -> bool:
+    """Return whether a call rides, if this is the largest extent of all its ranks.
+
+    `most` is the number of bytes of one rank that may ride.
+    """
     kind = call.kind
     if not kind.inline or (kind.pairwise and call.count == UNEVEN):
         return False
     if call.reduction is not None:
         nbytes = extent * call.reduction.wire.itemsize
-        return nbytes <= PAYLOAD and nbytes * size <= READ
+        return nbytes <= most and nbytes * size <= READ
     blocks = call.send or call.recv
-    return blocks is None or extent * blocks.dtype.itemsize <= PAYLOAD
+    return blocks is None or extent * blocks.dtype.itemsize <= most
 
 
 def give(call: Call, seq: int, memory: NodeMemory) -> None:

@@ -24,13 +24,13 @@ from ...runtime.library import MOVED, MPI, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..mpi import MessagesByMpi, MpiTransport
+from ..tuning import Tuning
 from . import cma, inline
 from .symmetric import SharedArrays
 
 Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
 
-MOVE_LIMIT = 4 * 2**20  # bytes above which what only moves is read from the peer's own array
 READ = 2**26  # bytes of one such read: others get their turn in between
 SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
 
@@ -43,8 +43,9 @@ class ShmTransport(MessagesByMpi):
 
     name = "shm"
 
-    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory) -> None:
-        self._mpi = MpiTransport(comm)
+    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, tuning: Tuning) -> None:
+        self._mpi = MpiTransport(comm, tuning)
+        self._inline, self._read_above = tuning.inline, tuning.read_above
         self._memory = memory
         self.rank, self.size = memory.rank, memory.size
         self._epoch = 0
@@ -60,13 +61,13 @@ class ShmTransport(MessagesByMpi):
     # ---- what rides along with the records ----
 
     def prepare(self, call: Call, seq: int) -> bool:
-        if not inline.fits(call, call.extent, self.size):
+        if not inline.fits(call, call.extent, self.size, self._inline):
             return False
         inline.give(call, seq, self._memory)
         return True
 
     def rides(self, call: Call) -> bool:
-        return inline.fits(call, call.largest, self.size)
+        return inline.fits(call, call.largest, self.size, self._inline)
 
     def finish(self, call: Call, seq: int) -> None:
         inline.take(call, seq, self._memory)
@@ -256,7 +257,7 @@ class ShmTransport(MessagesByMpi):
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        if blocks.nbytes > MOVE_LIMIT:
+        if blocks.nbytes > self._read_above:
             yield from self._move_large(call, self._mpi.broadcast)
             return
         array = blocks.flat().view(np.uint8)
@@ -376,7 +377,7 @@ class ShmTransport(MessagesByMpi):
                     into[...] = slots[r][self.rank * room :][: into.size]
         self._announce(_END)
 
-    # ---- large moves: everyone reads what it gets from the arrays of the others ----
+    # ---- large moves: each rank reads what it gets from the arrays of the others ----
 
     def _move_large(self, call: Call, by_mpi: Callable[[Call], Steps]) -> Steps:
         yield from self._begin()
@@ -438,10 +439,10 @@ class ShmTransport(MessagesByMpi):
                 yield MOVED
 
     def _large(self, call: Call) -> bool:
-        """Decide from what all ranks have said: `largest` is the same everywhere."""
+        """Decide alike on all ranks: `largest` is the same everywhere since arrival."""
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        return call.largest * blocks.dtype.itemsize > MOVE_LIMIT
+        return call.largest * blocks.dtype.itemsize > self._read_above
 
 
 def _rounds(count: int, room: int) -> int:

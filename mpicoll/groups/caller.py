@@ -1,0 +1,421 @@
+"""The way of one call, from its number and its check to its data, and the end of all calls.
+
+A `Caller` is one group on one rank: what the group's calls run on, and the way that each of them
+takes.  `ProcessGroup` holds one, and gives it the user's arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+from ..engine import checks, communicators, kinds
+from ..engine.arrival import Arrival, Once
+from ..engine.call import NULL, PROC_NULL, UNEVEN, Call, Message, Peer
+from ..engine.exit import check_process
+from ..engine.kinds import Kind
+from ..engine.progress import Lane, Task, engine
+from ..engine.recorder import Recorder
+from ..engine.work import Work
+from ..errors import GroupBrokenError, GroupClosedError, InvalidCallError, MpicollError
+from ..runtime.library import IDLE, Steps, highest_tag
+from ..runtime.settings import default_timeout, seconds
+from ..transports import select
+from ..transports.base import Transport
+from ..transports.select import GroupOptions, Resources
+from .reclaim import Child, Children
+
+VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
+SLACK = 3.0  # the same, where that rank waited for others than the group's ranks
+_FAILURES = 64  # Works that failed and may have been dropped, which a call looks at
+
+
+class Caller:
+    """One group on this rank, and the way of its calls.
+
+    Args:
+        resources: what the group's ranks have between them.
+        options: what the group was asked to run on.
+        timeout: the seconds that a call may take where it doesn't say otherwise.
+        name: the group's name.
+        desc: what the group is for, in its maker's words.
+        progress: "caller" or "thread", as for `new_group`.
+
+    Attributes:
+        rank: this process's rank in the group.
+        size: the number of ranks in the group.
+        comm: the group's private communicator.
+        highest_tag: the highest tag that a message may have.
+        world_ranks: the members, as ranks of MPI.COMM_WORLD; -1 stands for one of another world.
+        lane: the group as the engine sees it.
+        transport: what moves the group's data.
+        arrival: how the ranks meet in a call.
+        once: the calls that go on without arrival, in a group with ``checks="first"``.
+        recorder: the group's flight recorder.
+        children: the groups that were made out of this one.
+        child: this group, as the one that it was made out of remembers it.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        options: GroupOptions,
+        *,
+        timeout: float,
+        name: str,
+        desc: str = "",
+        progress: str = "caller",
+    ) -> None:
+        self.resources = resources
+        self.options = options if resources.gpu is None else options.on(resources.gpu)
+        self.timeout = timeout
+        self.desc = desc
+        self.progress = progress
+        self.comm = comm = resources.comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.highest_tag = highest_tag()
+        self.world_ranks = communicators.world_ranks(comm)
+        self.lane = lane = Lane(name, comm)
+        self.transport = select.transport(resources)
+        lane.abort = self.transport.abort
+        self.arrival = select.arrival(resources, lane.peers, options)
+        lane.exchange = self.arrival.exchange
+        lane.gathering = self.arrival.gathering
+        self.once = lane.once = Once() if options.checks == "first" else None
+        self.recorder = Recorder(name, self.rank, self.world_ranks, checks=options.checks)
+        lane.mark = self.recorder.mark
+        if resources.shared is not None:
+            shared = resources.shared
+            lane.page, lane.word = shared.words, shared.finished[shared.rank]
+        lane.farewell = partial(_farewell, lane, self.arrival, self.transport, self.recorder)
+        self.children = Children()
+        self.child = Child(
+            *(self, resources.comms, self.transport, lane, self.recorder, self.children)
+        )
+        self._ending: Work | None = None  # the call of shutdown()
+        engine.enlist(lane)
+        if progress == "thread":
+            engine.background(stay=True)
+        if self.transport.watched:
+            engine.keep_deadlines()
+
+    # ---- collectives ----
+
+    def call(
+        self,
+        kind: Kind,
+        timeout: object,
+        check: Callable[..., Call],
+        *arguments: object,
+        then: Callable[[Work], Steps] | None = None,
+    ) -> Work:
+        """Take a number, check the arguments, and launch arrival followed by the data.
+
+        Args:
+            check: makes the `Call` of this rank, the number of ranks and the arguments, or raises.
+            then: the steps that follow arrival, where those are not the transport's.
+        """
+        lane = self.lane
+        self.check_usable()
+        seq = 0
+        if self.once is None:  # else it is known only later whether the call takes a number
+            lane.seq += 1
+            seq = lane.seq
+        call = None
+        try:
+            limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
+            if lane.failures:
+                self._raise_unfetched()
+            call = check(self.rank, self.size, *arguments)
+            if engine.busy:
+                _refuse_busy(call, lane)
+            if call.device is not None:
+                self.transport.admit(call)  # the last to refuse the call, which has its turn then
+            work = Work(lane, call, seq, limit, self.recorder)
+        except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
+            if call is not None and call.turn is not None:
+                call.turn.over = True
+            self._arrive_refused(kind, seq, error)
+            raise
+        try:
+            in_one_go = then is None and call.device is None and self.once is None
+            if not (in_one_go and engine.at_once(work, self._at_once)):
+                engine.launch(work, self._steps(work, then))
+        except BaseException as error:
+            engine.forsake(work, error)
+            raise
+        return work
+
+    def _at_once(self, call: Call, seq: int) -> bool:
+        """Carry out a call whose data travel beside the records, if all ranks are there already."""
+        transport = self.transport
+        if not (transport.prepare(call, seq) and self.arrival.at_once(call, seq)):
+            return False
+        if call.largest != call.extent and not transport.rides(call):
+            self.arrival.forget()  # another rank's data is too large
+            return False
+        transport.finish(call, seq)
+        return True
+
+    def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
+        """Arrive, then move the data, or take the steps of `then`."""
+        call, transport = work.call, self.transport
+        if self.once is not None and then is None and self.once.goes_without(call):
+            yield from transport.steps(call)
+            return
+        yield from self._arrive(work)
+        if then is not None:
+            yield from then(work)
+        elif transport.rides(call):
+            transport.finish(call, work.seq)
+        else:
+            yield from transport.steps(call)
+
+    def _arrive(self, work: Work) -> Steps:
+        """Meet the other ranks in a call, which is the first of its queue."""
+        call, record = work.call, None
+        if self.once is not None:
+            record = self.once.before(call)
+            self.lane.seq += 1
+            work.take_number(self.lane.seq)
+        if not call.refused:
+            self.transport.prepare(call, work.seq)
+        at_once = call.device is not None and call.count != UNEVEN
+        if not (at_once and self.arrival.at_once(call, work.seq)):
+            yield from self.arrival.steps(call, work.seq)
+        if record is not None and self.once is not None and not call.refused:
+            self.once.after(record)
+
+    def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
+        """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
+        call = Call(kind, refused=f"{type(error).__name__}: {error}")
+        work = Work(self.lane, call, seq, self.timeout, self.recorder)
+        engine.launch(work, self._arrive(work))
+        if self.size > 1:
+            with contextlib.suppress(MpicollError):
+                engine.background()
+
+    # ---- messages ----
+
+    def message(self, timeout: object, check: Callable[..., Call], *arguments: object) -> Work:
+        """Launch a send or recv, which takes no number and waits in no queue.
+
+        Args:
+            check: makes the `Call` of the number of ranks, the highest tag and the arguments.
+        """
+        self.check_usable()
+        limit = seconds(timeout, self.timeout)
+        self._raise_unfetched()
+        call = check(self.size, self.highest_tag, *arguments)
+        before = _refuse_busy(call, self.lane) if engine.busy else None
+        if call.device is not None:
+            self.transport.admit(call)
+        move = self.transport.recv if call.kind.receives else self.transport.send
+        if call.peer == NULL:
+            move = _no_message
+        steps = move(call)
+        if before is not None:  # the same receive, the wait for which was interrupted
+            steps, call = before.steps, before.call
+        work = Work(self.lane, call, 0, limit, self.recorder)
+        try:
+            engine.launch(work, steps)
+        except BaseException as error:
+            engine.forsake(work, error)
+            raise
+        return work
+
+    def probe(self, src: int | Peer, tag: int) -> Message | None:
+        """Look once for a message that `recv` would take.
+
+        Raises:
+            RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
+        """
+        self.check_usable()
+        peer, number = checks.probe(self.size, self.highest_tag, src, tag)
+        if peer == NULL:
+            return None
+        found = engine.look(lambda: self.transport.probe(peer, number))
+        if found is None:
+            self.check_usable()
+            engine.check_peers(self.lane)
+        return found
+
+    # ---- calls that make a group ----
+
+    def make_comm(
+        self,
+        kind: Kind,
+        timeout: object,
+        check: Callable[..., Call],
+        make: Callable[[Call, float], communicators.MakesComm],
+        *,
+        slack: float = VERDICT,
+        parts: bool = True,
+    ) -> tuple[Resources | None, Call]:
+        """Run a call that makes a communicator, and wait for it.
+
+        Return what the new group runs on, None on a rank that is not in it; and the call.
+
+        Args:
+            make: returns the steps that make it, given the call and its deadline, after arrival.
+            slack: the seconds past the deadline that the verdict may take to reach all ranks.
+            parts: whether all members of the communicator are members of this group.
+        """
+
+        def then(work: Work) -> Steps:
+            deadline = work.deadline
+            # All ranks of this group are here.  `make` keeps the deadline itself, and its
+            # verdict needs some time to reach them all.
+            work.deadline += slack
+            yield from self.children.reclaim(self.comm, deadline)
+            comm = yield from make(work.call, deadline)
+            work.call.result = nccl = None
+            if parts:
+                nccl = yield from select.split_nccl(self.resources, comm)
+            if comm is not None:
+                made = yield from select.prepare(comm, self.options, deadline, nccl)
+                work.call.result = made
+
+        work = self.call(kind, timeout, check, then=then)
+        wait_through(work)
+        return work.call.result, work.call
+
+    def successor(
+        self, resources: Resources, name: str, desc: str | None, timeout: object
+    ) -> Caller:
+        """Return a new group that runs on the resources, and otherwise as this one does."""
+        return Caller(
+            resources,
+            self.options,
+            timeout=seconds(timeout, self.timeout),
+            name=name,
+            desc=desc or "",
+            progress=self.progress,
+        )
+
+    # ---- the end ----
+
+    def shutdown(self, timeout: object) -> None:
+        """Finish what is under way, wait for all ranks, and give the communicators back."""
+        lane = self.lane
+        if lane.closed:
+            return
+        messages = list(lane.beside)
+        if lane.broken is None:
+            for work in list(lane.enqueued):
+                engine.wait(work, seconds(timeout, self.timeout))
+
+            def then(work: Work) -> Steps:
+                while lane.enqueued:
+                    yield IDLE  # the calls that were left to the GPU come first
+                yield from self.transport.clear(lane)
+                engine.delist(lane)  # no rank may listen on it any more
+                yield from self.transport.close()
+                yield from communicators.free(self.resources.comms, work.deadline)
+
+            try:
+                # If the wait is interrupted, the next one goes on with it.
+                if self._ending is None or self._ending.done:
+                    self._ending = self.call(
+                        kinds.SHUTDOWN, timeout, lambda rank, size: Call(kinds.SHUTDOWN), then=then
+                    )
+                self._ending.wait()
+            except MpicollError as error:
+                if not error.breaks_group:
+                    raise  # no rank has shut it down
+                self._close("shut down")
+                raise
+        self._close("shut down")
+        for message in messages:
+            if message.error is not None and not message.fetched:
+                message.fetch()
+                raise message.error
+
+    def abort(self, why: str) -> None:
+        """Give up everything under way, at once and on this rank alone."""
+        if self.lane.closed:
+            return
+        engine.fail_all(self.lane, GroupClosedError(f"rank {self.rank} {why}"))
+        self._close("aborted")
+
+    def _close(self, how: str) -> None:
+        self.lane.close(how)
+        engine.delist(self.lane)
+        self.recorder.close()
+        together = self.lane.broken is None
+        engine.between_steps(lambda: self.transport.release(together=together))
+
+    # ---- whether it can be used ----
+
+    def check_usable(self, *, even_if_broken: bool = False) -> None:
+        """Refuse a call that this process, or this group, can make no more."""
+        check_process()
+        lane = self.lane
+        if lane.closed:
+            raise GroupClosedError(
+                f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
+            )
+        if lane.broken is not None and not even_if_broken:
+            lane.told = True
+            raise GroupBrokenError(
+                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
+            ) from lane.broken
+
+    def _raise_unfetched(self) -> None:
+        """Raise the error of a Work that the program dropped before it asked for the error."""
+        failures, error = self.lane.failures, None
+        for _ in range(min(len(failures), _FAILURES)):
+            failure = failures.popleft()
+            if failure.fetched:
+                continue
+            if failure.task() is not None:
+                failures.append(failure)
+            else:
+                error = error or failure.error  # the first will do
+        if error is not None:
+            raise error
+
+
+def wait_through(work: Work) -> None:
+    """Wait for a call whose Work the user never gets; an exception that ends the wait ends it."""
+    try:
+        work.wait()
+    except BaseException as error:
+        if not work.done:
+            engine.forsake(work, error)
+        raise
+
+
+def _no_message(call: Call) -> Steps:
+    """Send to `PROC_NULL`, or receive from it: no data move."""
+    call.result = PROC_NULL
+    yield from ()
+
+
+def _refuse_busy(call: Call, lane: Lane) -> Task | None:
+    """Raise if a call's memory conflicts with what an unfinished Work of any group is using.
+
+    Return the receive that the new call takes over, if the wait for that receive was interrupted.
+    """
+    task = engine.make_room(call, lane)
+    if task is None or task.done:
+        return task
+    raise InvalidCallError(
+        f"an array given to {call.describe()} overlaps one that an unfinished Work "
+        f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
+    )
+
+
+def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
+    """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
+    lane.seq += 1
+    call = Call(kinds.SHUTDOWN, leaving=True)
+    work = Work(lane, call, lane.seq, default_timeout(), recorder)
+
+    def steps() -> Steps:
+        yield from arrival.steps(call, work.seq)
+        yield from transport.clear(lane)
+
+    engine.launch(work, steps())

@@ -1,0 +1,225 @@
+"""`new_group` and `parent_group`: groups over a communicator of MPI's, or over what was spawned."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from ..engine import communicators, kinds
+from ..engine.arrival import Arrival
+from ..engine.call import Call
+from ..engine.exit import check_process, ending
+from ..engine.progress import Lane, check_threads, engine, share_machine
+from ..engine.recorder import Recorder
+from ..engine.work import Work
+from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
+from ..runtime import launcher
+from ..runtime.library import MPI, Steps
+from ..runtime.settings import (
+    default_timeout,
+    environment,
+    launchers,
+    node_sizes,
+    ranks_on_node,
+    seconds,
+    single,
+)
+from ..transports import select
+from ..transports.select import GroupOptions
+from . import registry, rendezvous, spawn
+from .caller import Caller, wait_through
+from .group import ProcessGroup
+from .reclaim import Children
+
+_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
+
+
+def new_group(
+    backend: str = "auto",
+    timeout: object = None,
+    device: object = "cpu",
+    *,
+    comm: MPI.Intracomm | None = None,
+    group_name: str | None = None,
+    checks: str = "full",
+    progress: str = "caller",
+    **options: object,
+) -> ProcessGroup:
+    """Make a group over MPI.COMM_WORLD, or over a communicator of yours.
+
+    Every rank of the communicator must call.
+
+    Args:
+        backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
+            name given to `register_backend`; "gloo" means "auto".  On GPU memory "nccl" is
+            NCCL (each rank needs a GPU of its own), "mpi" a CUDA-aware MPI library, "staged" goes
+            through pinned host memory, and "auto" takes the first of these that can be had.
+        timeout: seconds or `timedelta`: how long the making may take, and how long each call
+            may take by default.  None: MPICOLL_TIMEOUT, else 1800 s.
+        device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one
+            of the GPUs that it sees by its number on its node.  A group on GPU memory takes host
+            arrays, too, but not both in one call.  It needs CuPy.
+        comm: an mpi4py intracommunicator; the group works on a duplicate of it.
+        group_name: for messages, and to tell merging groups apart.
+        checks: "full": every call is compared between all ranks.  "node": in a group over several
+            nodes, an allreduce, broadcast, reduce, allgather, reduce_scatter, scan or exscan is
+            compared only between the ranks of each node, which saves an exchange between the
+            nodes.  Calls that differ between nodes then go unnoticed: they give wrong data, or
+            time out.  A mismatch inside a node breaks the group.  "first": on GPU memory, a call by
+            NCCL that was compared once, with this kind, dtype, count, op and root, is enqueued
+            without waiting for the peers, so that the host can run ahead of them.  That such calls
+            were the same is compared with the next call that meets, at the latest after 1,000: if
+            not, the group is broken, and what they gave is undefined.
+        progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
+        options: for a registered backend's factory.
+
+    Raises:
+        InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
+            all ranks raise.
+        CollectiveTimeoutError: not all ranks came; names those that are missing.
+        CollectiveMismatchError: the ranks ask for different backends, or one was refused.
+        TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
+            because another MPI's launcher started them.
+    """
+    check_process()
+    parent = MPI.COMM_WORLD if comm is None else comm
+    if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
+        raise InvalidCallError(
+            f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
+            "Merge() an intercommunicator first; ranks outside a communicator make no group"
+        )
+    lane, recorder, children = _creation_lane(parent)
+    if lane.broken is not None:
+        raise GroupBrokenError(
+            f"an earlier new_group over this communicator failed: {lane.broken}"
+        ) from lane.broken
+    limit, call = default_timeout(), Call(kinds.NEW_GROUP)
+    asked = refusal = None
+    try:
+        limit = seconds(timeout, limit)
+        factory = registry.factory_of(backend)
+        place = select.check_device(device, backend) if factory is None else "cpu"
+        if progress not in ("caller", "thread"):
+            raise InvalidCallError(f"progress must be 'caller' or 'thread', but got {progress!r}")
+        if progress == "thread":
+            check_threads()
+        if options and factory is None:
+            raise InvalidCallError(
+                f"unknown options {sorted(options)}: new_group takes backend, timeout, device, "
+                "comm, group_name, checks and progress"
+            )
+        sizes = node_sizes(MPI.COMM_WORLD.Get_size())
+        asked = GroupOptions(backend, checks, sizes, place)
+        call.digest, call.payload = asked.digest(), str(asked)
+    except (InvalidCallError, UnsupportedError) as error:
+        refusal = error
+        call.refused = f"{type(error).__name__}: {error}"
+    work = Work(lane, call, lane.seq + 1, limit, recorder)
+
+    def over() -> None:
+        engine.delist(lane)  # `parent` may be freed from now on
+        recorder.close()
+
+    work.callbacks.append(over)
+    try:
+        lane.seq += 1
+        engine.launch(work, _create(parent, work, children, asked))
+    except BaseException as error:
+        engine.forsake(work, error)
+        raise
+    if refusal is not None:
+        if parent.Get_size() > 1:
+            with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
+                engine.background()
+        raise refusal
+    assert asked is not None
+    wait_through(work)
+    name = group_name or ("world" if comm is None else "comm")
+    made = Caller(call.result, asked, timeout=limit, name=name, progress=progress)
+    children.add(made.child)
+    group = ProcessGroup(made)
+    return group if factory is None else registry.make(factory, group, limit, str(device), options)
+
+
+def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
+    """Return the lane on which groups over `parent` are made, its recorder, and those groups."""
+    global _creation_key
+    if not _creation_key:
+        ending.hook()
+        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
+        _creation_key = MPI.Comm.Create_keyval()
+    # It is an attribute, since that goes with the communicator: a handle may come to mean another.
+    made: Any = parent.Get_attr(_creation_key)
+    if made is not None and made[0].broken is not None and parent.Get_size() == 1:
+        made = None  # there is no other rank, with which the order could be lost
+    if made is None:
+        if parent != MPI.COMM_SELF:
+            _refuse_singleton()
+        ranks = communicators.world_ranks(parent)
+        recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
+        lane = Lane("new_group", parent)
+        # Between the makings of groups no rank listens there.
+        lane.peers.silence = (
+            "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
+        )
+        made = lane, recorder, Children()
+        parent.Set_attr(_creation_key, made)
+    lane, recorder, children = made
+    engine.enlist(lane)
+    recorder.open()
+    return lane, recorder, children
+
+
+def _refuse_singleton() -> None:
+    """Refuse to work alone where the launcher has started several ranks."""
+    world = MPI.COMM_WORLD.Get_size()
+    if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
+        return  # a program that spawns ranks gets as many as it asked for
+    vendor, _ = MPI.get_vendor()
+    why = launcher.singleton(world, vendor, launchers(environment()))
+    if why:
+        raise TransportError(
+            f"{why}: {launcher.remedy(vendor, launcher.library_file())}. Where single ranks are "
+            "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
+        )
+
+
+def _create(
+    parent: MPI.Intracomm, work: Work, children: Children, asked: GroupOptions | None
+) -> Steps:
+    """Make a communicator and what else the new group runs on, `work.call.result`."""
+    made = yield from communicators.duplicate(parent)
+    assert made is not None
+    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
+    if asked is None:
+        return  # the peers know by their arrival that it was refused, and go no further
+    yield from children.reclaim(made, work.deadline)
+    yield from rendezvous.name_job(made)
+    work.call.result = yield from select.prepare(made, asked, work.deadline)
+
+
+def parent_group(timeout: object = None) -> ProcessGroup:
+    """Return the group that this program was started for, by `ProcessGroup.spawn`.
+
+    Every rank that was started must call, once.  Those that called `spawn` come first in it.
+
+    Args:
+        timeout: seconds or `timedelta`: how long the making may take, and the group's default.
+            None: MPICOLL_TIMEOUT, else 1800 s.
+
+    Raises:
+        InvalidCallError: this program was not spawned, or it has called this before.
+        CollectiveTimeoutError: not all that were started have called, or those that called `spawn`
+            have given up.
+    """
+    check_process()
+    parents = MPI.Comm.Get_parent()
+    if parents == MPI.COMM_NULL:
+        raise InvalidCallError(
+            "parent_group: no rank of a group has started this program, or it was called before: "
+            "start it with pg.spawn([sys.executable, 'worker.py'], n)"
+        )
+    own = new_group(timeout=timeout, group_name="spawned")
+    made = spawn.join_parents(own._caller, parents, timeout)
+    own.shutdown()
+    return ProcessGroup(made)

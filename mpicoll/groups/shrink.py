@@ -1,0 +1,47 @@
+"""How the ranks that are left after a failure make a group without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..engine import checks, communicators, kinds
+from ..engine.call import Call
+from ..engine.progress import engine
+from ..engine.work import Work
+from ..errors import GroupBrokenError
+from ..runtime.library import Steps
+from ..runtime.settings import seconds
+from ..transports import select
+from .caller import VERDICT, Caller, wait_through
+
+
+def shrink_group(
+    group: Caller,
+    ranks_to_exclude: Sequence[int],
+    timeout: object,
+    name: str | None,
+    desc: str | None,
+) -> Caller:
+    """Make the group of the ranks that are neither excluded nor dead, and give this one up.
+
+    The call takes no number: the order of the group's calls may be lost.
+    """
+    group.check_usable(even_if_broken=True)
+    lane = group.lane
+    out = checks.excluded(group.rank, group.size, ranks_to_exclude)
+    limit = seconds(timeout, group.timeout)
+    if lane.broken is None:
+        engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
+    work = Work(lane, Call(kinds.SHRINK_GROUP), lane.seq, limit, group.recorder)
+    engine.launch(work, _steps(group, work, out))
+    wait_through(work)
+    lane.replaced = True
+    return group.successor(work.call.result, name or f"{lane.name}:shrink", desc, timeout)
+
+
+def _steps(group: Caller, work: Work, out: Sequence[int]) -> Steps:
+    deadline = work.deadline
+    work.deadline += VERDICT
+    made = yield from communicators.shrink(group.comm, group.lane.peers, out, deadline)
+    assert made is not None
+    work.call.result = yield from select.prepare_survivors(made, group.options, deadline)
