@@ -80,12 +80,13 @@ def merge_remote_group(
             plan = yield from rendezvous.meet(store, mine, deadline)
             call.payload = json.dumps(plan).encode()
         yield from group.transport.broadcast_object(call)
-        plan = call.payload = json.loads(bytes(call.result))
-        made = yield from _merge(group.comm, plan, store, deadline)
+        agreed = call.payload = json.loads(bytes(call.result))
+        made = yield from _merge(group.comm, agreed, store, deadline)
         return made
 
-    kind = kinds.MERGE_REMOTE_GROUP
-    made, call = group.make_comm(kind, timeout, check, make, slack=SLACK, parts=False)
+    made, call = group.make_comm(
+        kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=SLACK, parts=False
+    )
     assert made is not None and isinstance(call.payload, dict)
     first = call.payload["groups"][0]["name"]
     return group.successor(made, name or f"{first}:merge", desc, timeout)
