@@ -11,6 +11,8 @@ core = Extension(
     include_dirs=[numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     extra_compile_args=["-O3"],
-    optional=True,
 )
-setup(ext_modules=cythonize([core], build_dir="build"))
+extensions = cythonize([core], build_dir="build")
+for extension in extensions:
+    extension.optional = True  # cythonize makes new ones, without it
+setup(ext_modules=extensions)
