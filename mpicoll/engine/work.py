@@ -162,7 +162,7 @@ class DoneWork(Work):
 
     __slots__ = ("_given",)
 
-    _given: tuple[Callable[..., Call], tuple[Any, ...]]  # what checks such a call; its arguments
+    _given: tuple[Any, int, tuple[Any, ...]]  # the group's core, the call's code, its arguments
 
     done = True
     error = None
@@ -180,8 +180,9 @@ class DoneWork(Work):
     @property
     def call(self) -> Call:  # type: ignore[override]
         """The call as the general way would have checked it."""
-        check, arguments = self._given
-        return check(*arguments)
+        core, code, arguments = self._given
+        call: Call = core.checked(code, arguments)
+        return call
 
 
 class Future(concurrent.futures.Future[Any]):

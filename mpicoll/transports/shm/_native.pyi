@@ -1,13 +1,15 @@
 """What core.py and transport.py see of the compiled core."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ...arrays.dtypes import Array, DType
+from ...arrays.dtypes import Array
+from ...engine.call import Call
 from ...engine.kinds import Kind
 from ...engine.work import Work
 
 def cease() -> None: ...
+def configure(**shared: Any) -> None: ...
 
 class Node:
     def __init__(
@@ -28,18 +30,9 @@ class Core(Node):
     owed: int
     finished: tuple[Kind, int] | None
     def __init__(
-        self,
-        memory: object,
-        layout: Sequence[int],
-        crowded: bool,
-        *,
-        read: int,
-        kinds: Iterable[Kind],
-        dtypes: Mapping[int, DType],
-        listed: Mapping[int, DType],
-        ops: Iterable[object],
-        **known: Any,
+        self, memory: object, layout: Sequence[int], crowded: bool, *, most: int, **known: Any
     ) -> None: ...
+    def checked(self, kind: int, arguments: tuple[Any, ...]) -> Call: ...
     def take_over(self, kind: Kind) -> int: ...
     def allreduce(self, tensor: object, op: object, timeout: object) -> Work | None: ...
     def reduce(self, tensor: object, root: object, op: object, timeout: object) -> Work | None: ...

@@ -171,14 +171,18 @@ cdef class Chunks(Node):
     cdef char *_scratch
 
     def __init__(self, memory, layout, crowded):
-        self._scratch = <char *>malloc(self._slot)
+        self._scratch = NULL  # until an array is reduced
 
     def __dealloc__(self):
         free(self._scratch)
 
     def knows(self, cnp.ndarray array, int64_t dtype, int op):
         """Return whether an array's elements, which have our code `dtype`, can be reduced here."""
-        return self._mapped and plan_of(dtype, op) is not NULL and cnp.PyArray_ISCARRAY(array)
+        if not self._mapped or plan_of(dtype, op) is NULL or not cnp.PyArray_ISCARRAY(array):
+            return False
+        if self._scratch is NULL:
+            self._scratch = <char *>malloc(self._slot)
+        return self._scratch is not NULL
 
     cdef inline char *_of(self, int rank, Py_ssize_t c) noexcept nogil:
         return self._base + rank * self._stride + self._page + 2 * self._payload + (c & 1) * self._slot
@@ -338,32 +342,53 @@ cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nog
     return n * rank // size
 
 
+# What is the same for all groups of a process.
+cdef object engine, poll, work_class, ours, digest_of, torch, tensor_class = None
+cdef dict active, listed
+cdef tuple kinds, ops, checks
+cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
+cdef Py_ssize_t at_seq, at_given, read_most
+
+
+def configure(
+    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, is_ours, digest,
+):
+    """Tell the core, once, what it shares with the general way.
+
+    Args:
+        read: bytes that a rank reduces alone, at most.
+        all_kinds: what calls there are, in the order of their codes; checkers: their checkers, likewise.
+        dtypes: ours, by NumPy's number; all_dtypes: by their codes.
+        all_ops: the operators, in the order of their codes.
+        the_engine: whose state is looked at.
+        done_work: the class of calls that are over.
+        is_ours: whether a file of code is the library's.
+        digest: condenses the counts of all ranks.
+    """
+    global engine, poll, active, work_class, ours, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    cdef int number
+    engine, poll, active = the_engine, the_engine._poll, the_engine._active
+    work_class, ours, digest_of, listed = done_work, is_ours, digest, all_dtypes
+    kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
+    for number in range(NUMBERS):
+        codes[number] = dtypes[number].code if number in dtypes else -1
+    at_seq, at_given = slot_offset(work_class.seq), slot_offset(work_class._given)
+
+
 @cython.final
 cdef class Core(Node):
     """What carries out the small calls of one group.
 
     Args:
-        most: bytes that travel beside a record, at most; read: that a rank reduces alone.
-        kinds: what calls there are, in the order of their codes.
-        dtypes: ours, by NumPy's number; listed: all of ours, by their codes.
-        ops: the operators, in the order of their codes.
-        engine, group_state, arrival, ring: what is looked at and kept up to date.
-        work: the class of calls that are over.
-        checks: what makes a checked call of the arguments, by kind.
-        ours: whether a file of code is the library's.
-        digest: condenses the counts of all ranks.
+        most: bytes that travel beside a record, at most.
+        group_state, arrival, ring: what is looked at and kept up to date.
     """
 
-    cdef Py_ssize_t _most, _read
-    cdef object _group_state, _engine, _poll, _arrival, _work, _tensor, _torch, _ours, _digests, _append
-    cdef dict _active, _listed
-    cdef tuple _ops, _kinds
-    cdef list _checks
-    cdef int64_t[24] _codes
+    cdef Py_ssize_t _most
+    cdef object _group_state, _arrival, _append
     cdef int64_t _counted, _counts
-    cdef Py_ssize_t _at_seq, _at_given
     cdef object _code  # the user's code that called last
-    cdef int64_t _owed, _owed_kind, _last, _kind
+    cdef int64_t _next, _owed, _owed_kind, _last, _kind
     cdef bint _stale
     cdef char *_spare
     cdef char *_kept
@@ -371,24 +396,14 @@ cdef class Core(Node):
     def __dealloc__(self):
         free(self._spare)
 
-    def __init__(
-        self, memory, layout, crowded, *, most, read, kinds, dtypes, listed, ops, engine, group_state, arrival, ring, work, checks,
-        ours, digest,
-    ):
-        cdef int number
-        self._most, self._read = min(most, self._payload), read
-        self._kinds = tuple(kinds)
-        self._listed = listed
-        for number in range(NUMBERS):
-            self._codes[number] = dtypes[number].code if number in dtypes else -1
-        self._ops = tuple(ops)
-        self._engine, self._group_state, self._arrival = engine, group_state, arrival
-        self._active, self._poll, self._append = engine._active, engine._poll, ring.append
-        self._checks = [checks.get(kind) for kind in kinds]
-        self._work, self._ours, self._digests = work, ours, digest
+    def __init__(self, memory, layout, crowded, *, most, group_state, arrival, ring):
+        self._most = min(most, self._payload)
+        self._group_state, self._arrival, self._append = group_state, arrival, ring.append
         self._counted = -1
-        self._at_seq = slot_offset(work.seq)
-        self._at_given = slot_offset(work._given)
+
+    def checked(self, kind, arguments):
+        """Return the call of some arguments, as the general way makes it."""
+        return checks[kind](self._rank, self._size, *arguments)
 
     @property
     def owed(self):
@@ -398,7 +413,7 @@ cdef class Core(Node):
     @property
     def finished(self):
         """Kind and number of the last call that went this way, or None."""
-        return (self._kinds[self._kind], self._last) if self._last else None
+        return (kinds[self._kind], self._last) if self._last else None
 
     def take_over(self, kind):
         """Return the number of the call that was posted; 0 if that call came to nothing.
@@ -407,7 +422,7 @@ cdef class Core(Node):
         """
         seq = self._owed
         self._owed = 0
-        stale = self._stale or self._kinds[self._owed_kind] != kind
+        stale = self._stale or kinds[self._owed_kind] != kind
         self._stale = False
         return 0 if stale else seq
 
@@ -445,7 +460,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         mine = self._room(self._rank, seq)
         encode(p, mine, a.data, a.count)
         if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
@@ -486,7 +501,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         mine = self._room(self._rank, seq)
         encode(p, mine, a.data, a.count)
         if not self._meet(seq, REDUCE_SCATTER_SINGLE, a.dtype, code, -1, out.count, 0, a.count):
@@ -521,7 +536,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         mine = self._room(self._rank, seq)
         for rank in range(self._size):
             encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
@@ -538,7 +553,7 @@ cdef class Core(Node):
         cdef int64_t seq
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         if not self._meet(seq, BARRIER, -1, -1, -1, 0, 0, 0):
             return None
         return self._done(seq, BARRIER, None, -1, 0, None, -1, now, ())
@@ -558,7 +573,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         if gives:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, BROADCAST, a.dtype, -1, root, a.count, 0, a.count):
@@ -583,7 +598,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, ALL_GATHER_SINGLE, a.dtype, -1, -1, a.count, 0, out.count):
             return None
@@ -611,7 +626,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq, nbytes = self._group_state.seq + 1, a.nbytes // self._size
+        seq, nbytes = self._next, a.nbytes // self._size
         memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, ALL_TO_ALL_SINGLE, a.dtype, -1, -1, a.count // self._size, 0, a.count):
             return None
@@ -637,7 +652,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(
             seq, ALLGATHER, a.dtype, -1, -1, a.count, self._digest(a.count), a.count * self._size
@@ -666,7 +681,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, GATHER, a.dtype, -1, root, a.count, 0, a.count * self._size if lands else a.count):
             return None
@@ -694,7 +709,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         if gives:
             for rank in range(self._size):
                 memcpy(self._room(self._rank, seq) + rank * out.nbytes, parts[rank].data, out.nbytes)
@@ -729,7 +744,7 @@ cdef class Core(Node):
         now = self._open(timeout)
         if now == 0:
             return None
-        seq = self._group_state.seq + 1
+        seq = self._next
         for rank in range(self._size):
             memcpy(self._room(self._rank, seq) + rank * first.nbytes, ins[rank].data, first.nbytes)
         if not self._meet(seq, ALLTOALL, first.dtype, -1, -1, first.count, 0, first.count * self._size):
@@ -748,8 +763,8 @@ cdef class Core(Node):
             if not self._is_tensor(given):
                 return None
             try:  # what is wrong with it is the general way's to say
-                if given.dtype is self._torch.bfloat16:
-                    array, dtype = given.view(self._torch.int16).numpy(), BFLOAT16
+                if given.dtype is torch.bfloat16:
+                    array, dtype = given.view(torch.int16).numpy(), BFLOAT16
                 else:
                     array = given.numpy()
             except Exception:
@@ -759,16 +774,17 @@ cdef class Core(Node):
         if not dtype:
             if cnp.PyArray_TYPE(array) >= NUMBERS:
                 return None
-            dtype = self._codes[cnp.PyArray_TYPE(array)]
+            dtype = codes[cnp.PyArray_TYPE(array)]
         found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
         found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
         return None if dtype < 0 or found.count == 0 else array
 
     cdef bint _is_tensor(self, object given):
-        if self._tensor is None:
-            self._torch = modules.get("torch")
-            self._tensor = getattr(self._torch, "Tensor", None)  # it may be half imported
-        return self._tensor is not None and type(given) is self._tensor
+        global torch, tensor_class
+        if tensor_class is None:
+            torch = modules.get("torch")
+            tensor_class = getattr(torch, "Tensor", None)  # it may be half imported
+        return tensor_class is not None and type(given) is tensor_class
 
     cdef list _views(self, object given, Given *like, bint write, Given *parts):
         """View the arrays of a list, one per rank: alike, and apart from each other if written."""
@@ -804,7 +820,7 @@ cdef class Core(Node):
 
     cdef inline bint _fits(self, Py_ssize_t nbytes, bint reduces):
         """The rule of inline.py: what is decided here must be decided alike there."""
-        return nbytes <= self._most and (not reduces or nbytes * self._size <= self._read)
+        return nbytes <= self._most and (not reduces or nbytes * self._size <= read_most)
 
     cdef inline bint _is_rank(self, object root):
         return type(root) is int and 0 <= root < self._size
@@ -812,29 +828,32 @@ cdef class Core(Node):
     cdef int64_t _digest(self, Py_ssize_t count):
         """Return the digest of the same count for each rank."""
         if count != self._counted:
-            self._counted, self._counts = count, self._digests(*((count,) * self._size))
+            self._counted, self._counts = count, digest_of(*((count,) * self._size))
         return self._counts
 
     cdef inline int _op(self, object op):
         cdef int code
         for code in range(8):
-            if op is self._ops[code]:
+            if op is ops[code]:
                 return code
         return -1
 
     cdef double _open(self, object timeout) except -1:
         """Return the time if the group takes calls, and nothing is under way; else 0."""
         cdef double now, due
-        if over or not self._mapped or self._active:
+        if over or not self._mapped or active:
             return 0
         if self._owed:
             self._stale = True
             return 0
         if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
             return 0
-        if self._engine._struck or self._group_state.broken is not None or self._group_state.closed or self._group_state.failures:
+        if engine._struck or self._group_state.broken is not None or self._group_state.closed or self._group_state.failures:
             return 0
-        now, due = monotonic(), self._poll.next
+        self._next = self._group_state.seq + 1
+        if self._next <= <int64_t>self._arrival._last:
+            return 0  # the board would show what the others said the first time
+        now, due = monotonic(), poll.next
         return 0 if now >= due else now  # peers' questions are to be answered
 
     cdef inline char *_room(self, int rank, int64_t seq):
@@ -890,7 +909,7 @@ cdef class Core(Node):
             frame = PyFrame_GetBack(frame)
         while frame is not NULL:
             code = PyFrame_GetCode(frame)
-            if <PyObject *>code is <PyObject *>self._code or not self._ours[<object>filename_of(code)]:
+            if <PyObject *>code is <PyObject *>self._code or not ours[<object>filename_of(code)]:
                 at = last_instruction(frame)
                 place = self._code = <object>code
                 Py_DECREF(code)
@@ -901,11 +920,11 @@ cdef class Core(Node):
             Py_DECREF(frame)
             frame = back
         self._append([
-            number, self._kinds[kind], None if array is None else self._listed[dtype], count,
+            number, kinds[kind], None if array is None else listed[dtype], count,
             None if array is None else array.shape, op, root, -1, 0, called, monotonic(), None, place, at,
         ])
-        work = new_instance(self._work)
-        give_slot(work, self._at_seq, number)
-        give_slot(work, self._at_given, (self._checks[kind], given))
+        work = new_instance(work_class)
+        give_slot(work, at_seq, number)
+        give_slot(work, at_given, (self, kind, given))
         self._owed = 0
         return work

@@ -11,7 +11,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,22 +68,6 @@ def _dtypes() -> dict[int, DType]:
     return found
 
 
-@functools.cache
-def _note_ends() -> None:
-    """Have no call go through the core in a forked child, nor once MPI is finalized."""
-    os.register_at_fork(after_in_child=_native.cease)
-    key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _native.cease())
-    MPI.COMM_SELF.Set_attr(key, None)
-
-
-def chunks(memory: NodeMemory) -> Chunks | None:
-    """Return what reduces a group's large arrays on one node in compiled code, or None."""
-    if not available():
-        return None
-    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
-    return made
-
-
 _CHECKS: dict[Kind, Callable[..., Call]] = {  # of the calls that it knows
     kinds.ALLREDUCE: checks.allreduce,
     kinds.BROADCAST: checks.broadcast,
@@ -103,6 +86,34 @@ _CHECKS: dict[Kind, Callable[..., Call]] = {  # of the calls that it knows
 }
 
 
+@functools.cache
+def _configure() -> None:
+    """Tell the core what is the same for all groups; and when this process is a rank no more."""
+    _native.configure(
+        read=READ,
+        all_kinds=KINDS,
+        dtypes=_dtypes(),
+        all_dtypes={dtype.code: dtype for dtype in DTYPES.values()},
+        all_ops=BY_NAME.values(),
+        the_engine=engine,
+        done_work=DoneWork,
+        checkers=[_CHECKS.get(kind) for kind in KINDS],
+        is_ours=ours,
+        digest=digest,
+    )
+    os.register_at_fork(after_in_child=_native.cease)
+    key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _native.cease())
+    MPI.COMM_SELF.Set_attr(key, None)  # which MPI_Finalize deletes
+
+
+def chunks(memory: NodeMemory) -> Chunks | None:
+    """Return what reduces a group's large arrays on one node in compiled code, or None."""
+    if not available():
+        return None
+    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
+    return made
+
+
 def make(
     memory: NodeMemory,
     most: int,
@@ -117,26 +128,13 @@ def make(
     """
     if not available():
         return None
-    _note_ends()
-    known: dict[Kind, Callable[..., Call]] = {
-        kind: partial(check, memory.rank, memory.size) for kind, check in _CHECKS.items()
-    }
+    _configure()
     made: Core = _native.Core(
         *(memory.mapping, memory.layout, memory.crowded),
         most=most,
-        read=READ,
-        kinds=KINDS,
-        dtypes=_dtypes(),
-        listed={dtype.code: dtype for dtype in DTYPES.values()},
-        ops=BY_NAME.values(),
-        engine=engine,
         group_state=group_state,
         arrival=arrival,
         ring=recorder.ring,
-        work=DoneWork,
-        checks=known,
-        ours=ours,
-        digest=digest,
     )
     group_state.core = weakref.ref(made)
     return made

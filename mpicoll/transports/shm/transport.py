@@ -131,8 +131,9 @@ class ShmTransport(MessagesByMpi):
         self, call: Call, array: Array
     ) -> tuple[_native.Chunks | None, tuple[Array, int, int]]:
         """Return what reduces an array in compiled code, or None; and what it is given."""
-        assert call.dtype is not None and call.op is not None
-        what = array, call.dtype.code, call.op.code
+        assert call.dtype is not None
+        op = -1 if call.op is None else call.op.code  # none: a part of a call across nodes
+        what = array, call.dtype.code, op
         known = self._chunks is not None and self._chunks.knows(*what)
         return self._chunks if known else None, what
 
