@@ -37,6 +37,7 @@ class Stage:
     paths: list[str]
     limit: float  # seconds
     nodes: str = ""  # MPICOLL_NODES
+    native: str = ""  # MPICOLL_NATIVE
     leaves_out: Sequence[str] = ()
 
     def argv(self, keyword: str, without: Sequence[str]) -> list[str]:
@@ -62,8 +63,10 @@ ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
 }
 
 
-# 1 to 3 ranks show all that these do: stand-ins for GPUs, and what is refused.
-FEW_RANKS = ("test_aware", "test_nccl", "test_staged", "test_bad_input", "test_remedies")
+# What is refused is shown by 1 and 2 ranks, what stands in for GPUs by 1 and 3.
+REFUSED, STAND_INS = ("test_bad_input", "test_remedies"), ("test_aware", "test_nccl", "test_staged")
+LEFT_OUT = {2: STAND_INS, 3: REFUSED, 4: (*REFUSED, *STAND_INS)}  # by ranks
+IN_PYTHON = _contract("collectives", "dtypes", "in_place", "mismatch", "work")
 
 
 def stages(soak: bool) -> list[Stage]:
@@ -71,10 +74,16 @@ def stages(soak: bool) -> list[Stage]:
     return [
         Stage("unit", 0, ["tests/unit"], 120),
         *(
-            Stage(f"contract, {n} rank{'s' * (n > 1)}", n, ["tests/contract"], 300 * slower)
-            for n in (1, 2, 3)
+            Stage(
+                f"contract, {n} rank{'s' * (n > 1)}",
+                n,
+                ["tests/contract"],
+                300 * slower,
+                leaves_out=LEFT_OUT.get(n, ()),
+            )
+            for n in (1, 2, 3, 4)
         ),
-        Stage("contract, 4 ranks", 4, ["tests/contract"], 300 * slower, leaves_out=FEW_RANKS),
+        Stage("without the compiled core, 2 ranks", 2, IN_PYTHON, 150 * slower, native="0"),
         *(
             Stage(f"contract, {n} ranks on 2 nodes", n, ACROSS_NODES[n], 300 * slower, "2")
             for n in (3, 4)
@@ -158,6 +167,8 @@ def main() -> int:
                 extra["MPICOLL_SOAK"] = "1"
             if stage.nodes:
                 extra["MPICOLL_NODES"] = stage.nodes
+            if stage.native:
+                extra["MPICOLL_NATIVE"] = stage.native
             ended = run_bounded(
                 stage.argv(options.keyword, options.without), stage.limit, environment(extra)
             )
