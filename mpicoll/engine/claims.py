@@ -53,6 +53,9 @@ class _Spans(Generic[T]):
         if not spans:
             del self._by_size[bits]
 
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
     def meeting(self, span: Span) -> T | None:
         """Return an owner of one that shares an address with `span`."""
         start, stop = span
@@ -72,6 +75,10 @@ class Claims(Generic[T]):
     def __init__(self) -> None:
         self._read: _Spans[T] = _Spans()
         self._written: _Spans[T] = _Spans()
+
+    def __bool__(self) -> bool:
+        """Return whether anything is read or written."""
+        return bool(self._read) or bool(self._written)
 
     def add(self, reads: Iterable[Span], writes: Iterable[Span], owner: T) -> None:
         """Note what an owner reads and writes."""

@@ -70,7 +70,7 @@ from .rollcall import SHOWN, Said, Verdict
 
 if TYPE_CHECKING:
     from .arrival import Exchange, Gathering, Once
-    from .calls import Call
+    from .calls import Call, Spans
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
@@ -81,6 +81,8 @@ LOOK_OUT = 0.1  # seconds between looks at calls that block inside MPI
 SAID = 0.2  # seconds that a launcher gets to pass on why the job is ended, before it ends it
 KEEPING = 0.005  # seconds between looks at deadlines that nobody waits for; less than QUIET
 PARKED = 1.0  # seconds without anything under way after which these looks end
+LOOKS = 8  # at the message that is waited for, in one pass
+FEW = 8  # tasks whose memory is compared one by one: entering it in an index would take longer
 MESSAGES = 64  # of a lane's sends and receives that are stepped in one pass
 BLOCKED = 2.0  # seconds past its deadline that a call blocked inside MPI is left alone
 
@@ -463,14 +465,16 @@ class Engine:
             return
         with self._lock:
             self._enter()
+            lane = task.lane
             self._admit(task)
-            if task.lane.broken is not None and not task.recovers:  # just now
-                self._break(task.lane, task.lane.broken, task.seq, arrived=False)
+            if lane.broken is not None and not task.recovers:  # just now
+                self._break(lane, lane.broken, task.seq, arrived=False)
             elif not task.queued:
                 self._step(task)
-                self._rest(task.lane)
-            elif task.lane.queue[0] is task:
-                self._advance(task.lane)
+                if task.done:
+                    self._rest(lane)
+            elif lane.queue[0] is task:
+                self._advance(lane)
             self._leave()
         if self._ended:
             self._run_callbacks()
@@ -488,7 +492,7 @@ class Engine:
             return
         if timeout is not None:
             self._shorten(task, timeout)
-        pace = Pace()
+        pace = None
         while not task.done and (on_host or task.call.enqueued is None):
             if self._is_inside():
                 raise InvalidCallError(
@@ -503,7 +507,9 @@ class Engine:
                 self._run_callbacks()
             if task.outside is not None:
                 self._go_outside(task, task.outside)
-            pace.after(found)
+            if not task.done:
+                pace = pace or Pace()
+                pace.after(found)
 
     def outside(
         self, deadline: float, what: str, function: Callable[[], T]
@@ -658,6 +664,9 @@ class Engine:
         """
         if self._is_inside():  # what a signal handler interrupted may have been the claims
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
+        few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
+        if few and _are_apart(call, list(self._unclaimed)):
+            return None
         with self._lock:
             self._enter()
             self._entered(self._claims, self._unclaimed)
@@ -889,7 +898,8 @@ class Engine:
             lane.queue.append(task)
         else:
             lane.beside[task] = None
-        lane.due = min(lane.due, _due(task))
+        if task.deadline - LOOK_AHEAD < lane.due:
+            lane.due = min(lane.due, _due(task))
         self._unclaimed[task] = None
 
     def _pass(self, wanted: Task | None = None) -> int:
@@ -898,9 +908,16 @@ class Engine:
             self._looking = now
         self._looked = now
         if wanted is not None and wanted in wanted.lane.beside:
-            found = self._step(wanted)
-            if found == MOVED:
-                wanted.lane.moved = now
+            lane = wanted.lane
+            for _ in range(1 if _CROWDED else LOOKS):
+                found = self._step(wanted)
+                if found == MOVED:
+                    lane.moved = now
+                    break
+            if wanted.done and now < self._poll.next:
+                self._rest(lane)
+                if not (lane.queue or lane.enqueued) and len(self._active) <= 1:
+                    return MOVED  # other messages are looked at when they are waited for
         for lane in list(self._active):
             moved = self._advance(lane)
             if moved == MOVED:
@@ -963,9 +980,8 @@ class Engine:
 
     def _rest(self, lane: Lane) -> None:
         """Leave a lane alone from now on, if nothing is under way."""
-        if not lane.busy:
+        if not (lane.beside or lane.queue or lane.enqueued):
             self._active.pop(lane, None)
-            lane.due = math.inf
 
     def _step(self, task: Task) -> int:
         self._stepping = task
@@ -1075,9 +1091,14 @@ class Engine:
                 lane.page[lane.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
-        if self._active:  # else it was done at once, and has claimed nothing
-            self._disclaim(task)
-        self._conclude(task)
+        if task in self._unclaimed:
+            del self._unclaimed[task]
+        elif self._active:  # else it was done at once, and has claimed nothing
+            self._claims.discard(*task.call.spans(), task)
+        if error is None:
+            task.ended()
+        else:
+            self._conclude(task)
         if task.callbacks:
             self._ended.append(task)
         task.done = True  # last: another thread may look, without the lock
@@ -1427,6 +1448,24 @@ def _same(a: Call, b: Call) -> bool:
     if not a.kind == b.kind == "recv":
         return False
     return (a.peer, a.tag, a.spans(), a.dtype) == (b.peer, b.tag, b.spans(), b.dtype)
+
+
+def _are_apart(call: Call, tasks: Iterable[Task]) -> bool:
+    """Return whether no task writes what a call reads or writes, nor reads what it writes."""
+    reads, writes = call.spans()
+    for task in tasks:
+        read, written = task.call.spans()
+        if _overlap(writes, written) or _overlap(writes, read) or _overlap(reads, written):
+            return False
+    return True
+
+
+def _overlap(spans: Spans, others: Spans) -> bool:
+    for start, stop in spans:
+        for begin, end in others:
+            if begin < stop and start < end:
+                return True
+    return False
 
 
 def _died(rank: int, how: str) -> RankFailedError:

@@ -207,8 +207,9 @@ class Caller:
             check: makes the `Call` of the number of ranks, the highest tag and the arguments.
         """
         self.check_usable()
-        limit = seconds(timeout, self.timeout)
-        self._raise_unfetched()
+        limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
+        if self.lane.failures:
+            self._raise_unfetched()
         call = check(self.size, self.highest_tag, *arguments)
         before = _refuse_busy(call, self.lane) if engine.busy else None
         if call.device is not None:

@@ -273,13 +273,9 @@ class MpiTransport(Transport):
         merged.  Over libfabric it goes on to report a message for which a receive is posted
         already, so those of a tag are taken one at a time.
         """
-        if call.peer != ANY:
-            found = self._claim(call) if self._taken else None
-            if found is None:
-                yield from self._recv_from(call, bytearray(self._room), [])
-            else:
-                yield from self._recv_taken(call, found)
-            return
+        return self._recv_from(call) if call.peer != ANY else self._recv_from_any(call)
+
+    def _recv_from_any(self, call: Call) -> Steps:
         status, queue, turn = MPI.Status(), self._from_any[call.tag], object()
         queue.append(turn)
         try:
@@ -295,7 +291,7 @@ class MpiTransport(Transport):
             found = self._claim(call) if self._taken else None
             if found is None:
                 call.peer = status.Get_source()
-                yield from self._recv_from(call, bytearray(self._room), [])
+                yield from self._recv_from(call)
             else:
                 yield from self._recv_taken(call, found)
         finally:
@@ -360,20 +356,28 @@ class MpiTransport(Transport):
                 raise Expired from error
             raise
         call.peer = found.source
-        yield from self._recv_from(call, found.data, [found.request])
+        yield from self._recv_from(call, found)
 
-    def _recv_from(
-        self, call: Call, buffer: bytearray | Array, requests: list[MPI.Request]
-    ) -> Steps:
+    def _recv_from(self, call: Call, taken: Taken | None = None) -> Steps:
         """Receive one message; when the deadline passes, cancel (`Expired` is thrown in).
 
         Of a message that has begun to come, MPI can't cancel the receive, and to wait for it would
         be to wait for its sender.
 
         Args:
-            buffer: for the header, and a small payload.
-            requests: what is under way; if nothing is yet, the receive of the header is begun.
+            taken: the message, if it was taken from MPI already; its request is done.
         """
+        if taken is None and self._taken:
+            taken = self._claim(call)
+            if taken is not None:
+                yield from self._recv_taken(call, taken)
+                return
+        buffer: bytearray | Array  # for the header, and a small payload
+        requests: list[MPI.Request]  # of the header, and of a payload that is apart
+        if taken is None:
+            buffer, requests = bytearray(self._room), []
+        else:
+            buffer, requests = taken.data, [taken.request]
         status, wrong = MPI.Status(), None
         try:
             if not requests:
