@@ -9,7 +9,7 @@ Importing costs nothing and touches no MPI; the first `new_group` loads it.
 """
 
 from .arrays.ops import ReduceOp
-from .engine.calls import ANY_SOURCE, PROC_NULL, Message
+from .engine.call import ANY_SOURCE, PROC_NULL, Message
 from .engine.work import Future, Work, wait_all
 from .errors import (
     CallInterruptedError,

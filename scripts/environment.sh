@@ -44,6 +44,11 @@ install() { # WORDS OF PIP INSTALL
     "$python" -m pip --disable-pip-version-check install --quiet "$@"
 }
 
+depends_on() {
+    echo "$root"
+    cat "$root"/{pyproject.toml,setup.py} "$root"/mpicoll/transports/shm/{_native.pyx,kernels.h}
+}
+
 make_environment() { # MPI EXTRAS
     local mpi=$1 extras="$1,$2" environment stamp maker
     case $mpi in
@@ -60,14 +65,17 @@ make_environment() { # MPI EXTRAS
         "$maker" -m venv --clear "$environment" || fail "could not make $environment"
     fi
 
-    # The stamp is what the installation depends on: where the repository lies, and pyproject.toml.
+    # The stamp is what the installation depends on: where the repository lies, and what is built.
     stamp="$environment/mpicoll-$extras.stamp"
-    if ! { echo "$root"; cat "$root/pyproject.toml"; } | cmp -s - "$stamp"; then
+    if ! depends_on | cmp -s - "$stamp"; then
         echo "Installing mpicoll[$extras] into ${environment##*/}: once, for a minute or two" >&2
         "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
             fail "${environment##*/} has no pip"
-        install --editable "$root[$extras]" || fail "could not install mpicoll[$extras]"
-        { echo "$root"; cat "$root/pyproject.toml"; } >"$stamp"
+        ( # the extension is built in the repository, by one at a time
+            flock 9 2>/dev/null
+            install --editable "$root[$extras]"
+        ) 9<"$root/pyproject.toml" || fail "could not install mpicoll[$extras]"
+        depends_on >"$stamp"
     fi
 
     mpiexec=("$environment/bin/mpiexec")

@@ -309,6 +309,12 @@ def _refused_tensor(
     return InvalidCallError(f"{text}make y = {name}.{remedy}, pass y, and {then}")
 
 
+def is_tensor(value: object) -> bool:
+    """Return whether an object is a tensor of PyTorch, which this does not import."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 class Blocks:
     """One block of elements per rank, in one array or in an array each.
 

@@ -14,7 +14,7 @@ from importlib import import_module
 
 from .. import __version__
 
-COMMANDS = ("demo", "doctor", "bench", "guards", "run", "trace")
+COMMANDS = ("demo", "doctor", "bench", "overhead", "run", "trace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

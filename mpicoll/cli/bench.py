@@ -43,6 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays.ops import ReduceOp
+from ..engine.kinds import BARRIER
 from ..engine.work import wait_all
 from ..errors import InvalidCallError
 from ..groups.group import ProcessGroup
@@ -471,7 +472,7 @@ def run(args: argparse.Namespace) -> int:
         speaks = pg.rank() == 0
         gloo = _gloo(pg) if args.gloo else None
         bench = Bench(pg, args.dtype, gloo, _array_module(pg), bare_on_gpu=args.bare_on_gpu)
-        points = [(kind, size) for kind in kinds for size in (sizes if kind != "barrier" else [4])]
+        points = [(k, size) for k in kinds for size in (sizes if k != BARRIER.name else [4])]
         if speaks and not args.json:
             print(f"{pg!r} beside mpi4py on {MPI.Get_library_version().splitlines()[0].strip()}")
         for done, (kind, nbytes) in enumerate(points):
@@ -561,7 +562,7 @@ def _beside(row: Row) -> list[tuple[str, float | None]]:
 
 def _line(row: Row) -> str:
     return (
-        f"{in_words(row.nbytes) if row.kind != 'barrier' else '':>24}{row.min_us:>10.1f}"
+        f"{in_words(row.nbytes) if row.kind != BARRIER.name else '':>24}{row.min_us:>10.1f}"
         f"{row.median_us:>10.1f}{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}"
         f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>10.2f}"
         + "".join(f"{time:>10.1f}" for _, time in _beside(row) if time is not None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..engine.kinds import BARRIER
+
 WAYS = {
     "median_us": ("mpicoll", "#0b6e4f"),
     "mpi4py_median_us": ("mpi4py", "#c1440e"),
@@ -22,7 +24,7 @@ def draw(
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    kinds = list(dict.fromkeys(r["kind"] for r in rows if r["kind"] != "barrier"))
+    kinds = list(dict.fromkeys(r["kind"] for r in rows if r["kind"] != BARRIER.name))
     across = min(3, len(kinds))
     down = math.ceil(len(kinds) / across)
     figure, panels = plt.subplots(

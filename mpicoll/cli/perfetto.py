@@ -88,7 +88,7 @@ def _arguments(entry: Entry) -> dict[str, Any]:
         "state": entry.state,
         "at": entry.place,
     }
-    if entry.kind in ("send", "recv"):
+    if entry.is_message:
         said |= {"peer": entry.peer, "tag": entry.tag}
     if entry.error:
         said["error"] = entry.error

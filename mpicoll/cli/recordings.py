@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.calls import said_of_message
+from ..engine import kinds
+from ..engine.call import said_of_message
 from ..engine.recorder import VERSION
-
-QUEUELESS = ("send", "recv")
 
 
 class Unreadable(Exception):
@@ -64,7 +63,12 @@ class Entry:
     @property
     def leaves(self) -> bool:
         """Whether this is no call of the user's, but what a rank does when its program ends."""
-        return self.kind == "shutdown" and not self.file
+        return self.kind == kinds.SHUTDOWN.name and not self.file
+
+    @property
+    def is_message(self) -> bool:
+        """Whether it is a send or a receive, which has no number."""
+        return not kinds.named(self.kind).queued
 
     def describe(self) -> str:
         """Say the call as a person would write it."""
@@ -77,8 +81,8 @@ class Entry:
             said.append(f"op={self.op}")
         if self.root >= 0:
             said.append(f"root={self.root}")
-        if self.kind in ("send", "recv"):
-            said.append(said_of_message(self.kind, self.peer, self.tag))
+        if self.is_message:
+            said.append(said_of_message(kinds.named(self.kind), self.peer, self.tag))
         return f"{self.kind}({', '.join(said)})"
 
 
@@ -210,7 +214,7 @@ def _add(found: Recordings, rank: int, groups: Iterable[tuple[Group, list[Entry]
     for group, entries in groups:
         known = found.groups.setdefault(group.key, group)
         for entry in entries:
-            if entry.kind in QUEUELESS:
+            if entry.is_message:
                 known.messages.append(entry)
             else:
                 known.calls.setdefault(entry.seq, {})[rank] = entry

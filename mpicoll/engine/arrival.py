@@ -20,7 +20,8 @@ from ..errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
 from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, pending, until
 from ..runtime.memory import NodeMemory
-from .calls import KIND_CODES, KINDS, PAIRWISE, UNEVEN, Call, digest
+from .call import UNEVEN, Call, digest
+from .kinds import KINDS
 from .peers import Peers
 
 # The fields of a record that arrival compares.
@@ -42,18 +43,6 @@ _DETAIL = struct.Struct(f"<{_FIELDS + 1}q{_TEXT}s")
 _CHAIN = _FIELDS  # what is compared beside the record, where descriptions are exchanged
 
 
-# Calls whose records say the same on all ranks, or the program is wrong: no other rank's record
-# is needed to carry them out.
-_ALIKE = frozenset(
-    (
-        *("allreduce", "broadcast", "reduce", "scan", "exscan"),
-        *("allgather", "all_gather_single", "reduce_scatter", "reduce_scatter_single"),
-        *("allreduce_coalesced", "allgather_coalesced", "all_gather_single_coalesced"),
-        "reduce_scatter_single_coalesced",
-    )
-)
-_ALIKE_BY_CONTRACT = frozenset(KIND_CODES[kind] for kind in _ALIKE)
-
 Record: TypeAlias = "tuple[int, ...]"
 Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
 """Steps that end in each field's maximum and minimum over the ranks, and the largest extent."""
@@ -63,7 +52,7 @@ def _record(call: Call, seq: int) -> tuple[int, ...]:
     dtype = call.dtype
     return (
         seq,
-        KIND_CODES[call.kind],
+        call.kind.code,
         -1 if dtype is None else dtype.code,
         -1 if call.op is None else call.op.code,
         call.root,
@@ -185,11 +174,11 @@ class Arrival:
         call.met = self._asked is self._comm
         self.check_left(seq)
         if highest == lowest and highest[_STATE] != _REFUSED:
-            if call.count == UNEVEN and call.kind in PAIRWISE:
+            if call.count == UNEVEN and call.kind.pairwise:
                 yield from self._compare_pairs(call, seq)
             return
         differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
-        if differing == [_COUNT] and call.kind in PAIRWISE and not highest[_STATE]:
+        if differing == [_COUNT] and call.kind.pairwise and not highest[_STATE]:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
             return
@@ -247,12 +236,12 @@ class Arrival:
     def _pair_counts(self, call: Call) -> tuple[list[int], list[int]]:
         """Return how many elements this rank sends to, and expects from, each rank."""
         sends, expects = [0] * self._size, [0] * self._size
-        if call.kind == "gather":
+        if call.kind.to_root:
             assert call.send is not None
             sends[call.root] = call.send.total
             if call.recv is not None:
                 expects = list(call.recv.counts)
-        elif call.kind == "scatter":
+        elif call.kind.from_root:
             assert call.recv is not None
             expects[call.root] = call.recv.total
             if call.send is not None:
@@ -319,7 +308,7 @@ class Once:
 
     def goes_without(self, call: Call) -> bool:
         """Return whether a call needs no arrival, and count it then."""
-        if call.turn is None or call.kind not in _ALIKE or self.count >= self.AGAIN:
+        if call.turn is None or not call.kind.alike or self.count >= self.AGAIN:
             return False
         number = self._known.get(_record(call, 0))
         if number is None:
@@ -488,7 +477,7 @@ class NodesArrival(BoardArrival):
         highest, lowest, largest = yield from super()._meet(record, extent)
         self._asked = self._comm
         if not self._everywhere and (
-            highest[_KIND] != lowest[_KIND] or highest[_KIND] in _ALIKE_BY_CONTRACT
+            highest[_KIND] != lowest[_KIND] or KINDS[highest[_KIND]].alike
         ):
             self._asked = self._near_comm
             return highest, lowest, largest
@@ -551,14 +540,8 @@ def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], l
     if not lost and len(kinds) == 1 and len(counts) > 1:
         (code,) = kinds
         assert isinstance(code, int)
-        tail += _UNEVEN_FORMS.get(KINDS[code], "")
+        tail += KINDS[code].uneven
     return f"{head}: {'; '.join(sentences)}. {tail}"
-
-
-_UNEVEN_FORMS = {
-    "all_gather_single": ". Arrays of several sizes are gathered by allgather, into a list",
-    "reduce_scatter_single": ". Parts of several sizes are taken by reduce_scatter, from a list",
-}
 
 
 def listed(ranks: Sequence[int]) -> str:

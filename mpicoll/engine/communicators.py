@@ -24,7 +24,7 @@ from ..runtime.processes import Identity, identity
 from ..runtime.settings import survives_deaths
 from ..runtime.topology import Nodes
 from .arrival import listed
-from .calls import digest
+from .call import digest
 from .peers import Peers
 from .progress import engine
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -37,9 +38,14 @@ from ..errors import (
 )
 from ..runtime.library import MPI, nothing_pending
 from ..runtime.settings import default_timeout, grace, survives_deaths
-from .progress import Lane, end_job, engine
+from ..runtime.waiting import Backoff
+from ..runtime.watchdog import end_job
+from .background import background
+from .progress import engine
 from .recorder import leave_trace
+from .tasks import GroupState
 
+HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
 _MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
@@ -113,7 +119,7 @@ class _Ending:
 
     @staticmethod
     def _has_peers() -> bool:
-        return any(lane.peers.size > 1 for lane in engine.lanes())
+        return any(state.peers.size > 1 for state in engine.group_states())
 
     def raised(
         self,
@@ -143,9 +149,9 @@ class _Ending:
         if self.failure or self.forked or MPI.Is_finalized():
             return
         self.failure = why
-        for lane in engine.lanes():
-            if lane.broken is None and lane.peers.size > 1:
-                engine.fail_all(lane, GroupBrokenError(f"this rank {why}"), why)
+        for state in engine.group_states():
+            if state.broken is None and state.peers.size > 1:
+                engine.fail_all(state, GroupBrokenError(f"this rank {why}"), why)
 
     def note_exit(self, status: object) -> None:
         """Note with what the program is about to be ended by SystemExit."""
@@ -160,7 +166,7 @@ class _Ending:
         """
 
         def known() -> bool:
-            return self._leaving or any(lane.told for lane in engine.broken)
+            return self._leaving or any(state.told for state in engine.broken)
 
         self._take_leave(known)
         if not known():
@@ -185,22 +191,22 @@ class _Ending:
         self._look_for_an_exception()
         self._leaving = True
         start = time.monotonic()
-        engine.stop()
+        background.stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
             works = list(engine.unfinished())
-            engine.say_farewell(UNFINISHED)
-            for lane in {task.lane for task in engine.unfinished()}:
+            _arrive_everywhere(UNFINISHED)
+            for state in {task.group_state for task in engine.unfinished()}:
                 engine.fail_all(
-                    lane, GroupBrokenError("the program ended before the call was done")
+                    state, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
             _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
         settled = self._take_leave(lambda: False, start)
-        bereaved = [lane for lane in engine.broken if lane.peers.dead]
+        bereaved = [state for state in engine.broken if state.peers.dead]
         if bereaved and settled and survives_deaths():
-            recovered = any(lane.replaced for lane in bereaved)
+            recovered = any(state.replaced for state in bereaved)
             _flush()
             os._exit(self.code or int(not recovered))
         if bereaved:
@@ -209,40 +215,40 @@ class _Ending:
         if not settled or self.in_thread:
             end_job(self.code or 1)
         self.over = True
-        for lane in engine.lanes():  # what runs later may shut them down
-            lane.close("closed")
+        for state in engine.group_states():  # what runs later may shut them down
+            state.close("closed")
 
     def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
         """Wait for the ends of those who share a broken group; return whether MPI may go, too.
 
         Not longer than `until` says so; the grace period begins at `start`, which may be past.
         """
-        lanes = [lane for lane in engine.broken if not (survives_deaths() and lane.peers.dead)]
-        if not lanes:
+        states = [state for state in engine.broken if not (survives_deaths() and state.peers.dead)]
+        if not states:
             last = time.monotonic() + UNFINISHED
             while not (over := nothing_pending()) and time.monotonic() < last:
                 time.sleep(1e-3)
             return over or survives_deaths()
         _flush()
-        for lane in lanes:
-            _go(lane, settled=False)
-        settled: list[Lane] = []
+        for state in states:
+            _go(state, settled=False)
+        settled: list[GroupState] = []
         start = since = start or time.monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
         seen: object = None
         while not until():
             engine.test()
-            known, unknown = _still_there(lanes)
-            for lane in lanes:
-                if not lane.peers.there and lane not in settled and _settle(lane):
-                    settled.append(lane)
-                    _go(lane, settled=True)
-            if len(settled) == len(lanes) and _all_settled(lanes):
+            known, unknown = _still_there(states)
+            for state in states:
+                if not state.peers.there and state not in settled and _settle(state):
+                    settled.append(state)
+                    _go(state, settled=True)
+            if len(settled) == len(states) and _all_settled(states):
                 return True
             now = time.monotonic()
-            if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in lanes))):
+            if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in states))):
                 since = now  # those who were the last to come have their time, too
-            stuck = any(x.peers.is_stuck() for x in lanes)
+            stuck = any(x.peers.is_stuck() for x in states)
             if now > for_aware or (now > for_unaware and unknown and not known):
                 return False
             if now > max(for_unaware, since + grace()) and (stuck or not (known or unknown)):
@@ -251,47 +257,81 @@ class _Ending:
         return False
 
 
-def _go(lane: Lane, *, settled: bool) -> None:
-    met = 0 if lane.exchange is None else lane.exchange.count
-    told = 0 if lane.gathering is None else lane.gathering.count
+def _arrive_everywhere(seconds: float) -> None:
+    """Finish what is under way, and arrive one last time in every open group.
+
+    So peers that still wait for this rank raise at once.  For the peers one waits, as
+    MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
+    else, for the making of a group.
+    """
+    states = [x for x in engine.group_states() if x.final_arrival and x.broken is None]
+    states = [x for x in states if x.peers.size > 1 or x.beside]
+    # Where somebody has left already, an arrival would never be complete.  MPI may not see at
+    # once that a notice has come.
+    heard = time.monotonic() + HEARD
+    while (engine.run_pollers() or states) and time.monotonic() < heard:
+        for state in states:
+            with contextlib.suppress(MPI.Exception):
+                state.peers.poll()
+    for state in states:
+        for rank, notice in state.peers.left.items():
+            engine.fail_all(state, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
+            break
+        else:
+            assert state.final_arrival is not None
+            state.final_arrival()
+    backoff, until, last = Backoff(), time.monotonic() + seconds, math.inf
+    while engine.busy:
+        now = time.monotonic()
+        if any(state.final_arrival for state in engine.active()):
+            last = now + seconds
+        given_up = (t for t in engine.unfinished() if t.group_state.deserted and not t.call.leaving)
+        if now > last or (now > until and any(given_up)):
+            return
+        backoff.after(engine.test())
+
+
+def _go(state: GroupState, *, settled: bool) -> None:
+    met = 0 if state.exchange is None else state.exchange.count
+    told = 0 if state.gathering is None else state.gathering.count
     with contextlib.suppress(MPI.Exception):
-        lane.peers.go(met, told, settled=settled)
+        state.peers.go(met, told, settled=settled)
 
 
-def _settle(lane: Lane) -> bool:
+def _settle(state: GroupState) -> bool:
     """End what MPI has pending in a broken group, if that can be; return whether nothing is left.
 
     All its members are at their ends: nobody there calls or receives anything any more.
     """
     with contextlib.suppress(MPI.Exception):
-        lane.peers.drop_messages()
-        begun = lane.peers.begun.values()
-        if lane.exchange is not None:
-            lane.exchange.catch_up(max((met for met, _ in begun), default=0), lane.left)
-        if lane.gathering is not None:
-            lane.gathering.catch_up(max((told for _, told in begun), default=0))
+        state.peers.drop_messages()
+        begun = state.peers.begun.values()
+        if state.exchange is not None:
+            state.exchange.catch_up(max((met for met, _ in begun), default=0), state.left)
+        if state.gathering is not None:
+            state.gathering.catch_up(max((told for _, told in begun), default=0))
     return nothing_pending()
 
 
-def _still_there(lanes: list[Lane]) -> tuple[int, int]:
+def _still_there(states: list[GroupState]) -> tuple[int, int]:
     """Count members that have not come to their ends: who know of the failure, and who don't."""
     known = unknown = 0
-    for lane in lanes:
+    for state in states:
         with contextlib.suppress(MPI.Exception):
-            lane.peers.poll()
-        there = lane.peers.there
-        aware = sum(rank in lane.peers.aware for rank in there)
+            state.peers.poll()
+        there = state.peers.there
+        aware = sum(rank in state.peers.aware for rank in there)
         known += aware
         unknown += len(there) - aware
     return known, unknown
 
 
-def _all_settled(lanes: list[Lane]) -> bool:
+def _all_settled(states: list[GroupState]) -> bool:
     """Return whether every member is at its end, with nothing pending, and has been told so."""
     return all(
-        lane.peers.all_sent()
-        and len({*lane.peers.settled, *lane.peers.dead}) == lane.peers.size - 1
-        for lane in lanes
+        state.peers.all_sent()
+        and len({*state.peers.settled, *state.peers.dead}) == state.peers.size - 1
+        for state in states
     )
 
 

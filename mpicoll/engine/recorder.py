@@ -29,7 +29,7 @@ from typing import Any
 
 from ..errors import interrupts
 from ..runtime.settings import trace_folder
-from .calls import Call
+from .call import Call
 
 CAPACITY = 1000  # calls of a group
 CLOSED = 16  # groups that are kept after they were closed
@@ -49,11 +49,11 @@ class _Ours(dict[str, bool]):
     """Whether a file of code belongs to the library; found out once per file."""
 
     def __missing__(self, file: str) -> bool:
-        ours = self[file] = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
-        return ours
+        found = self[file] = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
+        return found
 
 
-_ours = _Ours()
+ours = _Ours()
 _started = time.time()  # of this process, as good as
 _open: dict[Recorder, None] = {}
 _closed: deque[Recorder] = deque(maxlen=CLOSED)
@@ -85,7 +85,7 @@ class Recorder:
         self.rank = rank
         self.ranks = ranks
         self.checks = checks
-        self._ring: deque[Entry] = deque(maxlen=CAPACITY)
+        self.ring: deque[Entry] = deque(maxlen=CAPACITY)
         self._up = frames + 1
         alike = blake2b(repr((name, *ranks)).encode(), digest_size=16).digest()
         self.ordinal = _made[alike]
@@ -98,7 +98,7 @@ class Recorder:
         code: CodeType | None
         try:
             frame: Any = _getframe(self._up)  # going up one by one costs 0.1 us each
-            while _ours[frame.f_code.co_filename]:
+            while ours[frame.f_code.co_filename]:
                 frame = frame.f_back
             code, at = frame.f_code, frame.f_lasti
         except (ValueError, AttributeError):  # at the end of the process no frame is the user's
@@ -128,7 +128,7 @@ class Recorder:
             code,
             at,
         ]
-        self._ring.append(entry)
+        self.ring.append(entry)
         return entry
 
     def open(self) -> None:
@@ -165,7 +165,7 @@ class Recorder:
         """
         if epoch is None:
             epoch = _epoch()
-        return [_in_words(entry, epoch) for entry in self._ring.copy()]
+        return [_in_words(entry, epoch) for entry in self.ring.copy()]
 
 
 def number(entry: Entry, seq: int) -> None:
@@ -195,7 +195,7 @@ def _in_words(entry: Entry, epoch: float) -> dict[str, Any]:
     file, line = place(entry)
     return {
         "seq": entry[_SEQ],
-        "kind": entry[_KIND],
+        "kind": entry[_KIND].name,
         "dtype": "" if dtype is None else dtype.name,
         "count": entry[_COUNT],
         "shape": list(entry[_SHAPE] or ()),

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import InvalidCallError, MpicollError, Unique, interrupts
 from ..runtime.settings import seconds
-from .calls import Call, Peer
-from .progress import Lane, Task, engine
-from .recorder import Entry, Recorder, end, number, place
+from .background import background
+from .call import Call, Peer
+from .progress import engine
+from .tasks import Task
 
 
 class Work(Task, Unique):
@@ -21,35 +22,13 @@ class Work(Task, Unique):
     goes on, and if it fails, the group's next call raises its error.
     """
 
-    __slots__ = ("_entry",)
+    __slots__ = ()
 
     _instead = "wait() for it, and copy the arrays that you gave to the call"
-
-    def __init__(
-        self, lane: Lane, call: Call, seq: int, timeout: float, recorder: Recorder
-    ) -> None:
-        Task.__init__(self, lane, call, seq, timeout)
-        self._entry: Entry = recorder.note(seq, call, self.called)
 
     def __repr__(self) -> str:
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
-
-    def take_number(self, seq: int) -> None:
-        """Give the call its number, if that was not known when it was made."""
-        self.seq = seq
-        number(self._entry, seq)
-
-    def place(self) -> str:
-        """Return the file and line of the user's that called."""
-        file, line = place(self._entry)
-        return f"{file}:{line}" if file else "?"
-
-    def ended(self) -> None:
-        """Enter the end in the flight recorder, and let those behind it have their turn."""
-        end(self._entry, self.error)
-        if self.call.turn is not None:
-            self.call.turn.over = True
 
     def wait(self, timeout: object = None) -> bool:
         """Wait until the call is done, and return True.
@@ -77,12 +56,12 @@ class Work(Task, Unique):
             return self._ended_well()
         except BaseException as error:
             if interrupts(error):  # nobody waits at the end of the program, either
-                self.left = self.lane.deserted = True
+                self.left = self.group_state.deserted = True
             raise
 
     def _ended_well(self) -> bool:
         if self.error is not None:
-            self.lane.told = True
+            self.group_state.told = True
             self.fetch()
             raise self.error
         return True
@@ -94,7 +73,7 @@ class Work(Task, Unique):
                 engine.test()
             except BaseException as error:
                 if interrupts(error):
-                    self.left = self.lane.deserted = True
+                    self.left = self.group_state.deserted = True
                 raise
         return self.done
 
@@ -128,7 +107,7 @@ class Work(Task, Unique):
 
     def source_rank(self) -> int | Peer:
         """Return the rank that a finished receive took its message from, or `PROC_NULL`."""
-        if self.call.kind != "recv":
+        if not self.call.kind.receives:
             raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
         if not self.done:
             raise InvalidCallError("source_rank() of a recv under way: wait() first")
@@ -165,13 +144,45 @@ class Work(Task, Unique):
                 future.set_result(self.result())
 
         if not self.done:
-            engine.background()
+            background.progress()
         engine.when_done(self, settle)
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:
         yield from asyncio.wrap_future(self.get_future()).__await__()
         return True
+
+
+class DoneWork(Work):
+    """One call that was over before its method returned, as the compiled core makes them.
+
+    The core fills in the number, and what was given; the rest is made of that where it is asked
+    for, and the deadline is behind it.
+    """
+
+    __slots__ = ("_given",)
+
+    _given: tuple[Any, int, tuple[Any, ...]]  # the group's core, the call's code, its arguments
+
+    done = True
+    error = None
+
+    def wait(self, timeout: object = None) -> bool:
+        """Return True."""
+        if timeout is not None:
+            seconds(timeout, 0.0)
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def call(self) -> Call:  # type: ignore[override]
+        """The call as the general way would have checked it."""
+        core, code, arguments = self._given
+        call: Call = core.checked(code, arguments)
+        return call
 
 
 class Future(concurrent.futures.Future[Any]):

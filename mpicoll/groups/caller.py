@@ -10,14 +10,23 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 
-from ..engine import calls, communicators
+from ..engine import checks, communicators, kinds
 from ..engine.arrival import Arrival, Once
-from ..engine.calls import NULL, PROC_NULL, Call, Message, Peer
+from ..engine.background import background
+from ..engine.call import NULL, PROC_NULL, UNEVEN, Call, Message, Peer
 from ..engine.exit import check_process
-from ..engine.progress import Lane, Task, engine
+from ..engine.kinds import Kind
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import GroupState, Task
 from ..engine.work import Work
-from ..errors import GroupBrokenError, GroupClosedError, InvalidCallError, MpicollError
+from ..errors import (
+    CallInterruptedError,
+    GroupBrokenError,
+    GroupClosedError,
+    InvalidCallError,
+    MpicollError,
+)
 from ..runtime.library import IDLE, Steps, highest_tag
 from ..runtime.settings import default_timeout, seconds
 from ..transports import select
@@ -47,9 +56,10 @@ class Caller:
         comm: the group's private communicator.
         highest_tag: the highest tag that a message may have.
         world_ranks: the members, as ranks of MPI.COMM_WORLD; -1 stands for one of another world.
-        lane: the group as the engine sees it.
+        group_state: the group as the engine sees it.
         transport: what moves the group's data.
         arrival: how the ranks meet in a call.
+        core: the compiled way of small calls, in a group that has one.
         once: the calls that go on without arrival, in a group with ``checks="first"``.
         recorder: the group's flight recorder.
         children: the groups that were made out of this one.
@@ -76,35 +86,40 @@ class Caller:
         self.size: int = comm.Get_size()
         self.highest_tag = highest_tag()
         self.world_ranks = communicators.world_ranks(comm)
-        self.lane = lane = Lane(name, comm)
+        self.group_state = state = GroupState(name, comm, engine.active)
         self.transport = select.transport(resources)
-        lane.abort = self.transport.abort
-        self.arrival = select.arrival(resources, lane.peers, options)
-        lane.exchange = self.arrival.exchange
-        lane.gathering = self.arrival.gathering
-        self.once = lane.once = Once() if options.checks == "first" else None
+        state.abort = self.transport.abort
+        self.arrival = select.arrival(resources, state.peers, options)
+        state.exchange = self.arrival.exchange
+        state.gathering = self.arrival.gathering
+        self.once = state.once = Once() if options.checks == "first" else None
         self.recorder = Recorder(name, self.rank, self.world_ranks, checks=options.checks)
-        lane.mark = self.recorder.mark
+        state.mark = self.recorder.mark
         if resources.shared is not None:
             shared = resources.shared
-            lane.page, lane.word = shared.words, shared.finished[shared.rank]
-        lane.farewell = partial(_farewell, lane, self.arrival, self.transport, self.recorder)
+            state.page, state.word = shared.words, shared.finished[shared.rank]
+        state.final_arrival = partial(
+            _arrive_finally, state, self.arrival, self.transport, self.recorder
+        )
+        self.core = None  # the compiled way of small calls
+        if self.once is None:
+            self.core = self.transport.core(self.arrival, state, self.recorder)
         self.children = Children()
         self.child = Child(
-            *(self, resources.comms, self.transport, lane, self.recorder, self.children)
+            *(self, resources.comms, self.transport, state, self.recorder, self.children)
         )
         self._ending: Work | None = None  # the call of shutdown()
-        engine.enlist(lane)
+        engine.enlist(state)
         if progress == "thread":
-            engine.background(stay=True)
+            background.progress(stay=True)
         if self.transport.watched:
-            engine.keep_deadlines()
+            background.keep_deadlines()
 
     # ---- collectives ----
 
     def call(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         *arguments: object,
@@ -116,23 +131,25 @@ class Caller:
             check: makes the `Call` of this rank, the number of ranks and the arguments, or raises.
             then: the steps that follow arrival, where those are not the transport's.
         """
-        lane = self.lane
+        state = self.group_state
         self.check_usable()
         seq = 0
-        if self.once is None:  # else it is known only later whether the call takes a number
-            lane.seq += 1
-            seq = lane.seq
+        if self.core is not None and self.core.owed:
+            seq = self._taken_over(kind)
+        elif self.once is None:  # else it is known only later whether the call takes a number
+            state.seq += 1
+            seq = state.seq
         call = None
         try:
             limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
-            if lane.failures:
+            if state.failures:
                 self._raise_unfetched()
             call = check(self.rank, self.size, *arguments)
             if engine.busy:
-                _refuse_busy(call, lane)
+                _refuse_busy(call, state)
             if call.device is not None:
                 self.transport.admit(call)  # the last to refuse the call, which has its turn then
-            work = Work(lane, call, seq, limit, self.recorder)
+            work = Work(state, call, seq, limit, self.recorder)
         except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
             if call is not None and call.turn is not None:
                 call.turn.over = True
@@ -146,6 +163,16 @@ class Caller:
             engine.forsake(work, error)
             raise
         return work
+
+    def _taken_over(self, kind: Kind) -> int:
+        """Return the number of a call that the core has posted, and left to this way."""
+        assert self.core is not None
+        self.group_state.seq += 1
+        if not self.core.take_over(kind):
+            error = CallInterruptedError("a call was interrupted when its peers could know of it")
+            engine.fail_all(self.group_state, error)
+            self.check_usable()
+        return self.group_state.seq
 
     def _at_once(self, call: Call, seq: int) -> bool:
         """Carry out a call whose data travel beside the records, if all ranks are there already."""
@@ -177,30 +204,28 @@ class Caller:
         call, record = work.call, None
         if self.once is not None:
             record = self.once.before(call)
-            self.lane.seq += 1
-            work.take_number(self.lane.seq)
+            self.group_state.seq += 1
+            work.take_number(self.group_state.seq)
         if not call.refused:
             self.transport.prepare(call, work.seq)
-        at_once = call.device is not None and call.count != calls.UNEVEN
+        at_once = call.device is not None and call.count != UNEVEN
         if not (at_once and self.arrival.at_once(call, work.seq)):
             yield from self.arrival.steps(call, work.seq)
         if record is not None and self.once is not None and not call.refused:
             self.once.after(record)
 
-    def _arrive_refused(self, kind: str, seq: int, error: BaseException) -> None:
+    def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
         """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
-        work = Work(self.lane, call, seq, self.timeout, self.recorder)
+        work = Work(self.group_state, call, seq, self.timeout, self.recorder)
         engine.launch(work, self._arrive(work))
         if self.size > 1:
             with contextlib.suppress(MpicollError):
-                engine.background()
+                background.progress()
 
     # ---- messages ----
 
-    def message(
-        self, kind: str, timeout: object, check: Callable[..., Call], *arguments: object
-    ) -> Work:
+    def message(self, timeout: object, check: Callable[..., Call], *arguments: object) -> Work:
         """Launch a send or recv, which takes no number and waits in no queue.
 
         Args:
@@ -208,19 +233,19 @@ class Caller:
         """
         self.check_usable()
         limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
-        if self.lane.failures:
+        if self.group_state.failures:
             self._raise_unfetched()
         call = check(self.size, self.highest_tag, *arguments)
-        before = _refuse_busy(call, self.lane) if engine.busy else None
+        before = _refuse_busy(call, self.group_state) if engine.busy else None
         if call.device is not None:
             self.transport.admit(call)
-        move = self.transport.send if kind == "send" else self.transport.recv
+        move = self.transport.recv if call.kind.receives else self.transport.send
         if call.peer == NULL:
             move = _no_message
         steps = move(call)
         if before is not None:  # the same receive, the wait for which was interrupted
             steps, call = before.steps, before.call
-        work = Work(self.lane, call, 0, limit, self.recorder)
+        work = Work(self.group_state, call, 0, limit, self.recorder)
         try:
             engine.launch(work, steps)
         except BaseException as error:
@@ -235,20 +260,20 @@ class Caller:
             RankFailedError, RemoteRankError: none is here, and a peer has died or left the group.
         """
         self.check_usable()
-        peer, number = calls.probe(self.size, self.highest_tag, src, tag)
+        peer, number = checks.probe(self.size, self.highest_tag, src, tag)
         if peer == NULL:
             return None
         found = engine.look(lambda: self.transport.probe(peer, number))
         if found is None:
             self.check_usable()
-            engine.check_peers(self.lane)
+            engine.check_peers(self.group_state)
         return found
 
     # ---- calls that make a group ----
 
     def make_comm(
         self,
-        kind: str,
+        kind: Kind,
         timeout: object,
         check: Callable[..., Call],
         make: Callable[[Call, float], communicators.MakesComm],
@@ -301,19 +326,19 @@ class Caller:
 
     def shutdown(self, timeout: object) -> None:
         """Finish what is under way, wait for all ranks, and give the communicators back."""
-        lane = self.lane
-        if lane.closed:
+        state = self.group_state
+        if state.closed:
             return
-        messages = list(lane.beside)
-        if lane.broken is None:
-            for work in list(lane.enqueued):
+        messages = list(state.beside)
+        if state.broken is None:
+            for work in list(state.enqueued):
                 engine.wait(work, seconds(timeout, self.timeout))
 
             def then(work: Work) -> Steps:
-                while lane.enqueued:
+                while state.enqueued:
                     yield IDLE  # the calls that were left to the GPU come first
-                yield from self.transport.clear(lane)
-                engine.delist(lane)  # no rank may listen on it any more
+                yield from self.transport.clear(state)
+                engine.delist(state)  # no rank may listen on it any more
                 yield from self.transport.close()
                 yield from communicators.free(self.resources.comms, work.deadline)
 
@@ -321,7 +346,7 @@ class Caller:
                 # If the wait is interrupted, the next one goes on with it.
                 if self._ending is None or self._ending.done:
                     self._ending = self.call(
-                        "shutdown", timeout, lambda rank, size: Call("shutdown"), then=then
+                        kinds.SHUTDOWN, timeout, lambda rank, size: Call(kinds.SHUTDOWN), then=then
                     )
                 self._ending.wait()
             except MpicollError as error:
@@ -337,16 +362,18 @@ class Caller:
 
     def abort(self, why: str) -> None:
         """Give up everything under way, at once and on this rank alone."""
-        if self.lane.closed:
+        if self.group_state.closed:
             return
-        engine.fail_all(self.lane, GroupClosedError(f"rank {self.rank} {why}"))
+        engine.fail_all(self.group_state, GroupClosedError(f"rank {self.rank} {why}"))
         self._close("aborted")
 
     def _close(self, how: str) -> None:
-        self.lane.close(how)
-        engine.delist(self.lane)
+        self.group_state.close(how)
+        engine.delist(self.group_state)
         self.recorder.close()
-        together = self.lane.broken is None
+        if self.core is not None:
+            self.core.close()
+        together = self.group_state.broken is None
         engine.between_steps(lambda: self.transport.release(together=together))
 
     # ---- whether it can be used ----
@@ -354,20 +381,20 @@ class Caller:
     def check_usable(self, *, even_if_broken: bool = False) -> None:
         """Refuse a call that this process, or this group, can make no more."""
         check_process()
-        lane = self.lane
-        if lane.closed:
+        state = self.group_state
+        if state.closed:
             raise GroupClosedError(
-                f"group {lane.name!r} was {lane.closed}: make a new one with new_group()"
+                f"group {state.name!r} was {state.closed}: make a new one with new_group()"
             )
-        if lane.broken is not None and not even_if_broken:
-            lane.told = True
+        if state.broken is not None and not even_if_broken:
+            state.told = True
             raise GroupBrokenError(
-                f"group {lane.name!r} can't be used after an earlier failure: {lane.broken}"
-            ) from lane.broken
+                f"group {state.name!r} can't be used after an earlier failure: {state.broken}"
+            ) from state.broken
 
     def _raise_unfetched(self) -> None:
         """Raise the error of a Work that the program dropped before it asked for the error."""
-        failures, error = self.lane.failures, None
+        failures, error = self.group_state.failures, None
         for _ in range(min(len(failures), _FAILURES)):
             failure = failures.popleft()
             if failure.fetched:
@@ -396,12 +423,12 @@ def _no_message(call: Call) -> Steps:
     yield from ()
 
 
-def _refuse_busy(call: Call, lane: Lane) -> Task | None:
+def _refuse_busy(call: Call, state: GroupState) -> Task | None:
     """Raise if a call's memory conflicts with what an unfinished Work of any group is using.
 
     Return the receive that the new call takes over, if the wait for that receive was interrupted.
     """
-    task = engine.make_room(call, lane)
+    task = engine.make_room(call, state)
     if task is None or task.done:
         return task
     raise InvalidCallError(
@@ -410,14 +437,16 @@ def _refuse_busy(call: Call, lane: Lane) -> Task | None:
     )
 
 
-def _farewell(lane: Lane, arrival: Arrival, transport: Transport, recorder: Recorder) -> None:
+def _arrive_finally(
+    state: GroupState, arrival: Arrival, transport: Transport, recorder: Recorder
+) -> None:
     """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
-    lane.seq += 1
-    call = Call("shutdown", leaving=True)
-    work = Work(lane, call, lane.seq, default_timeout(), recorder)
+    state.seq += 1
+    call = Call(kinds.SHUTDOWN, leaving=True)
+    work = Work(state, call, state.seq, default_timeout(), recorder)
 
     def steps() -> Steps:
         yield from arrival.steps(call, work.seq)
-        yield from transport.clear(lane)
+        yield from transport.clear(state)
 
     engine.launch(work, steps())

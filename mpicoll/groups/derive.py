@@ -6,11 +6,12 @@ when all ranks have dropped it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engine import calls, communicators
-from ..engine.calls import Call
+from ..engine import checks, communicators, kinds
+from ..engine.call import Call, Color, Members
+from ..engine.kinds import Kind
 from ..transports.select import Resources
 from .caller import Caller
 
@@ -32,13 +33,15 @@ def split_group(
         timeout = getattr(options, "_timeout", None)
 
     def check(rank: int, size: int) -> Call:
-        return Call("split_group", payload=calls.split_ranks(size, ranks))
+        return Call(kinds.SPLIT_GROUP, payload=checks.split_ranks(size, ranks))
 
     def make(call: Call, deadline: float) -> communicators.MakesComm:
-        return communicators.split_by_lists(parent.comm, call.payload, deadline)
+        assert isinstance(call.payload, Members)
+        return communicators.split_by_lists(parent.comm, call.payload.ranks, deadline)
 
-    made, call = parent.make_comm("split_group", timeout, check, make)
-    name = name or f"{parent.lane.name}:split:{list(call.payload)}"
+    made, call = parent.make_comm(kinds.SPLIT_GROUP, timeout, check, make)
+    assert isinstance(call.payload, Members)
+    name = name or f"{parent.group_state.name}:split:{list(call.payload.ranks)}"
     return _part(parent, made, name, desc, timeout)
 
 
@@ -46,28 +49,42 @@ def split(parent: Caller, color: int | bool | None, key: int, timeout: object) -
     """Make the group of the ranks that give this rank's color; None where that is None."""
 
     def check(rank: int, size: int) -> Call:
-        return Call("split", payload=(calls.color(color), calls.int32(key, "key")))
+        return Call(kinds.SPLIT, payload=Color(checks.color(color), checks.int32(key, "key")))
 
     def make(call: Call, deadline: float) -> communicators.MakesComm:
-        chosen, order = call.payload
-        return communicators.split(parent.comm, chosen, order, deadline)
+        assert isinstance(call.payload, Color)
+        return communicators.split(parent.comm, *call.payload, deadline)
 
-    made, call = parent.make_comm("split", timeout, check, make)
-    return _part(parent, made, f"{parent.lane.name}:split:{call.payload[0]}", None, timeout)
+    made, call = parent.make_comm(kinds.SPLIT, timeout, check, make)
+    assert isinstance(call.payload, Color)
+    return _part(
+        parent, made, f"{parent.group_state.name}:split:{call.payload.color}", None, timeout
+    )
 
 
-def by_node(parent: Caller, kind: str, timeout: object) -> Caller:
-    """Make the group of this rank's node ("local_group"), or that across the nodes."""
+def local_group(parent: Caller, timeout: object) -> Caller:
+    """Make the group of the ranks on this rank's node."""
+    return _by_node(parent, kinds.LOCAL_GROUP, timeout, lambda node, place: node)
+
+
+def cross_node_group(parent: Caller, timeout: object) -> Caller:
+    """Make the group of the ranks that have this rank's place on their nodes."""
+    return _by_node(parent, kinds.CROSS_NODE_GROUP, timeout, lambda node, place: place)
+
+
+def _by_node(
+    parent: Caller, kind: Kind, timeout: object, color: Callable[[int, int], int]
+) -> Caller:
+    """Make the group of the ranks whose node and place on it have this rank's color."""
 
     def make(call: Call, deadline: float) -> communicators.MakesComm:
         nodes, _ = yield from communicators.nodes_of(parent.comm, parent.options.sizes)
-        node, place = nodes.locate(parent.rank)
-        color = node if kind == "local_group" else place
-        made = yield from communicators.split(parent.comm, color, parent.rank, deadline)
+        mine = color(*nodes.locate(parent.rank))
+        made = yield from communicators.split(parent.comm, mine, parent.rank, deadline)
         return made
 
     made, _ = parent.make_comm(kind, timeout, lambda rank, size: Call(kind), make)
-    group = _part(parent, made, f"{parent.lane.name}:{kind}", None, timeout)
+    group = _part(parent, made, f"{parent.group_state.name}:{kind}", None, timeout)
     assert group is not None
     return group
 

@@ -30,8 +30,9 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from ..arrays.ops import ReduceOp
-from ..engine import calls
-from ..engine.calls import ANY_SOURCE, Call, Message, Peer
+from ..engine import checks, kinds
+from ..engine.call import ANY_SOURCE, Call, Message, Peer, Shape
+from ..engine.kinds import Kind
 from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import Unique
@@ -62,6 +63,7 @@ class ProcessGroup(Unique):
         self.comm = caller.comm
         self._caller = caller
         self._call = caller.call  # bound once: one look-up less in each collective
+        self._core = caller.core
         self._rank = caller.rank
         self._size = caller.size
 
@@ -71,19 +73,20 @@ class ProcessGroup(Unique):
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
         engine.mend()
-        return self._caller.lane.broken is not None
+        return self._caller.group_state.broken is not None
 
     @property
     def is_closed(self) -> bool:
         """Whether it was shut down or aborted."""
-        return bool(self._caller.lane.closed)
+        return bool(self._caller.group_state.closed)
 
     def __repr__(self) -> str:
-        lane = self._caller.lane
-        state = lane.closed or ("broken" if lane.broken else "")
+        known = self._caller.group_state
+        state = known.closed or ("broken" if known.broken else "")
         return (
             f"<mpicoll.ProcessGroup {self.group_name!r}: rank {self._rank} of {self._size}, "
-            f"transport {self.name()}{', ' + state if state else ''}>"
+            f"transport {self.name()}{', compiled' if self._core else ''}"
+            f"{', ' + state if state else ''}>"
         )
 
     def rank(self) -> int:
@@ -101,7 +104,7 @@ class ProcessGroup(Unique):
     @property
     def group_name(self) -> str:
         """The group's name."""
-        return self._caller.lane.name
+        return self._caller.group_state.name
 
     @property
     def group_desc(self) -> str:
@@ -154,7 +157,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp`, the same on all ranks (a PREMUL_SUM factor is each rank's own).
         """
-        return self._call("allreduce", timeout, calls.allreduce, tensor, op)
+        return (self._core and self._core.allreduce(tensor, op, timeout)) or self._call(
+            kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op
+        )
 
     def broadcast(self, tensor: object, root: int, timeout: object = None) -> Work:
         """Copy the root's array to all other ranks, in place.
@@ -163,7 +168,9 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("broadcast", timeout, calls.broadcast, tensor, root)
+        return (self._core and self._core.broadcast(tensor, root, timeout)) or self._call(
+            kinds.BROADCAST, timeout, checks.broadcast, tensor, root
+        )
 
     def reduce(self, tensor: object, root: int, op: object = SUM, timeout: object = None) -> Work:
         """Reduce an array over all ranks, in place on the root; other ranks' stay as they are.
@@ -173,11 +180,15 @@ class ProcessGroup(Unique):
             root: the rank that gets the result; the same on all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce", timeout, calls.reduce, tensor, root, op)
+        return (self._core and self._core.reduce(tensor, root, op, timeout)) or self._call(
+            kinds.REDUCE, timeout, checks.reduce, tensor, root, op
+        )
 
     def barrier(self, timeout: object = None) -> Work:
         """Wait for all ranks."""
-        return self._call("barrier", timeout, lambda rank, size: Call("barrier"))
+        return (self._core and self._core.barrier(timeout)) or self._call(
+            kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER)
+        )
 
     def allgather(
         self, output_tensors: object, input_tensor: object, timeout: object = None
@@ -189,7 +200,9 @@ class ProcessGroup(Unique):
                 large as that.  Sizes may differ between entries, the same way on all ranks.
             input_tensor: this rank's contribution.
         """
-        return self._call("allgather", timeout, calls.allgather, output_tensors, input_tensor)
+        return (
+            self._core and self._core.allgather(output_tensors, input_tensor, timeout)
+        ) or self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
 
     def all_gather_single(self, output: object, input: object, timeout: object = None) -> Work:
         """Gather equal arrays from every rank into one array, on every rank.
@@ -198,7 +211,9 @@ class ProcessGroup(Unique):
             output: of `size` times input's elements; rank i's input comes i-th.
             input: of one dtype and number of elements on all ranks.
         """
-        return self._call("all_gather_single", timeout, calls.all_gather_single, output, input)
+        return (self._core and self._core.all_gather_single(output, input, timeout)) or self._call(
+            kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input
+        )
 
     def gather(
         self, output_tensors: object, input_tensor: object, root: int, timeout: object = None
@@ -211,7 +226,9 @@ class ProcessGroup(Unique):
             input_tensor: this rank's contribution; sizes may differ between ranks.
             root: the rank that gets; the same on all ranks.
         """
-        return self._call("gather", timeout, calls.gather, output_tensors, input_tensor, root)
+        return (
+            self._core and self._core.gather(output_tensors, input_tensor, root, timeout)
+        ) or self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
 
     def scatter(
         self, output_tensor: object, input_tensors: object, root: int, timeout: object = None
@@ -223,7 +240,9 @@ class ProcessGroup(Unique):
             input_tensors: on the root a list of `size` arrays; not looked at elsewhere.
             root: the rank that gives; the same on all ranks.
         """
-        return self._call("scatter", timeout, calls.scatter, output_tensor, input_tensors, root)
+        return (
+            self._core and self._core.scatter(output_tensor, input_tensors, root, timeout)
+        ) or self._call(kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root)
 
     def reduce_scatter(
         self, output: object, input: object, op: object = SUM, timeout: object = None
@@ -236,7 +255,9 @@ class ProcessGroup(Unique):
                 all ranks.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call("reduce_scatter", timeout, calls.reduce_scatter, output, input, op)
+        return (self._core and self._core.reduce_scatter(output, input, op, timeout)) or self._call(
+            kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op
+        )
 
     def reduce_scatter_single(
         self, output: object, input: object, op: object = SUM, timeout: object = None
@@ -248,8 +269,10 @@ class ProcessGroup(Unique):
             input: of `size` times output's elements.
             op: a `ReduceOp`, the same on all ranks.
         """
-        return self._call(
-            "reduce_scatter_single", timeout, calls.reduce_scatter_single, output, input, op
+        return (
+            self._core and self._core.reduce_scatter_single(output, input, op, timeout)
+        ) or self._call(
+            kinds.REDUCE_SCATTER_SINGLE, timeout, checks.reduce_scatter_single, output, input, op
         )
 
     def alltoall(
@@ -261,7 +284,9 @@ class ProcessGroup(Unique):
             output_tensors: a list of `size` arrays; the i-th is as large as what rank i sends here.
             input_tensors: a list of `size` arrays of any sizes.
         """
-        return self._call("alltoall", timeout, calls.alltoall, output_tensors, input_tensors)
+        return (
+            self._core and self._core.alltoall(output_tensors, input_tensors, timeout)
+        ) or self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
 
     def all_to_all_single(
         self,
@@ -278,10 +303,15 @@ class ProcessGroup(Unique):
             output_split_sizes: rows that come from each rank; None or []: equal parts.
             input_split_sizes: rows that go to each rank; None or []: equal parts.
         """
-        return self._call(
-            "all_to_all_single",
+        return (
+            self._core
+            and self._core.all_to_all_single(
+                output, input, output_split_sizes, input_split_sizes, timeout
+            )
+        ) or self._call(
+            kinds.ALL_TO_ALL_SINGLE,
             timeout,
-            calls.all_to_all_single,
+            checks.all_to_all_single,
             output,
             input,
             output_split_sizes,
@@ -295,14 +325,18 @@ class ProcessGroup(Unique):
             tensor: of one dtype and number of elements on all ranks.
             op: a `ReduceOp` other than AVG, the same on all ranks.
         """
-        return self._call("scan", timeout, partial(calls.scan, "scan"), tensor, op)
+        return (self._core and self._core.scan(tensor, op, timeout)) or self._call(
+            kinds.SCAN, timeout, checks.scan, tensor, op
+        )
 
     def exscan(self, tensor: object, op: object = SUM, timeout: object = None) -> Work:
         """Reduce, on each rank, the arrays of the ranks below this one, in place.
 
         Rank 0's array stays as it is.  Arguments as in `scan`.
         """
-        return self._call("exscan", timeout, partial(calls.scan, "exscan"), tensor, op)
+        return (self._core and self._core.exscan(tensor, op, timeout)) or self._call(
+            kinds.EXSCAN, timeout, checks.exscan, tensor, op
+        )
 
     def empty(self, shape: object, dtype: object = "float32", timeout: object = None) -> Any:
         """Make an array in the node's shared memory, which every rank of the group must call for.
@@ -320,10 +354,11 @@ class ProcessGroup(Unique):
             A NumPy array of undefined content.  Where ranks can't share memory, or /dev/shm has no
             room for it (which warns), an ordinary one.
         """
-        work = self._call("empty", timeout, lambda rank, size: calls.empty(shape, dtype))
+        work = self._call(kinds.EMPTY, timeout, lambda rank, size: checks.empty(shape, dtype))
         work.wait()
-        sides, kind = work.call.payload
-        return work.call.result.view(kind).reshape(sides)
+        shape = work.call.payload
+        assert isinstance(shape, Shape)
+        return work.call.result.view(shape.dtype).reshape(shape.sides)
 
     # ---- several arrays in one call ----
 
@@ -331,7 +366,7 @@ class ProcessGroup(Unique):
         self, tensors: Sequence[object], op: object = SUM, timeout: object = None
     ) -> Work:
         """`allreduce` of each array of a list, as one call."""
-        return self._call("allreduce_coalesced", timeout, coalesced.allreduce, tensors, op)
+        return self._call(kinds.ALLREDUCE_COALESCED, timeout, coalesced.allreduce, tensors, op)
 
     def allgather_coalesced(
         self,
@@ -346,7 +381,7 @@ class ProcessGroup(Unique):
             input_list: this rank's contributions, equally many on all ranks.
         """
         return self._call(
-            "allgather_coalesced", timeout, coalesced.allgather, output_lists, input_list
+            kinds.ALLGATHER_COALESCED, timeout, coalesced.allgather, output_lists, input_list
         )
 
     def all_gather_single_coalesced(
@@ -354,7 +389,7 @@ class ProcessGroup(Unique):
     ) -> Work:
         """`all_gather_single` of each pair of two lists, as one call."""
         return self._call(
-            "all_gather_single_coalesced", timeout, coalesced.all_gather_single, outputs, inputs
+            kinds.ALL_GATHER_SINGLE_COALESCED, timeout, coalesced.all_gather_single, outputs, inputs
         )
 
     def reduce_scatter_single_coalesced(
@@ -366,7 +401,7 @@ class ProcessGroup(Unique):
     ) -> Work:
         """`reduce_scatter_single` of each pair of two lists, as one call."""
         return self._call(
-            "reduce_scatter_single_coalesced",
+            kinds.REDUCE_SCATTER_SINGLE_COALESCED,
             timeout,
             coalesced.reduce_scatter_single,
             outputs,
@@ -387,7 +422,7 @@ class ProcessGroup(Unique):
             dst: the receiving rank, or `PROC_NULL`: then the call is done at once.
             tag: from 0; lets the receiver choose.
         """
-        return self._caller.message("send", timeout, calls.send, tensor, dst, tag)
+        return self._caller.message(timeout, checks.send, tensor, dst, tag)
 
     def recv(
         self, tensor: object, src: int | Peer = ANY_SOURCE, tag: int = 0, timeout: object = None
@@ -407,7 +442,7 @@ class ProcessGroup(Unique):
             CollectiveMismatchError: the message is of another dtype or size; it is lost, the
                 array is undefined, and the group stays usable.
         """
-        return self._caller.message("recv", timeout, calls.recv, tensor, src, tag)
+        return self._caller.message(timeout, checks.recv, tensor, src, tag)
 
     def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
         """`recv` from whichever rank sends first."""
@@ -445,33 +480,33 @@ class ProcessGroup(Unique):
             wait_all_ranks: accepted as in torch; all missing ranks are named either way.
         """
         self._call(
-            "monitored_barrier", timeout, lambda rank, size: Call("monitored_barrier")
+            kinds.MONITORED_BARRIER, timeout, lambda rank, size: Call(kinds.MONITORED_BARRIER)
         ).wait()
 
     def broadcast_object(self, obj: object, root: int, timeout: object = None) -> Any:
         """Return the root's object on every rank.  Pickle: among trusted peers only."""
-        call = self._objects("broadcast_object", obj, root, timeout)
+        call = self._objects(kinds.BROADCAST_OBJECT, obj, root, timeout)
         return obj if self._rank == call.root else pickle.loads(call.result)
 
     def allgather_object(self, obj: object, timeout: object = None) -> list[Any]:
         """Return the list of all ranks' objects on every rank.  Pickle: trusted peers only."""
-        call = self._objects("allgather_object", obj, None, timeout)
+        call = self._objects(kinds.ALLGATHER_OBJECT, obj, None, timeout)
         return [pickle.loads(piece) for piece in call.result]
 
     def gather_object(self, obj: object, root: int, timeout: object = None) -> list[Any] | None:
         """Return the list of all ranks' objects on the root, None elsewhere.  Pickle."""
-        call = self._objects("gather_object", obj, root, timeout)
+        call = self._objects(kinds.GATHER_OBJECT, obj, root, timeout)
         return [pickle.loads(p) for p in call.result] if self._rank == call.root else None
 
     def scatter_object(
         self, objs: Sequence[object] | None, root: int, timeout: object = None
     ) -> Any:
         """Return, on each rank, its entry of the root's list of `size` objects.  Pickle."""
-        call = self._objects("scatter_object", objs, root, timeout)
+        call = self._objects(kinds.SCATTER_OBJECT, objs, root, timeout)
         return pickle.loads(call.result)
 
-    def _objects(self, kind: str, obj: object, root: int | None, timeout: object) -> Call:
-        work = self._call(kind, timeout, partial(calls.object_call, kind), obj, root)
+    def _objects(self, kind: Kind, obj: object, root: int | None, timeout: object) -> Call:
+        work = self._call(kind, timeout, partial(checks.object_call, kind), obj, root)
         work.wait()
         return work.call
 
@@ -521,11 +556,11 @@ class ProcessGroup(Unique):
 
         A node is one host name and one folder for shared memory; MPICOLL_NODES pretends more.
         """
-        return ProcessGroup(derive.by_node(self._caller, "local_group", timeout))
+        return ProcessGroup(derive.local_group(self._caller, timeout))
 
     def cross_node_group(self, timeout: object = None) -> ProcessGroup:
         """Make the group of the ranks that have this rank's local rank on their nodes."""
-        return ProcessGroup(derive.by_node(self._caller, "cross_node_group", timeout))
+        return ProcessGroup(derive.cross_node_group(self._caller, timeout))
 
     def merge_remote_group(
         self,

@@ -23,8 +23,8 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from ..engine import calls
-from ..engine.calls import Call
+from ..engine import checks, kinds
+from ..engine.call import Call
 from ..engine.communicators import MakesComm, Plan, foreign_ranks, free, host_mark
 from ..engine.progress import engine
 from ..errors import (
@@ -34,7 +34,7 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.agreement import Decides, before, decision, too_late
-from ..runtime.library import KEEN, MPI, Steps, greeting_tag, merge_tag, pause, pending
+from ..runtime.library import MPI, POLL, Steps, greeting_tag, merge_tag, pause, pending
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
 from . import rendezvous
@@ -43,7 +43,7 @@ from .rendezvous import BEAT, PREFIX, Entry
 
 CONNECTING = 10  # seconds that MPI's call may take on a side that has said it is about to make it
 
-_OP = "merge_remote_group"
+_OP = kinds.MERGE_REMOTE_GROUP.name
 _USABLE = ". The group is still usable"
 
 
@@ -58,7 +58,7 @@ def merge_remote_group(
     """Merge a group with the others that its rank 0, the leader, meets in the store."""
 
     def check(rank: int, own: int) -> Call:
-        total = calls.int32(size, "size")
+        total = checks.int32(size, "size")
         if total < own:
             raise InvalidCallError(
                 f"size must be at least this group's {own} ranks, but got {total}"
@@ -69,21 +69,25 @@ def merge_remote_group(
                     f"store must have {method}(), as c10d's stores do, but got "
                     f"{type(store).__name__}: use FileStore or TCPStore"
                 )
-        return Call(_OP, root=0, count=total)
+        return Call(kinds.MERGE_REMOTE_GROUP, root=0, count=total)
 
     def make(call: Call, deadline: float) -> MakesComm:
         members = yield from rendezvous.members(group.comm)
         if group.rank == 0:
-            mine = rendezvous.entry(group.lane.name, group.options.alike(), members, call.count)
+            mine = rendezvous.entry(
+                group.group_state.name, group.options.alike(), members, call.count
+            )
             plan = yield from rendezvous.meet(store, mine, deadline)
             call.payload = json.dumps(plan).encode()
         yield from group.transport.broadcast_object(call)
-        call.payload = json.loads(bytes(call.result))
-        made = yield from _merge(group.comm, call.payload, store, deadline)
+        agreed = call.payload = json.loads(bytes(call.result))
+        made = yield from _merge(group.comm, agreed, store, deadline)
         return made
 
-    made, call = group.make_comm(_OP, timeout, check, make, slack=SLACK, parts=False)
-    assert made is not None
+    made, call = group.make_comm(
+        kinds.MERGE_REMOTE_GROUP, timeout, check, make, slack=SLACK, parts=False
+    )
+    assert made is not None and isinstance(call.payload, dict)
     first = call.payload["groups"][0]["name"]
     return group.successor(made, name or f"{first}:merge", desc, timeout)
 
@@ -272,7 +276,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
     for place, request in enumerate(requests):
         try:
-            yield from before(request, deadline, KEEN, op)
+            yield from before(request, deadline, POLL, op)
         except BaseException:
             pending.extend(requests[place + 1 :])
             raise

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from ..engine import communicators
+from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
-from ..engine.calls import Call
+from ..engine.background import background, check_threads
+from ..engine.call import Call
 from ..engine.exit import check_process, ending
-from ..engine.progress import Lane, check_threads, engine, share_machine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import GroupState
 from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
@@ -24,6 +26,7 @@ from ..runtime.settings import (
     seconds,
     single,
 )
+from ..runtime.waiting import share_machine
 from ..transports import select
 from ..transports.select import GroupOptions
 from . import registry, rendezvous, spawn
@@ -31,7 +34,7 @@ from .caller import Caller, wait_through
 from .group import ProcessGroup
 from .reclaim import Children
 
-_creation_key = 0  # of the attribute that holds a communicator's creation lane; 0: none yet
+_creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
 
 
 def new_group(
@@ -88,12 +91,13 @@ def new_group(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
             "Merge() an intercommunicator first; ranks outside a communicator make no group"
         )
-    lane, recorder, children = _creation_lane(parent)
-    if lane.broken is not None:
+    state, recorder, children = _creation_state(parent)
+    if state.broken is not None:
         raise GroupBrokenError(
-            f"an earlier new_group over this communicator failed: {lane.broken}"
-        ) from lane.broken
-    limit, call, refusal = default_timeout(), Call("new_group"), None
+            f"an earlier new_group over this communicator failed: {state.broken}"
+        ) from state.broken
+    limit, call = default_timeout(), Call(kinds.NEW_GROUP)
+    asked = refusal = None
     try:
         limit = seconds(timeout, limit)
         factory = registry.factory_of(backend)
@@ -109,28 +113,29 @@ def new_group(
             )
         sizes = node_sizes(MPI.COMM_WORLD.Get_size())
         asked = GroupOptions(backend, checks, sizes, place)
-        call.digest, call.payload = asked.digest(), asked
+        call.digest, call.payload = asked.digest(), str(asked)
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
-    work = Work(lane, call, lane.seq + 1, limit, recorder)
+    work = Work(state, call, state.seq + 1, limit, recorder)
 
     def over() -> None:
-        engine.delist(lane)  # `parent` may be freed from now on
+        engine.delist(state)  # `parent` may be freed from now on
         recorder.close()
 
     work.callbacks.append(over)
     try:
-        lane.seq += 1
-        engine.launch(work, _create(parent, work, children))
+        state.seq += 1
+        engine.launch(work, _create(parent, work, children, asked))
     except BaseException as error:
         engine.forsake(work, error)
         raise
     if refusal is not None:
         if parent.Get_size() > 1:
             with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
-                engine.background()
+                background.progress()
         raise refusal
+    assert asked is not None
     wait_through(work)
     name = group_name or ("world" if comm is None else "comm")
     made = Caller(call.result, asked, timeout=limit, name=name, progress=progress)
@@ -139,8 +144,8 @@ def new_group(
     return group if factory is None else registry.make(factory, group, limit, str(device), options)
 
 
-def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
-    """Return the lane on which groups over `parent` are made, its recorder, and those groups."""
+def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:
+    """Return the state in which groups over `parent` are made, its recorder, and those groups."""
     global _creation_key
     if not _creation_key:
         ending.hook()
@@ -155,17 +160,17 @@ def _creation_lane(parent: MPI.Intracomm) -> tuple[Lane, Recorder, Children]:
             _refuse_singleton()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        lane = Lane("new_group", parent)
+        state = GroupState("new_group", parent, engine.active)
         # Between the makings of groups no rank listens there.
-        lane.peers.silence = (
+        state.peers.silence = (
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
-        made = lane, recorder, Children()
+        made = state, recorder, Children()
         parent.Set_attr(_creation_key, made)
-    lane, recorder, children = made
-    engine.enlist(lane)
+    state, recorder, children = made
+    engine.enlist(state)
     recorder.open()
-    return lane, recorder, children
+    return state, recorder, children
 
 
 def _refuse_singleton() -> None:
@@ -182,16 +187,18 @@ def _refuse_singleton() -> None:
         )
 
 
-def _create(parent: MPI.Intracomm, work: Work, children: Children) -> Steps:
+def _create(
+    parent: MPI.Intracomm, work: Work, children: Children, asked: GroupOptions | None
+) -> Steps:
     """Make a communicator and what else the new group runs on, `work.call.result`."""
     made = yield from communicators.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, work.lane.peers).steps(work.call, work.seq)
-    if work.call.refused:
-        return  # the peers know of it by their arrival, and go no further
+    yield from Arrival(made, work.group_state.peers).steps(work.call, work.seq)
+    if asked is None:
+        return  # the peers know by their arrival that it was refused, and go no further
     yield from children.reclaim(made, work.deadline)
     yield from rendezvous.name_job(made)
-    work.call.result = yield from select.prepare(made, work.call.payload, work.deadline)
+    work.call.result = yield from select.prepare(made, asked, work.deadline)
 
 
 def parent_group(timeout: object = None) -> ProcessGroup:

@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Sequence
 
 from ..engine import communicators
-from ..engine.progress import Lane, engine
+from ..engine.progress import engine
 from ..engine.recorder import Recorder
+from ..engine.tasks import GroupState
 from ..runtime import agreement
 from ..runtime.library import MPI, Steps
 from ..transports.base import Transport
@@ -27,44 +28,44 @@ class Child:
         group: the group's `Caller`, which is gone when the program has dropped the group.
         comms: the group's communicators.
         transport: what moves its data; held, since the collector must not destroy NCCL's, either.
-        lane: the group as the engine sees it.
+        state: the group as the engine sees it.
         recorder: the group's flight recorder.
         children: the groups that were made out of this one.
     """
 
-    __slots__ = ("_children", "_comms", "_group", "_lane", "_recorder", "_transport")
+    __slots__ = ("_children", "_comms", "_group", "_recorder", "_state", "_transport")
 
     def __init__(
         self,
         group: object,
         comms: Sequence[MPI.Intracomm],
         transport: Transport,
-        lane: Lane,
+        state: GroupState,
         recorder: Recorder,
         children: Children,
     ) -> None:
         self._group = weakref.ref(group)
         self._comms = comms
         self._transport = transport
-        self._lane = lane
+        self._state = state
         self._recorder = recorder
         self._children = children
 
     @property
     def done(self) -> bool:
         """Whether this rank has no more use for the group, nor for any that was made out of it."""
-        lane = self._lane
-        if lane.broken is not None or lane.busy:
+        state = self._state
+        if state.broken is not None or state.busy:
             return False
-        return bool(lane.closed) or (self._group() is None and self._children.done)
+        return bool(state.closed) or (self._group() is None and self._children.done)
 
     def free(self, deadline: float) -> Steps:
         """Give the communicators back, unless `shutdown` did.  All members call this together."""
-        if not self._lane.closed:
+        if not self._state.closed:
             yield from self._children.free(deadline)
-            engine.delist(self._lane)
-            yield from self._transport.clear(self._lane)
-            self._lane.close("reclaimed")
+            engine.delist(self._state)
+            yield from self._transport.clear(self._state)
+            self._state.close("reclaimed")
             self._recorder.close()
             yield from self._transport.close()
             self._transport.release(together=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..engine import calls, communicators
-from ..engine.calls import Call
+from ..engine import checks, communicators, kinds
+from ..engine.call import Call
 from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import GroupBrokenError
@@ -27,21 +27,21 @@ def shrink_group(
     The call takes no number: the order of the group's calls may be lost.
     """
     group.check_usable(even_if_broken=True)
-    lane = group.lane
-    out = calls.excluded(group.rank, group.size, ranks_to_exclude)
+    state = group.group_state
+    out = checks.excluded(group.rank, group.size, ranks_to_exclude)
     limit = seconds(timeout, group.timeout)
-    if lane.broken is None:
-        engine.fail_all(lane, GroupBrokenError("shrink_group was called"))
-    work = Work(lane, Call("shrink_group"), lane.seq, limit, group.recorder)
+    if state.broken is None:
+        engine.fail_all(state, GroupBrokenError("shrink_group was called"))
+    work = Work(state, Call(kinds.SHRINK_GROUP), state.seq, limit, group.recorder)
     engine.launch(work, _steps(group, work, out))
     wait_through(work)
-    lane.replaced = True
-    return group.successor(work.call.result, name or f"{lane.name}:shrink", desc, timeout)
+    state.replaced = True
+    return group.successor(work.call.result, name or f"{state.name}:shrink", desc, timeout)
 
 
 def _steps(group: Caller, work: Work, out: Sequence[int]) -> Steps:
     deadline = work.deadline
     work.deadline += VERDICT
-    made = yield from communicators.shrink(group.comm, group.lane.peers, out, deadline)
+    made = yield from communicators.shrink(group.comm, group.group_state.peers, out, deadline)
     assert made is not None
     work.call.result = yield from select.prepare_survivors(made, group.options, deadline)

@@ -18,8 +18,8 @@ from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
-from ..engine import calls
-from ..engine.calls import Call
+from ..engine import checks, kinds
+from ..engine.call import Call, Program, digest
 from ..engine.communicators import MakesComm
 from ..engine.progress import engine
 from ..errors import InvalidCallError, UnsupportedError
@@ -47,7 +47,7 @@ def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Call
     """Start `n` ranks, and make the group of the parents and of those, which come last."""
 
     def check(rank: int, size: int) -> Call:
-        count, words = calls.int32(n, "n"), list(argv)
+        count, words = checks.int32(n, "n"), list(argv)
         if count < 1:
             raise InvalidCallError(f"n must be at least 1, but got {count}")
         if isinstance(argv, str) or not words or not all(isinstance(w, str) for w in words):
@@ -60,14 +60,15 @@ def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Call
         if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
             raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
         text = "\0".join(words).encode("utf-8", "surrogateescape")
-        return Call("spawn", count=count, digest=calls.digest(*text), payload=words)
+        return Call(kinds.SPAWN, count=count, digest=digest(*text), payload=Program(words))
 
     def make(call: Call, deadline: float) -> MakesComm:
         hello = {"name": name, "options": parents.options.as_json()}
-        return _start(parents.comm, call.payload, call.count, hello, deadline)
+        assert isinstance(call.payload, Program)
+        return _start(parents.comm, call.payload.argv, call.count, hello, deadline)
 
-    name = f"{parents.lane.name}:spawn"
-    made, _ = parents.make_comm("spawn", timeout, check, make, slack=SLACK, parts=False)
+    name = f"{parents.group_state.name}:spawn"
+    made, _ = parents.make_comm(kinds.SPAWN, timeout, check, make, slack=SLACK, parts=False)
     assert made is not None
     return parents.successor(made, name, None, timeout)
 
@@ -76,19 +77,20 @@ def join_parents(own: Caller, parents: MPI.Intercomm, timeout: object) -> Caller
     """Make the group of the parents, which started this world, and of this world's ranks."""
 
     def make(call: Call, deadline: float) -> MakesComm:
-        made, call.payload = yield from _join(own.comm, parents, deadline)
-        own.options = GroupOptions.from_json(call.payload["options"])  # as the parents have it
+        made, hello = yield from _join(own.comm, parents, deadline)
+        call.payload = hello
+        own.options = GroupOptions.from_json(hello["options"])  # as the parents have it
         return made
 
     made, call = own.make_comm(
-        "parent_group",
+        kinds.PARENT_GROUP,
         timeout,
-        lambda rank, size: Call("parent_group"),
+        lambda rank, size: Call(kinds.PARENT_GROUP),
         make,
         slack=SLACK,
         parts=False,
     )
-    assert made is not None
+    assert made is not None and isinstance(call.payload, dict)
     return own.successor(made, call.payload["name"], None, timeout)
 
 
@@ -154,7 +156,7 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> Decid
     word = yield from _hear(inter, deadline)
     if word is None:
         # A message that the children may never read would keep MPI from being finalized.
-        engine.listen(partial(_turn_away, inter))
+        engine.add_poller(partial(_turn_away, inter))
         return "the started ranks have not all called parent_group in time"
     if word == LEFT:
         return "the started ranks gave up in parent_group"

@@ -21,7 +21,7 @@ from ..errors import TransportError
 from .launcher import abortive, library_file, remedy
 from .settings import environment, inherited_from, launchers, mark_rank
 
-IDLE, KEEN, MOVED = range(3)
+IDLE, POLL, PROGRESSED = range(3)
 """What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
 is asked, so ask again soon; something got done."""
 
@@ -160,7 +160,7 @@ def nothing_pending() -> bool:
     return not pending
 
 
-def until(request: MPI.Request, mood: int = KEEN) -> Steps:
+def until(request: MPI.Request, mood: int = POLL) -> Steps:
     """Wait for one MPI request: yield until it tests complete.
 
     `mood` is IDLE where it may take long because a peer comes late.
@@ -168,7 +168,7 @@ def until(request: MPI.Request, mood: int = KEEN) -> Steps:
     try:
         if request.Test():
             return
-        yield MOVED
+        yield PROGRESSED
         while not request.Test():
             yield mood
     except BaseException:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from . import agreement
-from .library import IDLE, MOVED, MPI, Steps
+from .library import IDLE, MPI, PROGRESSED, Steps
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -89,6 +89,22 @@ class NodeMemory:
         self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
         self.finished = [(r * _STRIDE + 2 * _RECORD) // 8 + 2 for r in range(size)]  # words
         self.fence = _fence()
+
+    @property
+    def mapping(self) -> mmap.mmap:
+        """The memory itself."""
+        return self._map
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the ranks share cores, so that a peer may need this rank's."""
+        return not self._spins
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Return where in the mapping things lie, in bytes, as the compiled code wants it."""
+        words = 8 * self._flags[0], 8 * self._left[0], 8 * self.finished[0]
+        return self.rank, self.size, _STRIDE, _PAGE, _RECORD, PAYLOAD, SLOT, *words
 
     def post(self, record: tuple[int, ...], extent: int) -> int:
         """Publish this rank's record of a call, and the extent of its data.
@@ -267,7 +283,7 @@ class NodeMemory:
                 if words[word] >= value:
                     break
             else:
-                yield MOVED
+                yield PROGRESSED
                 while words[word] < value:
                     yield IDLE
         self.fence()

@@ -18,6 +18,7 @@ SLURM_INTERACTIVE = "4294967290"  # the step in which a shell of `salloc` may ru
 
 SETTINGS = (
     "MPICOLL_GRACE",
+    "MPICOLL_NATIVE",
     "MPICOLL_NODES",
     "MPICOLL_RANK",
     "MPICOLL_SINGLE",
@@ -93,6 +94,14 @@ def default_timeout() -> float:
             f"MPICOLL_TIMEOUT must be a number of seconds above 0, but is {text!r}"
         )
     return value
+
+
+def native_wanted() -> bool:
+    """Whether compiled code is to be used where it is there: MPICOLL_NATIVE, else yes."""
+    text = os.environ.get("MPICOLL_NATIVE", "1")
+    if text not in ("0", "1"):
+        raise InvalidCallError(f"MPICOLL_NATIVE must be 0 or 1, but is {text!r}")
+    return text == "1"
 
 
 def grace() -> float:
@@ -201,7 +210,7 @@ def single() -> bool:
 def refusals(world: int) -> tuple[str, ...]:
     """Return what `new_group` would say, in a world so large, of variables that can't be so."""
     found = []
-    for read in (default_timeout, grace, single, lambda: node_sizes(world)):
+    for read in (default_timeout, grace, single, native_wanted, lambda: node_sizes(world)):
         try:
             read()
         except InvalidCallError as error:

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.buffers import Blocks, as_buffer, refuse_device
-from ..engine.calls import UNEVEN, Call, Message
-from ..engine.progress import Lane
+from ..engine import kinds
+from ..engine.arrival import Arrival
+from ..engine.call import UNEVEN, Call, Message, Pieces
+from ..engine.kinds import Kind
+from ..engine.recorder import Recorder
+from ..engine.tasks import GroupState
 from ..runtime.library import Steps
+
+if TYPE_CHECKING:
+    from .shm._native import Core
 
 
 class Transport(ABC):
@@ -32,7 +39,7 @@ class Transport(ABC):
         yield from ()
 
     @abstractmethod
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more."""
 
     def abort(self) -> None:  # noqa: B027
@@ -44,6 +51,10 @@ class Transport(ABC):
     def admit(self, call: Call) -> None:
         """See a call on arrays in GPU memory before this rank arrives: refuse it, or note it."""
         raise refuse_device(call.buffers())
+
+    def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
+        """Return the compiled way of small calls, where the transport and this machine have one."""
+        return None
 
     def prepare(self, call: Call, seq: int) -> bool:
         """Before this rank arrives: give what can ride along with its record; true if it does."""
@@ -69,7 +80,7 @@ class Transport(ABC):
         """Carry out a call."""
         for part in call.parts or (call,):
             part.largest = call.largest
-            move: Callable[[Call], Steps] = getattr(self, part.kind)
+            move: Callable[[Call], Steps] = getattr(self, part.kind.name)
             yield from move(part)
 
     @abstractmethod
@@ -115,44 +126,45 @@ class Transport(ABC):
     # ---- objects: lengths first, then the pickled bytes ----
 
     def broadcast_object(self, call: Call) -> Steps:
-        length = np.array([len(call.payload or b"")], dtype=np.int64)
-        yield from self.broadcast(inner_call("broadcast", call.root, length, length))
-        data = _bytes(call.payload, int(length[0]))
-        yield from self.broadcast(inner_call("broadcast", call.root, data, data))
+        mine = _pickled(call)
+        length = np.array([len(mine or b"")], dtype=np.int64)
+        yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, length, length))
+        data = _bytes(mine, int(length[0]))
+        yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, data, data))
         call.result = data
 
     def allgather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
-        mine = _bytes(call.payload, len(call.payload))
+        mine = _bytes(_pickled(call))
         everyone = np.empty(sum(lengths), dtype=np.uint8)
-        inner = inner_call("allgather", -1, mine, everyone, recv_counts=lengths)
+        inner = inner_call(kinds.ALLGATHER, -1, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.allgather(inner)
         call.result = _cut(everyone, lengths)
 
     def gather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
-        mine = _bytes(call.payload, len(call.payload))
+        mine = _bytes(_pickled(call))
         everyone = np.empty(sum(lengths), dtype=np.uint8) if self.rank == call.root else None
-        inner = inner_call("gather", call.root, mine, everyone, recv_counts=lengths)
+        inner = inner_call(kinds.GATHER, call.root, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.gather(inner)
         if everyone is not None:
             call.result = _cut(everyone, lengths)
 
     def scatter_object(self, call: Call) -> Steps:
-        pieces: list[bytes] = call.payload or []
+        pieces = call.payload.pickled if isinstance(call.payload, Pieces) else []
         lengths = [len(piece) for piece in pieces]
         # Each rank gets its own length, and the total, on which the way of moving depends.
         table = np.array([[n, sum(lengths)] for n in lengths], dtype=np.int64).reshape(-1)
         row = np.empty(2, dtype=np.int64)
         at_root = self.rank == call.root
         yield from self.scatter(
-            inner_call("scatter", call.root, table if at_root else None, row, [2] * self.size)
+            inner_call(kinds.SCATTER, call.root, table if at_root else None, row, [2] * self.size)
         )
         mine = np.empty(int(row[0]), dtype=np.uint8)
-        data = _bytes(b"".join(pieces), sum(lengths)) if at_root else None
-        inner = inner_call("scatter", call.root, data, mine, lengths)
+        data = _bytes(b"".join(pieces)) if at_root else None
+        inner = inner_call(kinds.SCATTER, call.root, data, mine, lengths)
         inner.largest = int(row[1])
         inner.count = UNEVEN
         yield from self.scatter(inner)
@@ -160,9 +172,9 @@ class Transport(ABC):
 
     def _all_lengths(self, call: Call) -> LengthSteps:
         lengths = np.empty(self.size, dtype=np.int64)
-        mine = np.array([len(call.payload)], dtype=np.int64)
+        mine = np.array([_bytes(_pickled(call)).size], dtype=np.int64)
         yield from self.allgather(
-            inner_call("allgather", -1, mine, lengths, recv_counts=[1] * self.size)
+            inner_call(kinds.ALLGATHER, -1, mine, lengths, recv_counts=[1] * self.size)
         )
         found: list[int] = lengths.tolist()
         return found
@@ -172,7 +184,7 @@ LengthSteps = Any  # a generator that returns a list: Steps with a value
 
 
 def inner_call(
-    kind: str,
+    kind: Kind,
     root: int,
     send: np.ndarray[Any, Any] | None,
     recv: np.ndarray[Any, Any] | None,
@@ -193,10 +205,17 @@ def _blocks(array: np.ndarray[Any, Any], counts: list[int] | None) -> Blocks:
     return Blocks.single(buffer) if counts is None else Blocks.split(buffer, tuple(counts))
 
 
-def _bytes(payload: bytes | None, length: int) -> np.ndarray[Any, Any]:
-    if payload is None:
+def _pickled(call: Call) -> bytes | None:
+    """Return the object that this rank gives to an object collective; None: it gives none."""
+    assert call.payload is None or isinstance(call.payload, bytes)
+    return call.payload
+
+
+def _bytes(pickled: bytes | None, length: int = 0) -> np.ndarray[Any, Any]:
+    """Return the bytes of a pickle as an array, or an array for one that comes."""
+    if pickled is None:
         return np.empty(length, dtype=np.uint8)
-    return np.frombuffer(payload, dtype=np.uint8)
+    return np.frombuffer(pickled, dtype=np.uint8)
 
 
 def _cut(data: np.ndarray[Any, Any], lengths: list[int]) -> list[np.ndarray[Any, Any]]:

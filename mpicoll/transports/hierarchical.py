@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import Reduction
-from ..engine.calls import UNEVEN, Call
+from ..engine import kinds
+from ..engine.call import UNEVEN, Call
+from ..engine.kinds import Kind
 from ..runtime.library import IDLE, MPI, Abandoned, Steps
 from ..runtime.memory import NodeMemory
 from ..runtime.topology import Nodes, shares, spans
@@ -80,7 +82,7 @@ class HierarchicalTransport(MessagesByMpi):
         def across(k: int) -> Steps:
             assert self._across is not None
             part = pieces.part(k)
-            return self._across.allreduce(_reduction("allreduce", plan, part, part))
+            return self._across.allreduce(_reduction(kinds.ALLREDUCE, plan, part, part))
 
         def spread(k: int) -> Steps:
             yield from self._gather_stripes(pieces.part(k), pieces.wire(k))
@@ -98,13 +100,13 @@ class HierarchicalTransport(MessagesByMpi):
         def across(k: int) -> Steps:
             assert self._across is not None
             part = pieces.part(k)
-            return self._across.reduce(_reduction("reduce", plan, part, part, root=home))
+            return self._across.reduce(_reduction(kinds.REDUCE, plan, part, part, root=home))
 
         def collect(k: int) -> Steps:
             if self._node == home:
                 wire = pieces.wire(k)
                 inner = inner_call(
-                    "gather",
+                    kinds.GATHER,
                     place,
                     pieces.part(k),
                     wire if self.rank == call.root else None,
@@ -138,7 +140,7 @@ class HierarchicalTransport(MessagesByMpi):
             counts += [0] * (self._near.size - self._stripes)
             part = pool.room(1, k, counts[self._place])
             yield from self._near.reduce_scatter(
-                _reduction("reduce_scatter", plan, wire, part, send_counts=counts)
+                _reduction(kinds.REDUCE_SCATTER, plan, wire, part, send_counts=counts)
             )
 
         def across(k: int) -> Steps:
@@ -147,7 +149,7 @@ class HierarchicalTransport(MessagesByMpi):
             part = pool.room(1, k, sum(counts))
             mine[k] = pool.room(2, k, counts[self._node])
             return self._across.reduce_scatter(
-                _reduction("reduce_scatter", plan, part, mine[k], send_counts=counts)
+                _reduction(kinds.REDUCE_SCATTER, plan, part, mine[k], send_counts=counts)
             )
 
         def pass_on(k: int) -> Steps:
@@ -186,11 +188,13 @@ class HierarchicalTransport(MessagesByMpi):
 
         def inside(k: int) -> Steps:
             if self._node == home:
-                yield from self._near.broadcast(inner_call("broadcast", place, piece(k), piece(k)))
+                yield from self._near.broadcast(
+                    inner_call(kinds.BROADCAST, place, piece(k), piece(k))
+                )
 
         def across(k: int) -> Steps:
             assert self._across is not None
-            return self._across.broadcast(inner_call("broadcast", home, part(k), part(k)))
+            return self._across.broadcast(inner_call(kinds.BROADCAST, home, part(k), part(k)))
 
         def spread(k: int) -> Steps:
             if self._node != home:
@@ -256,7 +260,7 @@ class HierarchicalTransport(MessagesByMpi):
         """Gather the stripes of a piece on every rank of the node."""
         counts = self._stripe_counts(whole.size)
         return self._near.allgather(
-            _sized(inner_call("allgather", -1, part, whole, recv_counts=counts), whole.size)
+            _sized(inner_call(kinds.ALLGATHER, -1, part, whole, recv_counts=counts), whole.size)
         )
 
     def _hand_out(self, k: int, blocks: _Rounds, held: Array, own: Array) -> Steps:
@@ -267,7 +271,7 @@ class HierarchicalTransport(MessagesByMpi):
             for rank in self._served[self._place][self._node]:
                 outward[near.index(rank)] = blocks.count(k, rank)
         inward[self._place % self._stripes] = own.size
-        return self._near.alltoall(inner_call("alltoall", -1, held, own, outward, inward))
+        return self._near.alltoall(inner_call(kinds.ALLTOALL, -1, held, own, outward, inward))
 
 
 class _Pool:
@@ -314,7 +318,7 @@ class _Pieces:
             wire[...] = self._plan.encode(self._user(k))
         counts = self._transport._stripe_counts(wire.size)
         return self._transport._near.reduce_scatter(
-            _reduction("reduce_scatter", self._plan, wire, self.part(k), send_counts=counts)
+            _reduction(kinds.REDUCE_SCATTER, self._plan, wire, self.part(k), send_counts=counts)
         )
 
     def decode(self, k: int) -> None:
@@ -349,7 +353,7 @@ class _Rounds:
 
 
 def _reduction(
-    kind: str,
+    kind: Kind,
     plan: Reduction,
     send: Array,
     recv: Array,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dtypes import Reduction
-from ..engine.calls import Call
+from ..engine.call import Call
 
 Array = np.ndarray[Any, Any]
 

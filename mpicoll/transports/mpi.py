@@ -27,14 +27,15 @@ import numpy as np
 
 from ..arrays.buffers import Blocks
 from ..arrays.dtypes import BY_CODE, Reduction
-from ..engine.calls import ANY, UNEVEN, Call, Message
-from ..engine.progress import Completed, Expired, Lane, Task, Uncancelled, engine
+from ..engine.call import ANY, UNEVEN, Call, Message
+from ..engine.progress import engine
+from ..engine.tasks import Completed, Expired, GroupState, Task, Uncancelled
 from ..errors import CollectiveMismatchError, interrupts
 from ..runtime import agreement
 from ..runtime.library import (
     IDLE,
-    KEEN,
     MPI,
+    POLL,
     Abandoned,
     Steps,
     Taken,
@@ -349,7 +350,7 @@ class MpiTransport(Transport):
         assert call.recv is not None
         try:
             while not found.request.Test():
-                yield KEEN
+                yield POLL
         except BaseException as error:
             self._taken.appendleft(found)  # for the next receive
             if interrupts(error) and not isinstance(error, (Abandoned, GeneratorExit)):
@@ -387,7 +388,7 @@ class MpiTransport(Transport):
             wrong = self._open(call, buffer, requests)
             if len(requests) > 1:
                 while not requests[1].Test():
-                    yield KEEN
+                    yield POLL
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
@@ -463,7 +464,7 @@ class MpiTransport(Transport):
         post(requests, start, [payload, 1, pieces], peer, tag)
         pieces.Free()
 
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more.
 
         Where something is under way, or was never received, each rank learns how many messages were
@@ -473,22 +474,22 @@ class MpiTransport(Transport):
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
-        open_ends = self._sent.total() - self._received.total(), len(lane.beside)
+        open_ends = self._sent.total() - self._received.total(), len(state.beside)
         if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
-            (task for task in lane.beside if task.call.kind == "send"),
+            (task for task in state.beside if not task.call.kind.receives),
             key=lambda task: task.called,
         )
         everyone = range(self.size)
         due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
         dropped: dict[int, list[tuple[int, int, int]]] = {}
         while any(due[rank] > self._received[rank] for rank in everyone):
-            found = self._unwanted() or lane.peers.unwanted(partial(self._is_awaited, lane))
+            found = self._unwanted() or state.peers.unwanted(partial(self._is_awaited, state))
             if found is None:
-                yield KEEN
+                yield POLL
                 continue
-            yield from until(found.request, KEEN)
+            yield from until(found.request, POLL)
             magic, code, count, nbytes, tag, _ = _opened(found.data)
             if magic == _MAGIC:
                 if tag != _PACKED:
@@ -498,10 +499,10 @@ class MpiTransport(Transport):
                     yield from until_all(payload)
                 self._received[found.source] += 1
                 dropped.setdefault(found.source, []).append((found.tag, code, count))
-        for task in [task for task in lane.beside if task.call.kind == "recv"]:
+        for task in [task for task in state.beside if task.call.kind.receives]:
             unmatched = CollectiveMismatchError(
                 f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
-                f"{lane.name!r}: no message came for it"
+                f"{state.name!r}: no message came for it"
             )
             engine.cancel(task, unmatched, unmatched)
         # (After this exchange no rank looks for messages: those that follow it are not dropped.)
@@ -514,9 +515,9 @@ class MpiTransport(Transport):
             requests.append(self.comm.Isend([np.array(messages), MPI.INT64_T], rank, tag))
         yield from until_all(requests)
         while not all(task.done for task in sends):
-            yield KEEN
+            yield POLL
         for rank, table in tables.items():
-            _note_lost(lane, rank, table.tolist(), sends)
+            _note_lost(state, rank, table.tolist(), sends)
 
     def _unwanted(self) -> Taken | None:
         """Return a message that `probe` has taken, and that no receive waits for."""
@@ -526,11 +527,11 @@ class MpiTransport(Transport):
                 return found
         return None
 
-    def _is_awaited(self, lane: Lane, source: int, tag: int) -> bool:
+    def _is_awaited(self, state: GroupState, source: int, tag: int) -> bool:
         """Return whether a message is one that will be received: the payload of another is."""
         return tag in self._tags or any(
-            task.call.kind == "recv" and task.call.tag == tag and task.call.peer in (ANY, source)
-            for task in lane.beside
+            task.call.kind.receives and task.call.tag == tag and task.call.peer in (ANY, source)
+            for task in state.beside
         )
 
 
@@ -548,8 +549,8 @@ class MessagesByMpi(Transport):
     def probe(self, peer: int, tag: int) -> Message | None:
         return self._mpi.probe(peer, tag)
 
-    def clear(self, lane: Lane) -> Steps:
-        return self._mpi.clear(lane)
+    def clear(self, state: GroupState) -> Steps:
+        return self._mpi.clear(state)
 
 
 def _opened(data: bytearray | Array) -> _Header:
@@ -560,7 +561,7 @@ def _opened(data: bytearray | Array) -> _Header:
     return cast(_Header, header) if header[0] == _MAGIC else (b"", 0, 0, 0, _PACKED, b"")
 
 
-def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
+def _note_lost(state: GroupState, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
     """Give the sends of messages that a rank has dropped their error.
 
     Of messages that are alike the receiver has taken the first ones.
@@ -573,7 +574,7 @@ def _note_lost(lane: Lane, rank: int, lost: list[list[int]], sends: list[Task]) 
             if call.peer == rank and alike and task.error is None:
                 task.error = CollectiveMismatchError(
                     f"{call.describe()} at {task.place()} was not received by the end of group "
-                    f"{lane.name!r}: its message was dropped"
+                    f"{state.name!r}: its message was dropped"
                 )
                 task.ended()
                 break

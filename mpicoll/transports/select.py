@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
-from ..engine.calls import digest
+from ..engine.call import digest
 from ..engine.peers import Peers
 from ..errors import InvalidCallError, UnsupportedError
 from ..runtime import agreement, memory

@@ -392,22 +392,22 @@ def test_dropped_groups_are_reclaimed_when_all_ranks_are_done_with_them(fresh):
     me = fresh.rank()
     kept = fresh.split(0)
     part = kept.split(me % 2)
-    lane, part_lane = kept._caller.lane, part._caller.lane
+    state, part_state = kept._caller.group_state, part._caller.group_state
     if me != 0:
         del kept  # rank 0 still has it
     fresh.split(0).shutdown()
-    assert not lane.closed and not part_lane.closed
+    assert not state.closed and not part_state.closed
     if me == 0:
         del kept  # but all have a part of it
     fresh.barrier().wait()
     fresh.split(0).shutdown()
-    assert not lane.closed and not part_lane.closed
+    assert not state.closed and not part_state.closed
     x = np.ones(3)
     part.allreduce(x).wait()
     assert x[0] == part.size()
     del part
     fresh.split(0).shutdown()
-    assert lane.closed == part_lane.closed == "reclaimed"
+    assert state.closed == part_state.closed == "reclaimed"
 
 
 def test_a_dropped_group_whose_work_is_under_way_stays(fresh):

@@ -78,7 +78,13 @@ def held():
     """What this process holds: resident bytes, open files, entries in the engine's tables."""
     gc.collect()  # a group's mapped file goes with the cycles that hold it
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    tables = [engine._lanes, engine._active, engine._abandoned, engine._handed, engine._ended]
+    tables = [
+        engine._group_states,
+        engine._active,
+        engine._abandoned,
+        engine._handed,
+        engine._ended,
+    ]
     return (
         pages * os.sysconf("SC_PAGE_SIZE"),
         len(os.listdir("/proc/self/fd")),

@@ -35,7 +35,9 @@ def make(request, world):
     yield new
     finish(world)
     for group in made:  # who arrives late lets MPI end what the others have given up
-        for _ in range(max(world.allgather(group._caller.lane.seq)) - group._caller.lane.seq):
+        for _ in range(
+            max(world.allgather(group._caller.group_state.seq)) - group._caller.group_state.seq
+        ):
             if not group.is_broken:
                 error_of(group.barrier)
     finish(world)
@@ -176,7 +178,7 @@ def test_notices_that_nobody_takes_are_not_looked_at_again_and_again(make, world
 
         monkeypatch.setattr(peers, "_is_over", counted)
         for _ in range(1000):
-            group._caller.lane.peers.ask([1])
+            group._caller.group_state.peers.ask([1])
         monkeypatch.undo()
         assert looks <= 5000, "each notice looks at all that were sent before"
     finish(world)

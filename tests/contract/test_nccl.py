@@ -18,9 +18,13 @@ from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll import ReduceOp
+from mpicoll.engine import kinds
 from mpicoll.engine.arrival import Once
-from mpicoll.engine.calls import Call
-from mpicoll.engine.progress import Engine, Lane, Task, engine
+from mpicoll.engine.background import Background, background
+from mpicoll.engine.call import Call
+from mpicoll.engine.progress import Engine, engine
+from mpicoll.engine.recorder import Recorder
+from mpicoll.engine.tasks import GroupState, Task
 from mpicoll.errors import (
     CollectiveTimeoutError,
     GroupBrokenError,
@@ -29,7 +33,7 @@ from mpicoll.errors import (
     TransportError,
     UnsupportedError,
 )
-from mpicoll.runtime.library import IDLE, MOVED, pause
+from mpicoll.runtime.library import IDLE, PROGRESSED, pause
 from mpicoll.transports import select
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
 from mpicoll.transports.tuning import Tuning
@@ -55,7 +59,7 @@ def queue_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Queue:
         queue = Queue(pg.comm.Dup())
         nccl = Communicator(queue)
         pg._caller.transport = NcclTransport(pg._caller.transport, queue, nccl, TURNS, tuning)
-        pg._caller.lane.abort = pg._caller.transport.abort
+        pg._caller.group_state.abort = pg._caller.transport.abort
     return pg._caller.transport._gpu
 
 
@@ -84,8 +88,8 @@ def kind(pg) -> Kind:
 def no_thread_stays_behind() -> Iterator[None]:
     """The tests that follow are to run without one again."""
     yield
-    engine._stay = False
-    engine._wake.set()
+    background._stay = False
+    background._wake.set()
 
 
 ELSEWHERE = ElsewhereKind()
@@ -371,11 +375,22 @@ def test_the_first_of_its_kind_connects_and_the_next_is_enqueued_in_one_go(fresh
 
 
 @pytest.fixture
-def own() -> Iterator[Engine]:
-    """An engine beside that of the groups, whose threads end with the test."""
-    made = Engine()
+def own() -> Engine:
+    """An engine beside that of the groups."""
+    return Engine()
+
+
+@pytest.fixture
+def keeper(own) -> Iterator[Background]:
+    """What keeps its deadlines; its threads end with the test."""
+    made = Background(own)
+    made.keep_deadlines()
     yield made
     made.stop()
+
+
+def task_in(state: GroupState, seq: int, timeout: float) -> Task:
+    return Task(state, Call(kinds.ALLREDUCE), seq, timeout, Recorder(state.name, 0, [0]))
 
 
 def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
@@ -388,46 +403,47 @@ def stuck(own: Engine, free: threading.Event, how: str) -> Iterator[int]:
     if how == "raises":
         raise RuntimeError("NCCL was aborted")
     if how == "goes on":
-        yield MOVED
+        yield PROGRESSED
 
 
 @pytest.mark.parametrize("how", ["raises", "returns", "goes on", "later"])
-def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, how):
+def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, keeper, how):
     """Whichever thread has taken it; what it returns then is no success."""
-    lane, free = Lane("stuck", MPI.COMM_SELF), threading.Event()
-    task = Task(lane, Call("allreduce"), 1, 0.2)
-    own.keep_deadlines()
+    state, free = GroupState("stuck", MPI.COMM_SELF, own.active), threading.Event()
+    task = task_in(state, 1, 0.2)
     own.launch(task, stuck(own, free, how))
     limit = time.monotonic() + 10
     while not task.done:
         assert time.monotonic() < limit
         time.sleep(0.01)
-    assert isinstance(task.error, CollectiveTimeoutError) and lane.broken is task.error
+    assert isinstance(task.error, CollectiveTimeoutError) and state.broken is task.error
 
 
-def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own):
-    lane = Lane("slow", MPI.COMM_SELF)
-    lane.abort = pytest.fail
-    task = Task(lane, Call("allreduce"), 1, 0.1)
+def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own, keeper):
+    state = GroupState("slow", MPI.COMM_SELF, own.active)
+    state.abort = pytest.fail
+    task = task_in(state, 1, 0.1)
 
     def steps() -> Iterator[int]:
         time.sleep(0.5)
         yield from ()
 
-    own.keep_deadlines()
     own.launch(task, steps())
     assert task.done and task.error is None
 
 
 def test_a_busy_group_keeps_no_other_from_its_deadline(own):
-    busy, quiet = Lane("busy", MPI.COMM_SELF), Lane("quiet", MPI.COMM_SELF)
+    busy, quiet = (
+        GroupState("busy", MPI.COMM_SELF, own.active),
+        GroupState("quiet", MPI.COMM_SELF, own.active),
+    )
 
     def forever(mood: int) -> Iterator[int]:
         while True:
             yield mood
 
-    own.launch(Task(busy, Call("allreduce"), 1, 60), forever(MOVED))
-    task = Task(quiet, Call("allreduce"), 1, 0.2)
+    own.launch(task_in(busy, 1, 60), forever(PROGRESSED))
+    task = task_in(quiet, 1, 0.2)
     own.launch(task, forever(IDLE))
     limit = time.monotonic() + 10
     while not task.done:
@@ -437,12 +453,12 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
 
 
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
-    lane = Lane("failing", MPI.COMM_SELF)
-    lane.abort = lambda: 1 / 0
-    tasks = [Task(lane, Call("allreduce"), n, 60) for n in (1, 2, 3)]
+    state = GroupState("failing", MPI.COMM_SELF, own.active)
+    state.abort = lambda: 1 / 0
+    tasks = [task_in(state, n, 60) for n in (1, 2, 3)]
     for task in tasks:
         own.launch(task, iter([IDLE] * 10**6))
-    own.fail_all(lane, TransportError("planted"))
+    own.fail_all(state, TransportError("planted"))
     assert all(task.done and task.error is not None for task in tasks) and not own.busy
 
 
@@ -475,7 +491,8 @@ def test_the_deadline_of_a_younger_call_holds_too(fresh, first, second):
 
 @pytest.fixture
 def ahead(fresh) -> mc.ProcessGroup:
-    fresh._caller.once = fresh._caller.lane.once = Once()
+    fresh._caller.once = fresh._caller.group_state.once = Once()
+    fresh._core = None  # as such groups have none
     return fresh
 
 
@@ -563,10 +580,10 @@ def test_a_mismatch_before_anything_went_without_leaves_the_group_usable(ahead, 
 
 def test_after_so_many_calls_all_meet_again(ahead, world, monkeypatch):
     monkeypatch.setattr(Once, "AGAIN", 10)
-    x, number = ELSEWHERE.full(5, 0), ahead._caller.lane.seq
+    x, number = ELSEWHERE.full(5, 0), ahead._caller.group_state.seq
     for _ in range(45):
         ahead.allreduce(x).wait()
-    assert ahead._caller.lane.seq - number == 5, "the first, and each eleventh"
+    assert ahead._caller.group_state.seq - number == 5, "the first, and each eleventh"
 
 
 def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead, world):

@@ -25,7 +25,7 @@ for step in {STEPS}:
                 pg.allreduce(np.full(count, 2.0)).wait()
             MPI.COMM_WORLD.Barrier()  # all have returned from those
             if RANK == odd:
-                pg._caller.lane.seq += step
+                pg._caller.group_state.seq += step
             x, start = np.full(count, RANK + 1.0), time.monotonic()
             try:
                 pg.allreduce(x).wait()

@@ -13,7 +13,7 @@ import pytest
 from mpicoll.arrays.buffers import Blocks, DeviceBuffer, as_buffer, refuse_device
 from mpicoll.arrays.device import LEGACY_STREAM, UNKNOWN, DeviceArray, read_capsule, stream_of
 from mpicoll.arrays.ops import ReduceOp
-from mpicoll.engine import calls
+from mpicoll.engine import checks, kinds
 from mpicoll.errors import InvalidCallError, UnsupportedError
 
 ADDRESS = 0x7F0000000000
@@ -99,7 +99,7 @@ def test_what_is_refused():
 
 
 def test_a_group_on_host_memory_says_how_to_get_one_for_gpus():
-    call = calls.all_gather_single(0, 2, said((8,)), said((4,), address=ADDRESS + 64))
+    call = checks.all_gather_single(0, 2, said((8,)), said((4,), address=ADDRESS + 64))
     text = str(refuse_device(call.buffers()))
     assert text.startswith("input must lie in host memory") and 'device="cuda"' in text
 
@@ -190,30 +190,30 @@ def test_a_capsule_must_be_of_the_device_that_was_said():
 def test_arrays_of_one_call_lie_in_one_memory():
     host = np.zeros(4, np.float32)
     with pytest.raises(InvalidCallError, match="output and input.*on the host and on GPU 0"):
-        calls.all_gather_single(0, 1, host, on(0))
+        checks.all_gather_single(0, 1, host, on(0))
     with pytest.raises(InvalidCallError, match=r"output_tensors\[0\] and output_tensors\[1\]"):
-        calls.allgather(0, 2, [on(0), on(1)], on(0))
+        checks.allgather(0, 2, [on(0), on(1)], on(0))
     with pytest.raises(InvalidCallError, match=r"tensors\[0\] and tensors\[1\].*GPU 0 and on the"):
-        parts = [calls.allreduce(0, 1, x, ReduceOp.SUM) for x in (on(0), host)]
-        calls.coalesced("allreduce_coalesced", parts, "tensors")
+        parts = [checks.allreduce(0, 1, x, ReduceOp.SUM) for x in (on(0), host)]
+        checks.coalesced(kinds.ALLREDUCE_COALESCED, parts, "tensors")
     with pytest.raises(InvalidCallError, match="on the host and in GPU memory"):
-        calls.all_gather_single(0, 1, host, said())
-    calls.all_gather_single(0, 1, on(0), said(address=ADDRESS + 64))  # one doesn't say where
+        checks.all_gather_single(0, 1, host, said())
+    checks.all_gather_single(0, 1, on(0), said(address=ADDRESS + 64))  # one doesn't say where
 
 
 def test_a_call_says_that_it_is_on_a_gpu():
-    call = calls.allreduce(0, 2, on(1), ReduceOp.SUM)
+    call = checks.allreduce(0, 2, on(1), ReduceOp.SUM)
     assert call.device == 1 and [b.device for b in call.buffers()] == [1]
     assert call.describe() == "allreduce(float32[4] in GPU memory, op=SUM)"
-    assert calls.allreduce(0, 2, np.zeros(4), ReduceOp.SUM).device is None
-    parts = [calls.allreduce(0, 2, on(1), ReduceOp.SUM)]
-    assert calls.coalesced("allreduce_coalesced", parts, "tensors").device == 1
+    assert checks.allreduce(0, 2, np.zeros(4), ReduceOp.SUM).device is None
+    parts = [checks.allreduce(0, 2, on(1), ReduceOp.SUM)]
+    assert checks.coalesced(kinds.ALLREDUCE_COALESCED, parts, "tensors").device == 1
 
 
 def test_overlap_is_found_by_address():
-    calls.all_gather_single(0, 2, on(0, (8,)), on(0, address=ADDRESS + 32))
+    checks.all_gather_single(0, 2, on(0, (8,)), on(0, address=ADDRESS + 32))
     with pytest.raises(InvalidCallError, match="overlap"):
-        calls.all_gather_single(0, 2, on(0, (8,)), on(0, address=ADDRESS + 28))
+        checks.all_gather_single(0, 2, on(0, (8,)), on(0, address=ADDRESS + 28))
 
 
 def test_blocks_are_addresses_too():

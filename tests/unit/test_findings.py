@@ -192,6 +192,10 @@ FULL = Token("/dev/shm/x", 0, "No space left on device")
             *(WARNING, "environment", "UCX_TLS differs", "one environment"),
         ),
         (
+            job({"uncompiled": "it was not compiled when mpicoll was installed"}),
+            *(WARNING, "compiled core", "not there (rank 3)", "C compiler"),
+        ),
+        (
             job({"trace_trouble": "/x: Permission denied"}),
             *(WRONG, "traces", "rank 3: /x: Permission denied", "all nodes share"),
         ),

@@ -199,6 +199,16 @@ def test_single(monkeypatch, text, meant):
         settings.single()
 
 
+@pytest.mark.parametrize("text, meant", [("1", True), ("0", False), (None, True)])
+def test_native(monkeypatch, text, meant):
+    if text is not None:
+        monkeypatch.setenv("MPICOLL_NATIVE", text)
+    assert settings.native_wanted() is meant
+    monkeypatch.setenv("MPICOLL_NATIVE", "")
+    with pytest.raises(InvalidCallError, match="MPICOLL_NATIVE must be 0 or 1, but is ''"):
+        settings.native_wanted()
+
+
 def test_every_variable_that_is_read_is_known():
     read = set(
         re.findall(

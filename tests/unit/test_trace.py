@@ -17,7 +17,8 @@ from mpicoll import ReduceOp, cli
 from mpicoll.cli import clocks, perfetto, recordings, whereabouts
 from mpicoll.cli.recordings import GroupKey, Unreadable, in_ranges
 from mpicoll.cli.stragglers import stragglers
-from mpicoll.engine import calls, recorder
+from mpicoll.engine import checks, kinds, recorder
+from mpicoll.engine.call import Call
 
 BEGIN = 1.7e9  # seconds of the epoch
 
@@ -388,13 +389,13 @@ def recorded(**options):
 
 def a_call(x=None):
     x = np.ones((2, 3), np.int16) if x is None else x
-    return calls.allreduce(0, 1, x, ReduceOp.MAX)
+    return checks.allreduce(0, 1, x, ReduceOp.MAX)
 
 
 def test_an_entry_says_what_was_called_where_and_how_it_ended():
     ring = recorded()
     good = ring.note(1, a_call(), 5.0); line = sys._getframe().f_lineno  # fmt: skip  # noqa: E702
-    bad, waits = ring.note(2, calls.Call("barrier"), 6.0), ring.note(3, a_call(), 7.0)
+    bad, waits = ring.note(2, Call(kinds.BARRIER), 6.0), ring.note(3, a_call(), 7.0)
     recorder.end(good, None)
     recorder.end(bad, ValueError("why"))
     first, second, third = ring.entries(epoch=100.0)
@@ -415,7 +416,7 @@ def test_an_entry_says_what_was_called_where_and_how_it_ended():
 
 def test_a_refused_call_is_entered_with_the_reason():
     ring = recorded()
-    recorder.end(ring.note(1, calls.Call("reduce", refused="InvalidCallError: root"), 0.0), None)
+    recorder.end(ring.note(1, Call(kinds.REDUCE, refused="InvalidCallError: root"), 0.0), None)
     (entry,) = ring.entries()
     assert entry["state"] == "failed" and entry["error"] == "InvalidCallError: root"
 

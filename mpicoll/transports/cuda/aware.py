@@ -15,18 +15,11 @@ from typing import Protocol, cast
 
 from ...arrays.buffers import DeviceBuffer
 from ...arrays.device import DeviceArray
-from ...engine.calls import Call
-from ...runtime.library import KEEN, MPI, Steps, exchange_tag, until_all
+from ...engine.call import Call
+from ...runtime.library import MPI, POLL, Steps, exchange_tag, until_all
 from ..base import Transport
 from ..tuning import Tuning
 from .staged import Copies, Done, StagedTransport, copied, device_blocks
-
-_MOVES = frozenset(
-    {
-        *("broadcast", "gather", "scatter", "allgather", "all_gather_single"),
-        *("alltoall", "all_to_all_single"),
-    }
-)
 
 Messages = Mapping[int, DeviceArray]  # by the rank at the other end
 
@@ -59,10 +52,9 @@ class AwareTransport(StagedTransport):
         self._whole, self._most = tuning.aware_whole, tuning.aware_message
 
     def steps(self, call: Call) -> Steps:
-        parts = call.parts or (call,)
-        if call.device is None or not all(part.kind in _MOVES for part in parts):
+        if call.device is None or call.kind.reduces:
             return super().steps(call)
-        return self._on_gpu(self._move(call, parts))
+        return self._on_gpu(self._move(call))
 
     def _on_gpu(self, steps: Steps) -> Steps:
         """Take steps while this rank's GPU is the current one: MPI copies by way of that."""
@@ -79,13 +71,13 @@ class AwareTransport(StagedTransport):
             except BaseException as error:  # thrown in by the engine: no call waits any more
                 thrown = error
 
-    def _move(self, call: Call, parts: tuple[Call, ...]) -> Steps:
+    def _move(self, call: Call) -> Steps:
         for buffer in call.buffers():
             mark = cast(DeviceBuffer, buffer).ready
             while mark is not None and not self._gpu.is_done(mark):
-                yield KEEN
-        for part in parts:
-            if part.kind == "broadcast":
+                yield POLL
+        for part in call.parts or (call,):
+            if part.kind.from_root and not part.kind.parted:
                 yield from self._broadcast(part)
             else:
                 yield from self._blocks_at_once(part)
@@ -120,9 +112,9 @@ class AwareTransport(StagedTransport):
     def _blocks_at_once(self, call: Call) -> Steps:
         """Send a block to each rank that is to have one, and receive one from each that sends."""
         outgoing, incoming = device_blocks(call.send), device_blocks(call.recv)
-        if call.kind == "gather":
+        if call.kind.to_root:
             yield from self._exchange({call.root: outgoing[0]}, dict(enumerate(incoming)))
-        elif call.kind == "scatter":
+        elif call.kind.from_root:
             yield from self._exchange(dict(enumerate(outgoing)), {call.root: incoming[0]})
         elif len(outgoing) == 1:  # the same to everyone
             sends = dict.fromkeys(range(self.size), outgoing[0])

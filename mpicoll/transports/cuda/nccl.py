@@ -20,10 +20,12 @@ from ...arrays.buffers import DeviceBuffer
 from ...arrays.device import DeviceArray, stream_of
 from ...arrays.dtypes import DType
 from ...arrays.ops import ReduceOp
-from ...engine.calls import Call
+from ...engine import kinds
+from ...engine.call import Call
+from ...engine.kinds import Kind
 from ...engine.progress import engine
 from ...errors import UnsupportedError
-from ...runtime.library import IDLE, MOVED, Steps
+from ...runtime.library import IDLE, PROGRESSED, Steps
 from ..base import Transport
 from ..tuning import Tuning
 from .staged import Copies, StagedTransport, device_blocks
@@ -219,27 +221,38 @@ class NcclTransport(StagedTransport):
         super().__init__(host, gpu, tuning)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
         self._ahead, self._most = 0, tuning.nccl_ahead  # calls that are on the stream, and may be
-        self._made: dict[str, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
-            "allreduce": self._allreduce,
-            "reduce": self._reduce,
-            "broadcast": self._broadcast,
-            "allgather": self._allgather,
-            "all_gather_single": self._all_gather_single,
-            "gather": self._gather,
-            "scatter": self._scatter,
-            "reduce_scatter": self._reduce_scatter,
-            "reduce_scatter_single": self._reduce_scatter_single,
-            "alltoall": self._alltoall,
-            "all_to_all_single": self._alltoall,
+        self._made: dict[Kind, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
+            kinds.ALLREDUCE: self._allreduce,
+            kinds.REDUCE: self._reduce,
+            kinds.BROADCAST: self._broadcast,
+            kinds.ALLGATHER: self._allgather,
+            kinds.ALL_GATHER_SINGLE: self._all_gather_single,
+            kinds.GATHER: self._gather,
+            kinds.SCATTER: self._scatter,
+            kinds.REDUCE_SCATTER: self._reduce_scatter,
+            kinds.REDUCE_SCATTER_SINGLE: self._reduce_scatter_single,
+            kinds.ALLTOALL: self._alltoall,
+            kinds.ALL_TO_ALL_SINGLE: self._alltoall,
         }
 
     def admit(self, call: Call) -> None:
         super().admit(call)
-        if _does(call):
+        if self._does(call):
             call.turn = self._turns.take()
 
+    def _does(self, call: Call) -> bool:
+        """Return whether NCCL does a call as promised; alike on all ranks.
+
+        It has no scans, nor messages with tags: those are staged.
+        """
+        if call.parts:
+            return all(map(self._does, call.parts))
+        if call.kind not in self._made or call.dtype is None:
+            return False
+        return call.op is None or rule(call.dtype, call.op) is not None
+
     def _can_be_captured(self, call: Call) -> bool:
-        return _does(call) or super()._can_be_captured(call)
+        return self._does(call) or super()._can_be_captured(call)
 
     def steps(self, call: Call) -> Steps:
         return super().steps(call) if call.turn is None else self._enqueue(call)
@@ -276,7 +289,7 @@ class NcclTransport(StagedTransport):
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
             self._ahead += 1
-            yield MOVED  # the engine sees that it is enqueued
+            yield PROGRESSED  # the engine sees that it is enqueued
             # The GPU passes what is captured when the graph is launched, of which we learn nothing.
             while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
                 self._nccl.settled()  # or raise
@@ -301,7 +314,7 @@ class NcclTransport(StagedTransport):
             operations += self._made[call.kind](call, device_blocks(call.send))
             op = None if call.op is None else call.op.name
             size: Hashable = call.extent.bit_length()
-            if call.kind in _BETWEEN_PAIRS:  # NCCL connects each pair by itself
+            if call.kind.pairwise:  # NCCL connects each pair by itself
                 blocks = device_blocks(call.send) + device_blocks(call.recv)
                 size = tuple(block.size.bit_length() for block in blocks)
             like.append((call.kind, call.dtype, op, call.root, size))
@@ -399,19 +412,6 @@ class NcclTransport(StagedTransport):
             for peer, block in blocks.items()
             if block.nbytes
         ]
-
-
-_BETWEEN_PAIRS = frozenset({"gather", "scatter", "alltoall", "all_to_all_single"})
-_STAGED = frozenset({"scan", "exscan", "send", "recv"})  # NCCL has no scans, nor tags
-
-
-def _does(call: Call) -> bool:
-    """Return whether NCCL does a call as promised; alike on all ranks."""
-    if call.parts:
-        return all(map(_does, call.parts))
-    if call.kind in _STAGED or call.dtype is None:
-        return False
-    return call.op is None or rule(call.dtype, call.op) is not None
 
 
 def _rule(call: Call) -> Rule:

@@ -7,22 +7,26 @@ last piece is in GPU memory.  Calls on host arrays go to the host transport as t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from ...arrays.buffers import Blocks, Buffer, DeviceBuffer
 from ...arrays.device import UNKNOWN, DeviceArray
 from ...arrays.dtypes import DType
-from ...engine.calls import UNEVEN, Call, Message, digest
-from ...engine.progress import Expired, Lane
+from ...engine.arrival import Arrival
+from ...engine.call import UNEVEN, Call, Message, digest
+from ...engine.recorder import Recorder
+from ...engine.tasks import Expired, GroupState
 from ...errors import InvalidCallError, TransportError, UnsupportedError
-from ...runtime.library import KEEN, Steps
+from ...runtime.library import POLL, Steps
 from ..base import Transport
 from ..tuning import Tuning
+
+if TYPE_CHECKING:
+    from ..shm._native import Core
 
 Array = np.ndarray[Any, Any]
 Done = Callable[[], bool]
@@ -134,6 +138,9 @@ class StagedTransport(Transport):
             "call it outside of the graph"
         )
 
+    def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
+        return self._host.core(arrival, group_state, recorder)
+
     def prepare(self, call: Call, seq: int) -> bool:
         return call.device is None and self._host.prepare(call, seq)
 
@@ -172,7 +179,7 @@ class StagedTransport(Transport):
             yield from move(call)
             return
         assert call.send is not None
-        reads = None if call.kind == "broadcast" and self.rank != call.root else call.send
+        reads = None if call.kind.from_root and self.rank != call.root else call.send
         room = self._piece // call.send.dtype.itemsize
         pieces = _Pieces(call.send, room)
 
@@ -305,12 +312,12 @@ class StagedTransport(Transport):
             self._order(call)
             room = self._take(call.send.nbytes)
             buffer = _host_buffer(room, call.send.dtype, call.send.total)
-            inner = dataclasses.replace(call, send=Blocks.single(buffer))
+            inner = _message(call, Blocks.single(buffer), None)
             if buffer.nbytes:
                 source = _block(call.send, 0)
                 yield from copied([self._copies.to_host(source, room[: buffer.nbytes])])
         while self._posted != turn:  # messages go in the order of the calls
-            yield KEEN
+            yield POLL
         self._posted += 1
         yield from self._host.send(inner)
         if room is not None:
@@ -319,10 +326,10 @@ class StagedTransport(Transport):
     def probe(self, peer: int, tag: int) -> Message | None:
         return self._host.probe(peer, tag)
 
-    def clear(self, lane: Lane) -> Steps:
+    def clear(self, state: GroupState) -> Steps:
         while self._posted != self._sends:
-            yield KEEN
-        yield from self._host.clear(lane)
+            yield POLL
+        yield from self._host.clear(state)
 
     def recv(self, call: Call) -> Steps:
         if call.device is None:
@@ -331,7 +338,7 @@ class StagedTransport(Transport):
         assert call.recv is not None
         room = self._take(call.recv.nbytes)
         buffer = _host_buffer(room, call.recv.dtype, call.recv.total)
-        inner = dataclasses.replace(call, recv=Blocks.single(buffer))
+        inner = _message(call, None, Blocks.single(buffer))
         yield from self._host.recv(inner)
         call.result = inner.result
         if buffer.nbytes:
@@ -401,19 +408,22 @@ def _host_buffer(room: Array, dtype: DType, count: int) -> Buffer:
     return Buffer(room, array, dtype, (count,), True)
 
 
+def _message(call: Call, send: Blocks | None, recv: Blocks | None) -> Call:
+    """Make the same send or receive on host memory."""
+    return Call(call.kind, send, recv, peer=call.peer, tag=call.tag, count=call.count)
+
+
 def _common_counts(call: Call) -> tuple[int, ...] | None:
     """Return the counts of the call's blocks where all ranks know them alike."""
-    if call.kind.startswith("reduce_scatter"):
-        assert call.send is not None
-        return call.send.counts
-    if call.kind.startswith("all") and "gather" in call.kind:
-        assert call.recv is not None
-        return call.recv.counts
-    return None if call.count == UNEVEN else (call.count,)
+    if call.kind.pairwise:
+        return None if call.count == UNEVEN else (call.count,)
+    blocks = call.send if call.kind.reduces else call.recv
+    assert blocks is not None
+    return blocks.counts
 
 
 def copied(copies: list[Done]) -> Steps:
     """Wait for copies."""
     for done in copies:
         while not done():
-            yield KEEN
+            yield POLL

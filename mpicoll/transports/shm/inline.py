@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...engine.calls import PAIRWISE, UNEVEN, Call
+from ...engine.call import UNEVEN, Call
 from ...runtime.memory import NodeMemory
 from ..kernels import fold
 
 READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
-
-_KINDS = frozenset(
-    {
-        *("allreduce", "reduce", "reduce_scatter", "reduce_scatter_single", "scan", "exscan"),
-        *("broadcast", "allgather", "all_gather_single", "gather", "scatter"),
-        *("alltoall", "all_to_all_single", "barrier", "monitored_barrier"),
-    }
-)
 
 
 def fits(call: Call, extent: int, size: int, most: int) -> bool:
@@ -29,7 +21,8 @@ def fits(call: Call, extent: int, size: int, most: int) -> bool:
 
     `most` is the number of bytes of one rank that may ride.
     """
-    if call.kind not in _KINDS or (call.count == UNEVEN and call.kind in PAIRWISE):
+    kind = call.kind
+    if not kind.inline or (kind.pairwise and call.count == UNEVEN):
         return False
     if call.reduction is not None:
         nbytes = extent * call.reduction.wire.itemsize
@@ -41,7 +34,7 @@ def fits(call: Call, extent: int, size: int, most: int) -> bool:
 def give(call: Call, seq: int, memory: NodeMemory) -> None:
     """Write what this rank gives, before it arrives."""
     send, plan = call.send, call.reduction
-    if send is None or (call.kind == "broadcast" and memory.rank != call.root):
+    if send is None or (call.kind.from_root and memory.rank != call.root):
         return
     mine = memory.payloads(seq, send.dtype.storage if plan is None else plan.wire)[memory.rank]
     if plan is not None and not plan.direct:
@@ -61,20 +54,18 @@ def take(call: Call, seq: int, memory: NodeMemory) -> None:
     there = memory.payloads(seq, recv.dtype.storage if plan is None else plan.wire)
     if plan is not None:
         start, end = 0, recv.total
-        if kind == "scan" or kind == "exscan":
-            there = there[: own + (kind == "scan")]
-        elif kind != "allreduce" and kind != "reduce":
+        if kind.prefix is not None:
+            there = there[: own + kind.prefix]
+        elif kind.parted:
             assert call.send is not None
             start = call.send.displs[own]
             end += start
         if there:
             fold(plan, [p[start:end] for p in there], recv.flat())
-    elif kind == "broadcast":
-        np.copyto(recv.flat(), there[call.root][: recv.total])
-    elif kind == "scatter":
-        start = own * recv.total
-        recv.flat()[...] = there[call.root][start : start + recv.total]
+    elif kind.from_root:
+        start = own * recv.total if kind.parted else 0
+        np.copyto(recv.flat(), there[call.root][start : start + recv.total])
     else:
-        start = own * recv.counts[own] if kind in ("alltoall", "all_to_all_single") else 0
+        start = own * recv.counts[own] if kind.parted else 0
         for r, count in enumerate(recv.counts):
             recv.block(r)[...] = there[r][start : start + count]

@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...arrays.buffers import Blocks
 from ...arrays.dtypes import Reduction
-from ...engine.calls import Call
-from ...runtime.library import MOVED, MPI, Steps
+from ...engine.arrival import Arrival, BoardArrival
+from ...engine.call import UNEVEN, Call
+from ...engine.recorder import Recorder
+from ...engine.tasks import GroupState
+from ...runtime.library import MPI, PROGRESSED, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..mpi import MessagesByMpi, MpiTransport
 from ..tuning import Tuning
-from . import cma, inline
+from . import cma, core, inline
 from .symmetric import SharedArrays
+
+if TYPE_CHECKING:
+    from . import _native
 
 Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
@@ -53,12 +59,21 @@ class ShmTransport(MessagesByMpi):
         self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
         self._comm = comm
         self._arrays = SharedArrays()
+        self._chunks = core.chunks(memory)
 
     def release(self, *, together: bool) -> None:
+        if self._chunks is not None:
+            self._chunks.close()
         self._memory.close(together=together)
         self._arrays.close()
 
     # ---- what rides along with the records ----
+
+    def core(
+        self, arrival: Arrival, group_state: GroupState, recorder: Recorder
+    ) -> core.Core | None:
+        assert isinstance(arrival, BoardArrival)
+        return core.make(self._memory, self._inline, arrival, group_state, recorder)
 
     def prepare(self, call: Call, seq: int) -> bool:
         if not inline.fits(call, call.extent, self.size, self._inline):
@@ -108,13 +123,28 @@ class ShmTransport(MessagesByMpi):
             return
         yield from self._begin()
         if self.size >= SHARED_WORK or late(plan):
-            yield from self._allreduce_shared(plan, array)
+            yield from self._allreduce_shared(call, plan, array)
         else:
-            yield from self._in_chunks(plan, array, self.size)
+            yield from self._in_chunks(call, plan, array, self.size)
 
-    def _in_chunks(self, plan: Reduction, array: Array, upto: int) -> Steps:
+    def _compiled(
+        self, call: Call, array: Array
+    ) -> tuple[_native.Chunks | None, tuple[Array, int, int]]:
+        """Return what reduces an array in compiled code, or None; and what it is given."""
+        assert call.dtype is not None
+        op = -1 if call.op is None else call.op.code  # none: a part of a call across nodes
+        what = array, call.dtype.code, op
+        known = self._chunks is not None and self._chunks.knows(*what)
+        return self._chunks if known else None, what
+
+    def _in_chunks(self, call: Call, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
+        (compiled, what), reached = self._compiled(call, array), 0
         for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            if compiled is not None and reached <= c:
+                reached = compiled.fold(self._flag(0), *what, upto, c)
+            if c < reached:
+                continue
             slots = self._memory.slots(c, plan.wire)
             encode(plan, array[start:end], slots[self.rank][: end - start])
             self._announce(c + 1)
@@ -123,27 +153,33 @@ class ShmTransport(MessagesByMpi):
                 fold(plan, [s[: end - start] for s in slots[:upto]], array[start:end])
         self._announce(_END)
 
-    def _allreduce_shared(self, plan: Reduction, array: Array) -> Steps:
+    def _allreduce_shared(self, call: Call, plan: Reduction, array: Array) -> Steps:
         """Each rank reduces its part of a chunk; all gather the parts."""
         is_late = late(plan)
         kind = array.dtype if is_late else plan.wire
         scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
+        (compiled, what), reached = self._compiled(call, array), 0  # reached: halves of chunks
         for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
+            if compiled is not None and reached <= 2 * c:
+                reached = compiled.share(self._flag(0), *what, 2 * c)
+            if 2 * c + 1 < reached:
+                continue
             slots = self._memory.slots(c, kind)
             n = end - start
-            mine = slots[self.rank]
-            if is_late:
-                mine[:n] = array[start:end]
-            else:
-                encode(plan, array[start:end], mine[:n])
-            self._announce(2 * c + 1)
-            yield from self._all_seen(2 * c + 1)
-            low, high = _part(n, self.rank, self.size)
-            part = scratch[: high - low]
-            reduce = encode_and_fold if is_late else combine
-            reduce(plan, [s[low:high] for s in slots], part)
-            mine[low:high] = part
-            self._announce(2 * c + 2)
+            if 2 * c >= reached:
+                mine = slots[self.rank]
+                if is_late:
+                    mine[:n] = array[start:end]
+                else:
+                    encode(plan, array[start:end], mine[:n])
+                self._announce(2 * c + 1)
+                yield from self._all_seen(2 * c + 1)
+                low, high = _part(n, self.rank, self.size)
+                part = scratch[: high - low]
+                reduce = encode_and_fold if is_late else combine
+                reduce(plan, [s[low:high] for s in slots], part)
+                mine[low:high] = part
+                self._announce(2 * c + 2)
             yield from self._all_seen(2 * c + 2)
             for r in range(self.size):
                 low, high = _part(n, r, self.size)
@@ -164,7 +200,12 @@ class ShmTransport(MessagesByMpi):
             yield from self._end_in_place()
             return
         yield from self._begin()
+        (compiled, what), reached = self._compiled(call, array), 0
         for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
+            if compiled is not None and reached <= c:
+                reached = compiled.reduce(self._flag(0), *what, call.root, c)
+            if c < reached:
+                continue
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
             if self.rank == call.root:
                 if (
@@ -197,7 +238,13 @@ class ShmTransport(MessagesByMpi):
         kind = out.dtype if is_late else plan.wire
         room = SLOT // kind.itemsize // self.size
         yield from self._begin()
+        even = len(send.buffers) == 1 and call.count != UNEVEN
+        (compiled, what), reached = self._compiled(call, send.flat() if even else out), 0
         for c in range(_rounds(max(send.counts), room)):
+            if compiled is not None and even and reached <= c:
+                reached = compiled.scatter(self._flag(0), *what, out, c)
+            if c < reached:
+                continue
             slots = self._memory.slots(c, kind)
             for j in range(self.size):
                 piece = send.block(j)[c * room : (c + 1) * room]
@@ -245,12 +292,12 @@ class ShmTransport(MessagesByMpi):
     def scan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, self.rank + 1)
+        yield from self._in_chunks(call, plan, array, self.rank + 1)
 
     def exscan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
-        yield from self._in_chunks(plan, array, self.rank)
+        yield from self._in_chunks(call, plan, array, self.rank)
 
     # ---- what only moves ----
 
@@ -421,11 +468,11 @@ class ShmTransport(MessagesByMpi):
         self, call: Call, recv: Blocks, gives: list[Array], slots: list[Array]
     ) -> Steps:
         # One source, or all, each rank beginning with its neighbour, so that they don't meet.
-        one = call.kind in ("broadcast", "scatter")
+        one, parted = call.kind.from_root, call.kind.parted
         sources = [call.root] if one else [(self.rank + i) % self.size for i in range(self.size)]
         for r in sources:
             into = recv.block(0 if one else r).view(np.uint8)
-            if not into.size or (r == self.rank and call.kind == "broadcast"):
+            if not into.size or (r == self.rank and one and not parted):
                 continue
             if r == self.rank:
                 if call.in_place:
@@ -433,11 +480,10 @@ class ShmTransport(MessagesByMpi):
                 into[...] = gives[r if len(gives) > 1 else 0]
                 continue
             yield from self._seen(r, 1)
-            parted = call.kind in ("scatter", "alltoall", "all_to_all_single")
             address = int(slots[r][self.rank if parted else 0])
             for start, end in spans(into.size, READ):
                 cma.read(self._processes[r], address + start, into[start:end])
-                yield MOVED
+                yield PROGRESSED
 
     def _large(self, call: Call) -> bool:
         """Decide alike on all ranks: `largest` is the same everywhere since arrival."""

@@ -1,4 +1,4 @@
-"""One record per call, and one pure checker per collective.
+"""One pure checker per collective.
 
 A checker turns a user's arguments into a `Call`, or refuses them with an error that names
 argument, value and remedy.  It touches no MPI and sends nothing: what is refused here is
@@ -7,263 +7,35 @@ refused before anything is sent.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 import pickle
-import struct
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from ..arrays.buffers import Blocks, Buffer, as_buffer
+from ..arrays.buffers import Blocks, Buffer, as_buffer, is_tensor
 from ..arrays.device import UNKNOWN
-from ..arrays.dtypes import DType, Reduction, from_numpy, instead, reduction
-from ..arrays.ops import ReduceOp, as_reduce_op
+from ..arrays.dtypes import from_numpy, instead, reduction
+from ..arrays.ops import as_reduce_op
 from ..errors import InvalidCallError, UnsupportedError, interrupts
 from ..runtime import settings
-
-
-class Peer:
-    """What `send` and `recv` take in place of a rank; it is no number, and equal to none.
-
-    MPI's constants are negative numbers, which a program may come to by mistake: as ``rank - 1``.
-    """
-
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        """Return it as it is written in a program."""
-        return f"mpicoll.{self._name}"
-
-    def __reduce__(self) -> str:
-        return self._name  # there is one of each, however it is copied
-
-
-ANY_SOURCE = Peer("ANY_SOURCE")
-"""For `recv`: take a message from whichever peer sends first."""
-
-PROC_NULL = Peer("PROC_NULL")
-"""For `send` and `recv`: no rank.  The call is done at once; a received array stays as it is."""
-
-
-class Message(NamedTuple):
-    """What `probe` tells of a message.
-
-    Attributes:
-        source: the rank that sent it.
-        tag: its tag.
-        dtype: the name of its dtype, as NumPy knows it (but for bfloat16 and the like).
-        count: its elements.
-    """
-
-    source: int
-    tag: int
-    dtype: str
-    count: int  # type: ignore[assignment]  # in place of the tuple's method
-
-
-ANY, NULL = -1, -2  # what they are in a `Call`
-_PEERS = {ANY: "ANY_SOURCE", NULL: "PROC_NULL"}
-
-KINDS = (
-    "allreduce",
-    "broadcast",
-    "reduce",
-    "barrier",
-    "allgather",
-    "all_gather_single",
-    "gather",
-    "scatter",
-    "reduce_scatter",
-    "reduce_scatter_single",
-    "alltoall",
-    "all_to_all_single",
-    "allreduce_coalesced",
-    "allgather_coalesced",
-    "all_gather_single_coalesced",
-    "reduce_scatter_single_coalesced",
-    "scan",
-    "exscan",
-    "monitored_barrier",
-    "broadcast_object",
-    "allgather_object",
-    "gather_object",
-    "scatter_object",
-    "split_group",
-    "split",
-    "local_group",
-    "cross_node_group",
-    "merge_remote_group",
-    "new_group",
-    "shutdown",
-    "send",
-    "recv",
-    "empty",
-    "shrink_group",
-    "spawn",
-    "parent_group",
+from . import kinds
+from .call import (
+    ANY,
+    ANY_SOURCE,
+    NULL,
+    PROC_NULL,
+    UNEVEN,
+    Call,
+    Members,
+    Pieces,
+    Shape,
+    digest,
 )
-KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
-
-# Of these kinds each rank may have a count of its own; what one sends is compared with what
-# the other expects, pair by pair, where the counts are not all equal.
-PAIRWISE = frozenset({"gather", "scatter", "alltoall", "all_to_all_single"})
-UNEVEN = -1  # the `count` of a rank whose own blocks differ in size
-
-
-Spans: TypeAlias = "tuple[tuple[int, int], ...]"
-"""Ranges of addresses; tuples, which the garbage collector soon leaves alone."""
-
-
-@dataclass(slots=True)
-class Call:
-    """One call of one rank, checked and normalised.
-
-    Attributes:
-        kind: one of `KINDS`.
-        send, recv: what is read and what is written; the same object where in place.
-        count: elements of one block; arrival compares it between ranks.
-        digest: whatever else must be equal on all ranks, in 63 bits.
-        refused: why this rank's arguments were refused; such a call only arrives.
-        leaving: this rank ends; such a call only arrives, and peers in another call raise.
-        parts: the members of a coalesced call.
-        payload: pickled objects, in the object collectives.
-        result: what the call returns, where it isn't in the user's buffers.
-        largest: the largest `extent` of all ranks, filled in by arrival.
-        in_place: this rank's own block lies where it is to come, so it stays where it is.
-        met: every rank of the group is known to have arrived in it.
-        captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
-        since, chain: what was not compared since the last call that was, in words and condensed;
-            "" and 0 if nothing.
-        turn: its place among the calls that go to a GPU's queue, until it is there or has ended.
-        enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
-    """
-
-    kind: str
-    send: Blocks | None = None
-    recv: Blocks | None = None
-    op: ReduceOp | None = None
-    reduction: Reduction | None = None
-    root: int = -1
-    peer: int = -1
-    tag: int = 0
-    count: int = 0
-    digest: int = 0
-    refused: str = ""
-    leaving: bool = False
-    parts: tuple[Call, ...] = ()
-    payload: Any = None
-    result: Any = None
-    largest: int = 0
-    in_place: bool = False
-    met: bool = False
-    captured: bool = False
-    since: str = ""
-    chain: int = 0
-    turn: Any = None
-    enqueued: Any = None
-    outputs: tuple[object, ...] = field(default=())
-    _spans: tuple[Spans, Spans] | None = field(default=None, repr=False)
-
-    @property
-    def dtype(self) -> DType | None:
-        if self.send is not None:
-            return self.send.dtype
-        if self.recv is not None:
-            return self.recv.dtype
-        return self.parts[0].dtype if self.parts else None
-
-    @property
-    def device(self) -> int | None:
-        """The GPU whose memory its arrays lie in; None: the host's, or it has none."""
-        blocks = self.send if self.send is not None else self.recv
-        if blocks is not None:
-            return blocks.buffers[0].device
-        return self.parts[0].device if self.parts else None
-
-    def buffers(self) -> list[Buffer]:
-        """Return all arrays of the call."""
-        sides = [self.send] if self.send is self.recv else [self.send, self.recv]
-        found = [buffer for blocks in sides if blocks is not None for buffer in blocks.buffers]
-        return found + [buffer for part in self.parts for buffer in part.buffers()]
-
-    @property
-    def extent(self) -> int:
-        """Elements that this rank sends or receives, whichever is more."""
-        if self.send is self.recv and self.send is not None:
-            return self.send.total
-        if self.parts:
-            return max(part.extent for part in self.parts)
-        sent = 0 if self.send is None else self.send.total
-        received = 0 if self.recv is None else self.recv.total
-        return max(sent, received)
-
-    def describe(self) -> str:
-        """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""
-        if self.leaving:
-            return "nothing more: it left the program"
-        if self.refused:
-            return f"{self.kind}, refused there: {self.refused}"
-        said = []
-        if self.dtype is not None:
-            blocks = self.send if self.send is not None else self.recv
-            size = "uneven" if self.count == UNEVEN else str(self.count)
-            if blocks is not None and len(blocks.counts) > 1:
-                size += f" x {len(blocks.counts)}"
-                if len(set(blocks.counts)) > 1:
-                    size = ", ".join(map(str, blocks.counts))
-            if self.parts:
-                size = ", ".join(str(part.count) for part in self.parts)
-            where = "" if self.device is None else " in GPU memory"
-            said.append(f"{self.dtype.name}[{size}]{where}")
-        if self.op is not None:
-            said.append(f"op={self.op.name}")
-        if self.root >= 0:
-            said.append(f"root={self.root}")
-        if self.kind == "merge_remote_group":
-            said.append(f"size={self.count}")
-        if self.kind == "spawn":
-            said.append(f"n={self.count}")
-        if self.kind == "new_group" and self.payload is not None:
-            said.append(str(self.payload))
-        if self.kind in ("send", "recv"):
-            said.append(said_of_message(self.kind, self.peer, self.tag))
-        return f"{self.kind}({', '.join(said)})"
-
-    def spans(self) -> tuple[Spans, Spans]:
-        """Return the address ranges that the call reads and those that it writes."""
-        if self._spans is None:
-            reads, writes = _spans(self.send), _spans(self.recv)
-            if self.parts:
-                reads = tuple(span for part in self.parts for span in _spans(part.send))
-                writes = tuple(span for part in self.parts for span in _spans(part.recv))
-            self._spans = reads, writes
-        return self._spans
-
-
-def said_of_message(kind: str, peer: int, tag: int) -> str:
-    """Say which message a `send` or `recv` is about."""
-    return f"{'dst' if kind == 'send' else 'src'}={_PEERS.get(peer, peer)}, tag={tag}"
-
-
-def _spans(blocks: Blocks | None) -> Spans:
-    if blocks is None:
-        return ()
-    return tuple([(at := b.address, at + b.nbytes) for b in blocks.buffers if b.nbytes])
-
-
-def digest(*numbers: int) -> int:
-    """Condense integers to 63 bits, equal in every process (unlike `hash`)."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
+from .kinds import Kind
+from .overlap import overlap, refusal, separate, used_by
 
 # ---- the pieces of a check ----
 
@@ -347,17 +119,12 @@ def _list(value: object, name: str, length: int) -> Sequence[object]:
 def _rows(value: object, name: str, length: int) -> Sequence[object]:
     """Return views of an array's rows, which stand for a list of arrays."""
     array: Any = value
-    if (isinstance(value, np.ndarray) or _is_tensor(value)) and array.ndim:
+    if (isinstance(value, np.ndarray) or is_tensor(value)) and array.ndim:
         return [array[i, ...] for i in range(len(array))]
     raise InvalidCallError(
         f"{name} must be a list of {length} arrays, one per rank, or a NumPy array or tensor of "
         f"{length} rows, but got {type(value).__name__}"
     )
-
-
-def _is_tensor(value: object) -> bool:
-    torch: Any = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _buffers(value: object, name: str, length: int, *, write: bool) -> list[Buffer]:
@@ -390,7 +157,7 @@ def _alike(a: Buffer, a_name: str, b: Buffer, b_name: str, *, write: bool = Fals
 
 def _converted(a: Buffer, a_name: str, b: Buffer, b_name: str, write: bool) -> str:
     """Write down how to give `b` the dtype of `a`."""
-    if _is_tensor(b.owner):
+    if is_tensor(b.owner):
         made = f"{b_name}.to(torch.{a.dtype.name})"
         if not write:
             return f"pass {made}"
@@ -415,88 +182,6 @@ def _place(device: int | None) -> str:
     return "in GPU memory" if device == UNKNOWN else f"on GPU {device}"
 
 
-Named: TypeAlias = "Sequence[tuple[str, Buffer]]"
-Used: TypeAlias = "list[tuple[int, int, str, bool]]"
-"""Memory: begin, end, the argument that it is a part of, and whether it is written."""
-
-
-def _separate(call: Call, rank: int, writes: Named, reads: Named) -> Call:
-    """Refuse memory that is written while something else of the call uses it.
-
-    What this rank gives to itself may lie where it is to come: there the call is in place.
-    """
-    if (
-        len(writes) == len(reads) == 1
-        and writes[0][1].device is None
-        and not np.may_share_memory(writes[0][1].array, reads[0][1].array)
-    ):
-        return call  # exact for contiguous arrays, and four times faster than what follows
-    written, read = _used(writes, write=True), _used(reads, write=False)
-    found = _overlap(written + read)
-    if not found:
-        return call
-    assert call.send is not None and call.recv is not None
-    own = [blocks.place(rank if len(blocks.counts) > 1 else 0) for blocks in (call.send, call.recv)]
-    if own[0] == own[1] and own[0][1]:
-        call.in_place = True
-        start, end = own[0][0], sum(own[0])
-        name = reads[rank if len(reads) > 1 else 0][0]
-        rest = [use for use in read if use[2] != name]
-        rest += [
-            part
-            for first, last, given, _ in read
-            if given == name
-            for part in ((first, start, name, False), (end, last, name, False))
-            if part[0] < part[1]
-        ]
-        found = _overlap(written + rest)
-        if not found:
-            return call
-    raise _overlapping(found, [*writes, *reads])
-
-
-def _used(named: Named, *, write: bool) -> Used:
-    used = []
-    for name, b in named:
-        if b.nbytes:
-            start = b.address
-            used.append((start, start + b.nbytes, name, write))
-    return used
-
-
-def _overlap(used: Used) -> list[tuple[str, bool]]:
-    """Return two arguments that overlap where one of them is written, and whether each is."""
-    reach, reach_name = -1, ""  # the furthest byte used so far
-    written, written_name = -1, ""  # the furthest byte written so far
-    used.sort()
-    for start, end, name, write in used:
-        if start < written:
-            return [(written_name, True), (name, write)]
-        if write and start < reach:
-            return [(name, True), (reach_name, False)]
-        if end > reach:
-            reach, reach_name = end, name
-        if write and end > written:
-            written, written_name = end, name
-    return []
-
-
-def _overlapping(found: list[tuple[str, bool]], named: Named) -> InvalidCallError:
-    (a, _), (b, write) = found
-    owner = next(buffer.owner for name, buffer in named if name == b)
-    copied = f"{b}.copy()" if hasattr(owner, "copy") else f"np.array({b})"
-    if _is_tensor(owner):
-        copied = f"{b}.clone()"
-    if write:
-        return InvalidCallError(
-            f"{a} and {b} overlap in memory, and both are written: make y = {copied}, pass y, and "
-            "take the result from y"
-        )
-    return InvalidCallError(
-        f"{a} and {b} overlap in memory, and {a} is written: pass {copied} for {b}"
-    )
-
-
 def _named(name: str, buffers: Sequence[Buffer]) -> list[tuple[str, Buffer]]:
     return [(f"{name}[{i}]", buffer) for i, buffer in enumerate(buffers)]
 
@@ -508,7 +193,7 @@ def _even(counts: Sequence[int]) -> int:
 # ---- one checker per collective ----
 
 
-def _in_place(kind: str, tensor: object, *, write: bool = True) -> Call:
+def _in_place(kind: Kind, tensor: object, *, write: bool = True) -> Call:
     buffer = as_buffer(tensor, "tensor", write=write)
     blocks = Blocks.single(buffer)
     return Call(kind, blocks, blocks if write else None, count=buffer.count, outputs=(tensor,))
@@ -522,24 +207,32 @@ def _reducing(call: Call, op: object, size: int) -> Call:
 
 
 def allreduce(rank: int, size: int, tensor: object, op: object) -> Call:
-    return _reducing(_in_place("allreduce", tensor), op, size)
+    return _reducing(_in_place(kinds.ALLREDUCE, tensor), op, size)
 
 
 def broadcast(rank: int, size: int, tensor: object, root: object) -> Call:
     root = rank_in(root, "root", size)
-    call = _in_place("broadcast", tensor, write=rank != root)
+    call = _in_place(kinds.BROADCAST, tensor, write=rank != root)
     call.root = root
     return call
 
 
 def reduce(rank: int, size: int, tensor: object, root: object, op: object) -> Call:
     root = rank_in(root, "root", size)
-    call = _reducing(_in_place("reduce", tensor, write=rank == root), op, size)
+    call = _reducing(_in_place(kinds.REDUCE, tensor, write=rank == root), op, size)
     call.root = root
     return call
 
 
-def scan(kind: str, rank: int, size: int, tensor: object, op: object) -> Call:
+def scan(rank: int, size: int, tensor: object, op: object) -> Call:
+    return _prefix(kinds.SCAN, size, tensor, op)
+
+
+def exscan(rank: int, size: int, tensor: object, op: object) -> Call:
+    return _prefix(kinds.EXSCAN, size, tensor, op)
+
+
+def _prefix(kind: Kind, size: int, tensor: object, op: object) -> Call:
     call = _reducing(_in_place(kind, tensor), op, size)
     assert call.op is not None
     if call.op.name == "AVG":
@@ -560,14 +253,14 @@ def allgather(rank: int, size: int, output_tensors: object, input_tensor: object
         )
     recv = Blocks.each(outputs)
     call = Call(
-        "allgather",
+        kinds.ALLGATHER,
         Blocks.single(source),
         recv,
         count=_even(recv.counts),
         digest=digest(*recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
-    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
+    return separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def all_gather_single(rank: int, size: int, output: object, source: object) -> Call:
@@ -581,13 +274,13 @@ def all_gather_single(rank: int, size: int, output: object, source: object) -> C
             "there is allgather"
         )
     call = Call(
-        "all_gather_single",
+        kinds.ALL_GATHER_SINGLE,
         Blocks.single(taken),
         Blocks.split(into, (taken.count,) * size),
         count=taken.count,
         outputs=(output,),
     )
-    return _separate(call, rank, [("output", into)], [("input", taken)])
+    return separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def gather(
@@ -595,9 +288,8 @@ def gather(
 ) -> Call:
     root = rank_in(root, "root", size)
     source = as_buffer(input_tensor, "input_tensor", write=False)
-    call = Call("gather", Blocks.single(source), root=root, count=source.count)
     if rank != root:  # its list is not looked at
-        return call
+        return Call(kinds.GATHER, Blocks.single(source), root=root, count=source.count)
     outputs = _buffers(output_tensors, "output_tensors", size, write=True)
     _alike(outputs[0], "output_tensors[0]", source, "input_tensor")
     if outputs[rank].count != source.count:
@@ -605,10 +297,16 @@ def gather(
             f"output_tensors[{rank}] must have as many elements as the root's own input_tensor, "
             f"{source.count}, but has {outputs[rank].count}"
         )
-    call.recv = Blocks.each(outputs)
-    call.count = _even(call.recv.counts)
-    call.outputs = tuple(b.owner for b in outputs)
-    return _separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
+    recv = Blocks.each(outputs)
+    call = Call(
+        kinds.GATHER,
+        Blocks.single(source),
+        recv,
+        root=root,
+        count=_even(recv.counts),
+        outputs=tuple(b.owner for b in outputs),
+    )
+    return separate(call, rank, _named("output_tensors", outputs), [("input_tensor", source)])
 
 
 def scatter(
@@ -616,16 +314,15 @@ def scatter(
 ) -> Call:
     root = rank_in(root, "root", size)
     into = as_buffer(output_tensor, "output_tensor", write=True)
-    call = Call(
-        "scatter",
-        None,
-        Blocks.single(into),
-        root=root,
-        count=into.count,
-        outputs=(output_tensor,),
-    )
     if rank != root:  # its list is not looked at
-        return call
+        return Call(
+            kinds.SCATTER,
+            None,
+            Blocks.single(into),
+            root=root,
+            count=into.count,
+            outputs=(output_tensor,),
+        )
     sources = _buffers(input_tensors, "input_tensors", size, write=False)
     _alike(into, "output_tensor", sources[0], "input_tensors[0]")
     if sources[rank].count != into.count:
@@ -633,9 +330,16 @@ def scatter(
             f"input_tensors[{rank}] must have as many elements as the root's own output_tensor, "
             f"{into.count}, but has {sources[rank].count}"
         )
-    call.send = Blocks.each(sources)
-    call.count = _even(call.send.counts)
-    return _separate(call, rank, [("output_tensor", into)], _named("input_tensors", sources))
+    send = Blocks.each(sources)
+    call = Call(
+        kinds.SCATTER,
+        send,
+        Blocks.single(into),
+        root=root,
+        count=_even(send.counts),
+        outputs=(output_tensor,),
+    )
+    return separate(call, rank, [("output_tensor", into)], _named("input_tensors", sources))
 
 
 def reduce_scatter(rank: int, size: int, output: object, source: object, op: object) -> Call:
@@ -649,14 +353,14 @@ def reduce_scatter(rank: int, size: int, output: object, source: object, op: obj
         )
     send = Blocks.each(sources)
     call = Call(
-        "reduce_scatter",
+        kinds.REDUCE_SCATTER,
         send,
         Blocks.single(into),
         count=_even(send.counts),
         digest=digest(*send.counts),
         outputs=(output,),
     )
-    _separate(call, rank, [("output", into)], _named("input", sources))
+    separate(call, rank, [("output", into)], _named("input", sources))
     return _reducing(call, op, size)
 
 
@@ -671,13 +375,13 @@ def reduce_scatter_single(rank: int, size: int, output: object, source: object, 
             "sizes there is reduce_scatter"
         )
     call = Call(
-        "reduce_scatter_single",
+        kinds.REDUCE_SCATTER_SINGLE,
         Blocks.split(taken, (into.count,) * size),
         Blocks.single(into),
         count=into.count,
         outputs=(output,),
     )
-    _separate(call, rank, [("output", into)], [("input", taken)])
+    separate(call, rank, [("output", into)], [("input", taken)])
     return _reducing(call, op, size)
 
 
@@ -692,14 +396,14 @@ def alltoall(rank: int, size: int, output_tensors: object, input_tensors: object
             f"{send.counts[rank]}, but has {recv.counts[rank]}"
         )
     call = Call(
-        "alltoall",
+        kinds.ALLTOALL,
         send,
         recv,
         count=_even(send.counts + recv.counts),
         outputs=tuple(b.owner for b in outputs),
     )
     writes, reads = _named("output_tensors", outputs), _named("input_tensors", sources)
-    return _separate(call, rank, writes, reads)
+    return separate(call, rank, writes, reads)
 
 
 def all_to_all_single(
@@ -726,13 +430,13 @@ def all_to_all_single(
             f"sends itself: {in_counts[rank]} elements against {out_counts[rank]}"
         )
     call = Call(
-        "all_to_all_single",
+        kinds.ALL_TO_ALL_SINGLE,
         Blocks.split(taken, in_counts),
         Blocks.split(into, out_counts),
         count=_even(in_counts + out_counts),
         outputs=(output,),
     )
-    return _separate(call, rank, [("output", into)], [("input", taken)])
+    return separate(call, rank, [("output", into)], [("input", taken)])
 
 
 def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, tuple[int, ...]]:
@@ -767,7 +471,7 @@ def _splits(buffer: Buffer, sizes: object, side: str, size: int) -> tuple[int, t
     return row, tuple(n * row for n in given)
 
 
-def coalesced(kind: str, parts: Sequence[Call], names: str, in_names: str = "") -> Call:
+def coalesced(kind: Kind, parts: Sequence[Call], names: str, in_names: str = "") -> Call:
     """Bundle checked calls of one kind into one; `in_names` is the argument that they read."""
     if not parts:
         raise InvalidCallError(f"{names} must hold at least one array, but is empty")
@@ -791,9 +495,9 @@ def coalesced(kind: str, parts: Sequence[Call], names: str, in_names: str = "") 
                 "a call for each"
             )
         numbers += [part.dtype.code, part.count, part.digest]
-    found = _overlap(_used(writes, write=True) + _used(reads, write=False))
+    found = overlap(used_by(writes, write=True) + used_by(reads, write=False))
     if found:
-        raise _overlapping(found, writes + reads)
+        raise refusal(found, writes + reads)
     return Call(
         kind,
         parts=tuple(parts),
@@ -857,13 +561,13 @@ def empty(shape: object, dtype: object) -> Call:
             f"shape {sides} of {kind} takes {nbytes} bytes, but this machine has "
             f"{settings.memory()} bytes of memory"
         )
-    return Call("empty", count=nbytes, digest=digest(code), payload=(sides, kind))
+    return Call(kinds.EMPTY, count=nbytes, digest=digest(code), payload=Shape(sides, kind))
 
 
 def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) -> Call:
     buffer = as_buffer(tensor, "tensor", write=False)
     return Call(
-        "send",
+        kinds.SEND,
         Blocks.single(buffer),
         peer=_peer(dst, "dst", size),
         tag=_tag(tag, highest_tag),
@@ -875,7 +579,7 @@ def send(size: int, highest_tag: int, tensor: object, dst: object, tag: object) 
 def recv(size: int, highest_tag: int, tensor: object, src: object, tag: object) -> Call:
     buffer = as_buffer(tensor, "tensor", write=True)
     return Call(
-        "recv",
+        kinds.RECV,
         None,
         Blocks.single(buffer),
         peer=_peer(src, "src", size),
@@ -890,11 +594,11 @@ def probe(size: int, highest_tag: int, src: object, tag: object) -> tuple[int, i
     return _peer(src, "src", size), _tag(tag, highest_tag)
 
 
-def object_call(kind: str, rank: int, size: int, obj: object, root: object | None = None) -> Call:
+def object_call(kind: Kind, rank: int, size: int, obj: object, root: object | None = None) -> Call:
     """Check an object collective; `obj` is pickled here, on the ranks that give one."""
-    at = -1 if kind == "allgather_object" else rank_in(root, "root", size)
+    at = rank_in(root, "root", size) if kind.from_root or kind.to_root else -1
     call = Call(kind, root=at)
-    if kind == "scatter_object":
+    if kind.parted:
         if rank == at:
             if not isinstance(obj, (list, tuple)) or len(obj) != size:
                 raise InvalidCallError(
@@ -902,8 +606,8 @@ def object_call(kind: str, rank: int, size: int, obj: object, root: object | Non
                     f"{type(obj).__name__}"
                     + (f" of {len(obj)}" if isinstance(obj, (list, tuple)) else "")
                 )
-            call.payload = [_pickled(x) for x in obj]
-    elif kind != "broadcast_object" or rank == at:
+            call.payload = Pieces([_pickled(x) for x in obj])
+    elif not kind.from_root or rank == at:
         call.payload = _pickled(obj)
     return call
 
@@ -932,11 +636,11 @@ def excluded(rank: int, size: int, ranks: object) -> tuple[int, ...]:
     return tuple(sorted(given))
 
 
-def split_ranks(size: int, ranks: object) -> tuple[int, ...]:
+def split_ranks(size: int, ranks: object) -> Members:
     """Check the argument of split_group: distinct ranks of the group; none: to be in no group."""
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
         raise InvalidCallError(f"ranks must be a list of ranks, but got {ranks!r}")
     given = tuple(rank_in(r, f"ranks[{i}]", size) for i, r in enumerate(ranks))
     if len(set(given)) != len(given):
         raise InvalidCallError(f"ranks must not name a rank twice, but is {list(given)}")
-    return given
+    return Members(given)

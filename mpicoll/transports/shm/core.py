@@ -1,0 +1,140 @@
+"""Which groups have the compiled core, and what it is given.
+
+It is the direct way of small calls on one node, in C.  Without it, where the library was installed
+without a compiler, or MPICOLL_NATIVE is 0, the same calls go the general way.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...arrays.dtypes import BY_NAME as DTYPES
+from ...arrays.dtypes import DType, from_numpy
+from ...arrays.ops import BY_NAME
+from ...engine import checks, kinds
+from ...engine.arrival import BoardArrival
+from ...engine.call import Call, digest
+from ...engine.kinds import KINDS, Kind
+from ...engine.progress import engine
+from ...engine.recorder import Recorder, ours
+from ...engine.tasks import GroupState
+from ...engine.work import DoneWork
+from ...runtime.library import MPI
+from ...runtime.memory import NodeMemory
+from ...runtime.settings import native_wanted
+from .inline import READ
+
+_native: Any
+try:
+    from . import _native
+except ImportError:  # it was not compiled
+    _native = None
+
+
+if TYPE_CHECKING:
+    from ._native import Chunks as Chunks
+    from ._native import Core as Core
+
+
+def why_not() -> str:
+    """Return why calls can't go through compiled code here; "" if they can."""
+    if _native is None:
+        return "it was not compiled when mpicoll was installed"
+    if not native_wanted():
+        return "MPICOLL_NATIVE=0"
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "it counts on the lock that this interpreter does without"
+    return ""
+
+
+def available() -> bool:
+    """Return whether calls can go through compiled code here."""
+    return not why_not()
+
+
+@functools.cache
+def _dtypes() -> dict[int, DType]:
+    found: dict[int, DType] = {}
+    for code in "?bBhHiIlLqQefdgFDG":
+        dtype = np.dtype(code)
+        found[dtype.num] = from_numpy(dtype, "", False)
+    return found
+
+
+_CHECKS: dict[Kind, Callable[..., Call]] = {  # of the calls that it knows
+    kinds.ALLREDUCE: checks.allreduce,
+    kinds.BROADCAST: checks.broadcast,
+    kinds.REDUCE: checks.reduce,
+    kinds.BARRIER: lambda rank, size: Call(kinds.BARRIER),
+    kinds.ALLGATHER: checks.allgather,
+    kinds.ALL_GATHER_SINGLE: checks.all_gather_single,
+    kinds.GATHER: checks.gather,
+    kinds.SCATTER: checks.scatter,
+    kinds.REDUCE_SCATTER: checks.reduce_scatter,
+    kinds.REDUCE_SCATTER_SINGLE: checks.reduce_scatter_single,
+    kinds.ALLTOALL: checks.alltoall,
+    kinds.ALL_TO_ALL_SINGLE: checks.all_to_all_single,
+    kinds.SCAN: checks.scan,
+    kinds.EXSCAN: checks.exscan,
+}
+
+
+@functools.cache
+def _configure() -> None:
+    """Tell the core what is the same for all groups; and when this process is a rank no more."""
+    _native.configure(
+        read=READ,
+        all_kinds=KINDS,
+        dtypes=_dtypes(),
+        all_dtypes={dtype.code: dtype for dtype in DTYPES.values()},
+        all_ops=BY_NAME.values(),
+        the_engine=engine,
+        done_work=DoneWork,
+        checkers=[_CHECKS.get(kind) for kind in KINDS],
+        is_ours=ours,
+        digest=digest,
+    )
+    os.register_at_fork(after_in_child=_native.cease)
+    key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _native.cease())
+    MPI.COMM_SELF.Set_attr(key, None)  # which MPI_Finalize deletes
+
+
+def chunks(memory: NodeMemory) -> Chunks | None:
+    """Return what reduces a group's large arrays on one node in compiled code, or None."""
+    if not available():
+        return None
+    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
+    return made
+
+
+def make(
+    memory: NodeMemory,
+    most: int,
+    arrival: BoardArrival,
+    group_state: GroupState,
+    recorder: Recorder,
+) -> Core | None:
+    """Return the core of a group on one node, or None.
+
+    Args:
+        most: bytes that travel beside a record, at most.
+    """
+    if not available():
+        return None
+    _configure()
+    made: Core = _native.Core(
+        *(memory.mapping, memory.layout, memory.crowded),
+        most=most,
+        group_state=group_state,
+        arrival=arrival,
+        ring=recorder.ring,
+    )
+    group_state.core = weakref.ref(made)
+    return made

@@ -1,0 +1,264 @@
+"""The compiled core does what the general way does, and leaves to that what it can't do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpicoll as mc
+from mpicoll.engine.progress import engine
+from mpicoll.errors import (
+    CallInterruptedError,
+    CollectiveMismatchError,
+    GroupBrokenError,
+    GroupClosedError,
+    InvalidCallError,
+    RemoteRankError,
+)
+from mpicoll.transports.shm import core
+from tests.contract.arrays import KINDS, data
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(not core.available(), reason="there is no compiled core here"),
+]
+
+OPS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+
+
+@pytest.fixture
+def direct(fresh):
+    """A group whose small calls are the core's."""
+    if fresh._core is None:
+        pytest.skip("the group's ranks don't all share memory")
+    return fresh
+
+
+def strange(rng, size, dtype):
+    """Any bits, among floats many zeros, infinities and NaNs of both signs with payloads."""
+    dtype = np.dtype(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, size).astype(bool)
+    values = np.frombuffer(rng.bytes(size * dtype.itemsize), dtype).copy()
+    if dtype.kind == "f":
+        chosen = rng.random(size) < 0.5
+        special = np.array([0.0, -0.0, np.inf, -np.inf, 1, -1], dtype)
+        values[chosen] = rng.choice(special, int(chosen.sum()))
+    return values
+
+
+@pytest.mark.parametrize("dtype", "?bBhHiIqQefd")
+@pytest.mark.parametrize("size", [1, 2, 5, 17, 1000, 60_000])
+def test_the_same_bits_with_and_without(direct, world, dtype, size):
+    compiled, rng = direct._core, np.random.default_rng(size + 7 * direct.rank())
+    for op in map(mc.ReduceOp.__dict__.get, OPS):
+        given, got = strange(rng, size, dtype), []
+        for way in (compiled, None):
+            direct._core = way
+            for call in (direct.allreduce, direct.scan, direct.exscan):
+                array = given.copy()
+                try:
+                    call(array, op).wait()
+                except mc.UnsupportedError:
+                    continue
+                got.append(array.tobytes())
+            array = given.copy()
+            try:
+                direct.reduce(array, 0, op).wait()
+            except mc.UnsupportedError:
+                continue
+            got.append(array.tobytes())
+        half = len(got) // 2
+        assert got[:half] == got[half:], op
+        if got:
+            assert len(set(world.allgather(got[0]))) == 1
+
+
+@pytest.mark.parametrize("size", [70_001, 600_000])
+def test_the_same_bits_in_large_arrays(direct, size):
+    n, chunks = direct.size(), direct._caller.transport._chunks
+    rng = np.random.default_rng(size + direct.rank())
+    for op in map(mc.ReduceOp.__dict__.get, OPS[:5]):
+        for dtype in "efd":
+            given, whole, got = strange(rng, size, dtype), strange(rng, n * size, dtype), []
+            for way in (chunks, None):
+                direct._caller.transport._chunks = way
+                array = given.copy()
+                direct.allreduce(array, op).wait()
+                got.append(array.tobytes())
+                for root in range(n):
+                    array = given.copy()
+                    direct.reduce(array, root, op).wait()
+                    got.append(array.tobytes())
+                array = np.empty_like(given)
+                direct.reduce_scatter_single(array, whole.copy(), op).wait()
+                got.append(array.tobytes())
+                if op is not mc.ReduceOp.AVG:
+                    array = given.copy()
+                    direct.scan(array, op).wait()
+                    got.append(array.tobytes())
+            half = len(got) // 2
+            assert got[:half] == got[half:], (op, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_call_that_is_over_answers_as_any_other(direct, kind):
+    kind.require()
+    x = kind.full(3, direct.rank() + 1)
+    works = [direct.allreduce(x) for _ in range(300) if mc.wait_all([direct.barrier()])]
+    over = [work for work in works if type(work) is not mc.Work]  # whose peers were not late
+    if not over:
+        pytest.skip("on this machine the peers are always late")
+    work = over[-1]
+    assert isinstance(work, mc.Work)
+    assert work.wait() and work.wait(timeout=5) and work.is_completed() and work.is_success()
+    assert work.exception() is None and work.result() == [x] and work.result()[0] is x
+    assert work.get_future().result(5)[0] is x
+    assert f"allreduce(float32[3], op=SUM) #{work.seq}, done" in repr(work)
+    work.synchronize()
+    with pytest.raises(InvalidCallError, match="source_rank"):
+        work.source_rank()
+    with pytest.raises(InvalidCallError, match="timeout"):
+        work.wait(timeout=-1)
+
+
+def test_the_recorder_shows_it_where_it_was_called(direct):
+    direct.broadcast(np.arange(6.0).reshape(2, 3), direct.size() - 1).wait()
+    (entry,) = [c for c in json.loads(direct.dump())["calls"] if c["kind"] == "broadcast"]
+    assert (entry["dtype"], entry["count"], entry["shape"]) == ("float64", 6, [2, 3])
+    assert (entry["root"], entry["op"], entry["state"]) == (direct.size() - 1, "", "finished")
+    assert entry["called"] <= entry["ended"] and entry["error"] is None
+    assert os.path.basename(entry["file"]) == "test_core.py"
+
+
+def test_numbers_follow_one_another_whichever_way(direct):
+    numbers = []
+    for i in range(20):
+        x = np.full(5, 1.0)
+        numbers.append(direct.allreduce(x).seq)
+        numbers.append(direct.scan(x.astype("D")).seq)
+        assert direct.broadcast_object(i, 0) == i
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 3 * 20 - 1
+
+
+def test_what_differs_is_told_on_all_ranks(direct):
+    if direct.size() == 1:
+        pytest.skip("needs two ranks")
+    x = np.ones(4, np.float32)
+    for _ in range(3):
+        with pytest.raises(CollectiveMismatchError, match="differs between the ranks"):
+            if direct.rank() == 0:
+                direct.allreduce(x).wait()
+            else:
+                direct.allreduce(x, mc.ReduceOp.MAX).wait()
+        direct.allreduce(np.ones(4)).wait()  # still usable
+
+
+def test_a_late_peer_is_waited_for_the_general_way(direct):
+    for late in range(direct.size()):
+        for i in range(10):
+            if direct.rank() == late:
+                time.sleep(2e-3)
+            x = np.full(3, direct.rank() + i, np.int64)
+            direct.allreduce(x).wait()
+            assert (x == sum(range(direct.size())) + i * direct.size()).all()
+
+
+def test_a_closed_group_has_no_core(direct):
+    direct.allreduce(np.ones(3)).wait()
+    direct.shutdown()
+    with pytest.raises(GroupClosedError):
+        direct.allreduce(np.ones(3))
+    with pytest.raises(GroupClosedError):
+        direct.barrier()
+
+
+def test_an_exception_between_the_core_and_the_general_way_breaks_the_group(direct, monkeypatch):
+    """The peers may have used what this rank gave, so the call can't be made another one."""
+    if direct.size() == 1:
+        pytest.skip("needs two ranks")
+    if direct.rank() == 0:
+
+        def strike(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as struck:
+            struck.setattr(engine._poll, "next", math.inf)  # nor does it go by the core then
+            struck.setattr(direct, "_call", strike)
+            with pytest.raises(KeyboardInterrupt):
+                direct.allreduce(np.ones(3)).wait()
+        with pytest.raises(GroupBrokenError) as caught:
+            direct.allreduce(np.ones(3))
+        assert isinstance(caught.value.__cause__, CallInterruptedError)
+    else:
+        time.sleep(0.3)  # rank 0 posts, and gives up waiting
+        direct.allreduce(np.ones(3)).wait()  # it had all from rank 0
+        with pytest.raises((RemoteRankError, GroupBrokenError)):
+            direct.barrier().wait()
+
+
+def test_a_forked_child_makes_no_call(direct):
+    direct.allreduce(np.ones(3)).wait()
+    child = os.fork()
+    if not child:
+        try:
+            direct.barrier()
+        except GroupClosedError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    direct.barrier().wait()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "longdouble", "float16", "int16"])
+def test_what_moves_moves_both_ways(direct, dtype):
+    n, me, compiled = direct.size(), direct.rank(), direct._core
+    for way in (compiled, None):
+        direct._core = way
+        for size in (1, 5, 1000):
+            parts = [data(r, size, dtype) for r in range(n)]
+            outputs = [np.zeros(size, dtype) for _ in range(n)]
+            direct.allgather(outputs, parts[me]).wait()
+            assert all(map(np.array_equal, outputs, parts))
+            whole = np.zeros(n * size, dtype)
+            direct.all_gather_single(whole, parts[me]).wait()
+            assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_some_with_the_core_and_some_without(direct, world):
+    """The ways are one on the wire: a rank without a compiler is no other rank."""
+    if direct.rank() % 2:
+        direct._core = None
+        direct._caller.transport._chunks = None
+    n, me = direct.size(), direct.rank()
+    for size in (1, 5, 1000, 30_000, 200_001):
+        x = data(me, size, "f8")
+        direct.allreduce(x).wait()
+        assert np.array_equal(x, sum(data(r, size, "f8") for r in range(n)))
+        x = data(me, size, "f4")
+        direct.allreduce(x, mc.ReduceOp.MAX).wait()
+        assert np.array_equal(x, np.max([data(r, size, "f4") for r in range(n)], axis=0))
+        into, given = np.zeros(size), data(me, n * size, "f8")
+        direct.reduce_scatter_single(into, given).wait()
+        total = sum(data(r, n * size, "f8") for r in range(n))
+        assert np.array_equal(into, total[me * size : (me + 1) * size])
+        for root in range(n):
+            outputs = [np.zeros(size) for _ in range(n)]
+            direct.gather(outputs, data(me, size, "f8"), root).wait()
+            if me == root:
+                assert all(np.array_equal(o, data(r, size, "f8")) for r, o in enumerate(outputs))
+            into = np.zeros(size)
+            direct.scatter(into, [data(r, size, "f8", root) for r in range(n)], root).wait()
+            assert np.array_equal(into, data(me, size, "f8", root))
+        sent, into = data(me, n * size, "i4"), np.zeros(n * size, "i4")
+        direct.all_to_all_single(into, sent, [], []).wait()
+        rows = [data(r, n * size, "i4")[me * size : (me + 1) * size] for r in range(n)]
+        assert np.array_equal(into, np.concatenate(rows))
+    assert world.allreduce(1, MPI.SUM) == n
