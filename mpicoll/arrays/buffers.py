@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,8 @@ _ACCEPTED = "a NumPy array, a tensor, or an object with DLPack or the buffer pro
 _OBJECTS = (
     "use broadcast_object, allgather_object, gather_object or scatter_object, which return objects"
 )
+_address = ctypes.addressof
+_first_byte: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 _HOST_DEVICES = (1, 3, 11)  # DLPack's kDLCPU, kDLCUDAHost, kDLROCMHost
 
 
@@ -60,7 +62,7 @@ class Buffer:
     def address(self) -> int:
         """Where the memory begins."""
         if self.writable and self.nbytes:
-            return ctypes.addressof(ctypes.c_char.from_buffer(self.array.data))
+            return _address(_first_byte(self.array))
         return int(self.array.__array_interface__["data"][0])  # four times slower
 
     def __repr__(self) -> str:

@@ -1,9 +1,10 @@
-"""Measure collectives beside bare mpi4py on the same communicator, and beside gloo.
+"""Measure collectives and messages beside bare mpi4py on the same communicator, and beside gloo.
 
 Start it under MPI:
 
     mpiexec -n 2 python -m mpicoll bench
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
+    mpiexec -n 2 python -m mpicoll bench --kinds pingpong,exchange,bandwidth
     mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
     mpiexec -n 2 python -m mpicoll bench --device cuda
 
@@ -18,6 +19,11 @@ arrays of the same size, unless --bare-on-gpu says that its collectives take the
 library that takes them in messages may die of them in collectives, which nobody has tried.  Where
 the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result of
 mpicoll is checked, and the exit status is not zero if one was wrong.
+
+Messages are measured as the OSU tests do it, between ranks 0 and 1: pingpong is half a round trip
+(osu_latency); bandwidth is the time of one message of a window of 64, fewer where the messages are
+large, after which a short one comes back (osu_bw).  In exchange each rank sends to the next one
+and receives from the one before, and its bus bandwidth counts both ways (osu_bibw).
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ import numpy.typing as npt
 
 from ..arrays.ops import ReduceOp
 from ..engine.kinds import BARRIER
+from ..engine.work import wait_all
 from ..errors import InvalidCallError
 from ..groups.group import ProcessGroup
 from ..groups.new import new_group
@@ -50,13 +57,17 @@ Array = npt.NDArray[Any]
 Calls = Callable[[], object]
 
 SIZES = tuple(4 ** (1 + i) for i in range(14))  # 4 B to 256 MiB
+MESSAGES = ("pingpong", "exchange", "bandwidth")  # not measured where no kinds are named
+ROUNDS = 10  # round trips of a pingpong
+WINDOW = 64  # messages under way in `bandwidth`
+AT_ONCE = 256 * 2**20  # bytes of them, at most
 BUDGET = 0.4  # seconds that one size of one collective may take, about
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass
 class Case:
-    """One collective at one size, ready to be called in each way, on arrays of its own."""
+    """One kind at one size, ready to be called in each way, on arrays of its own."""
 
     ours: Calls
     bare: Calls
@@ -65,6 +76,7 @@ class Case:
     gloo: Calls | None = None
     nonblocking: Calls | None = None
     nccl: Calls | None = None
+    messages: int = 1  # by which the time of a call is divided
 
 
 @dataclass
@@ -248,12 +260,90 @@ class Bench:
             lambda: self.dist.barrier(),
         )
 
+    def exchange(self, count: int) -> Case:
+        (x, y, _), (out, into, _), pg = self.array(count), self.array(count), self.pg
+        after, before, comm = (self.rank + 1) % self.n, (self.rank - 1) % self.n, pg.comm
+        x.fill(self.rank + 1)
+
+        def ours() -> None:
+            receiving, sending = pg.recv(out, before), pg.send(x, after)
+            receiving.wait()
+            sending.wait()
+
+        return Case(
+            ours,
+            lambda: MPI.Request.Waitall([comm.Irecv(into, before), comm.Isend(y, after)]),
+            lambda: out.fill(0),
+            lambda: bool((out == before + 1).all()),
+        )
+
+    def pingpong(self, count: int) -> Case:
+        (x, y, _), (out, into, _), pg = self.array(count), self.array(count), self.pg
+        rank, peer, comm = self.rank, 1 - self.rank, pg.comm
+        x.fill(rank + 1)
+
+        def ours() -> None:
+            for _ in range(ROUNDS if rank < 2 else 0):
+                if rank == 0:
+                    pg.send(x, peer).wait()
+                pg.recv(out, peer).wait()
+                if rank == 1:
+                    pg.send(x, peer).wait()
+
+        def bare() -> None:
+            for _ in range(ROUNDS if rank < 2 else 0):
+                if rank == 0:
+                    comm.Send(y, peer)
+                comm.Recv(into, peer)
+                if rank == 1:
+                    comm.Send(y, peer)
+
+        return Case(
+            ours,
+            bare,
+            lambda: out.fill(0),
+            lambda: rank > 1 or bool((out == peer + 1).all()),
+            messages=2 * ROUNDS,
+        )
+
+    def bandwidth(self, count: int) -> Case:
+        (x, y, _), (end, over, _), pg = self.array(count), self.array(1), self.pg
+        window = int(np.clip(AT_ONCE // (count * self.dtype.itemsize), 1, WINDOW))
+        # Each message is received into memory of its own: mpicoll refuses anything else.
+        (out, into, _), rank, comm = self.array(window * count), self.rank, pg.comm
+        rows, bare_rows = out.reshape(window, count), into.reshape(window, count)
+        x.fill(7)
+
+        def ours() -> None:
+            if rank == 0:
+                wait_all([pg.send(x, 1) for _ in range(window)])
+                pg.recv(end, 1).wait()
+            elif rank == 1:
+                wait_all([pg.recv(row, 0) for row in rows])
+                pg.send(end, 0).wait()
+
+        def bare() -> None:
+            if rank == 0:
+                MPI.Request.Waitall([comm.Isend(y, 1) for _ in range(window)])
+                comm.Recv(over, 1)
+            elif rank == 1:
+                MPI.Request.Waitall([comm.Irecv(row, 0) for row in bare_rows])
+                comm.Send(over, 0)
+
+        return Case(
+            ours,
+            bare,
+            lambda: out.fill(0),
+            lambda: rank != 1 or bool((out == 7).all()),
+            messages=window,
+        )
+
     def _one_each(self, out: Array) -> bool:
         numbers = self.xp.arange(1, self.n + 1)
         return bool((out.reshape(self.n, -1) == numbers[:, None]).all())
 
     def measure(self, kind: str, nbytes: int, budget: float) -> tuple[Row, bool]:
-        """Measure one collective at one size; every rank of the group must call this."""
+        """Measure one kind at one size; every rank of the group must call this."""
         case: Case = getattr(self, kind)(max(1, nbytes // self.dtype.itemsize))
         correct = np.ones(1, dtype=np.uint8)
         for way in filter(None, (case.ours, case.bare, case.nccl)):  # warms up, too
@@ -264,6 +354,7 @@ class Bench:
             correct[0] &= way is not case.ours or case.right()
         ways = [case.ours, case.bare, *filter(None, [case.nonblocking, case.nccl])]
         calls, times = self.alternate(ways, budget)
+        times /= case.messages
         medians = dict(zip(map(id, ways), np.median(times, axis=1).tolist(), strict=True))
         gloo = None
         if self.dist is not None and case.gloo is not None:
@@ -347,13 +438,17 @@ BUS: dict[str, Callable[[int], float]] = {
     "reduce_scatter_single": lambda n: (n - 1) / n,
     "all_to_all_single": lambda n: (n - 1) / n,
     "barrier": lambda n: 0.0,
+    "pingpong": lambda n: 1.0,
+    "exchange": lambda n: 2.0,
+    "bandwidth": lambda n: 1.0,
 }
+COLLECTIVES = [kind for kind in BUS if kind not in MESSAGES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, with commas")
-    parser.add_argument("--kinds", default=",".join(BUS), help="collectives, with commas")
+    parser.add_argument("--kinds", default=",".join(COLLECTIVES), help="with commas")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="auto", help="as new_group takes it")
     parser.add_argument("--device", default="cpu", help="as new_group takes it")
@@ -405,6 +500,8 @@ def _check(kinds: list[str], args: argparse.Namespace) -> None:
     for kind in kinds:
         if kind not in BUS:
             raise InvalidCallError(f"--kinds must be of {', '.join(BUS)}, but has {kind!r}")
+    if not set(kinds).isdisjoint(MESSAGES) and MPI.COMM_WORLD.Get_size() == 1:
+        raise InvalidCallError(f"--kinds of messages, {', '.join(MESSAGES)}, need two ranks")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
     if args.gloo and importlib.util.find_spec("torch") is None:

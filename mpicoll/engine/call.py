@@ -278,7 +278,7 @@ def said_of_message(kind: Kind, peer: int, tag: int) -> str:
 def _spans(blocks: Blocks | None) -> Spans:
     if blocks is None:
         return ()
-    return tuple([(b.address, b.address + b.nbytes) for b in blocks.buffers if b.nbytes])
+    return tuple([(at := b.address, at + b.nbytes) for b in blocks.buffers if b.nbytes])
 
 
 def digest(*numbers: int) -> int:

@@ -11,7 +11,28 @@ from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 Span = tuple[int, int]  # where it begins, and where it has ended
+Spans = tuple[Span, ...]
 T = TypeVar("T", bound=Hashable)
+
+
+def apart(call: tuple[Spans, Spans], others: Iterable[tuple[Spans, Spans]]) -> bool:
+    """Return whether none writes what a call reads or writes, or reads what that writes.
+
+    Each is given as what it reads, and what it writes.
+    """
+    reads, writes = call
+    for read, written in others:
+        if _meet(writes, written) or _meet(writes, read) or _meet(reads, written):
+            return False
+    return True
+
+
+def _meet(spans: Spans, others: Spans) -> bool:
+    for start, stop in spans:
+        for begin, end in others:
+            if begin < stop and start < end:
+                return True
+    return False
 
 
 class _Several(dict[T, None]):
@@ -53,6 +74,9 @@ class _Spans(Generic[T]):
         if not spans:
             del self._by_size[bits]
 
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
     def meeting(self, span: Span) -> T | None:
         """Return an owner of one that shares an address with `span`."""
         start, stop = span
@@ -72,6 +96,10 @@ class Claims(Generic[T]):
     def __init__(self) -> None:
         self._read: _Spans[T] = _Spans()
         self._written: _Spans[T] = _Spans()
+
+    def __bool__(self) -> bool:
+        """Return whether anything is read or written."""
+        return bool(self._read) or bool(self._written)
 
     def add(self, reads: Iterable[Span], writes: Iterable[Span], owner: T) -> None:
         """Note what an owner reads and writes."""

@@ -59,7 +59,7 @@ from ..runtime.library import IDLE, MPI, PROGRESSED, Steps
 from ..runtime.processes import watch
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
-from .claims import Claims
+from .claims import Claims, apart
 from .deadlines import ask, due, late_message, says_the_same, why_late
 from .peers import Every
 from .tasks import Blocking, Completed, Expired, Failure, GroupState, Task, Uncancelled
@@ -68,6 +68,8 @@ from .underway import UnderWay, died, gone, interrupted, same
 if TYPE_CHECKING:
     from .call import Call
 
+LOOKS = 8  # at the message that is waited for, in one pass
+FEW = 8  # tasks whose memory is compared one by one: entering it in an index would take longer
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
 IDLE_GROUPS = 32  # groups without a call under way that are listened to in one pass
 MESSAGES = 64  # of a group's sends and receives that are stepped in one pass
@@ -150,7 +152,8 @@ class Engine(UnderWay):
                 self._break(task.group_state, task.group_state.broken, task.seq, arrived=False)
             elif not task.queued:
                 self._step(task)
-                self._rest(task.group_state)
+                if task.done:
+                    self._rest(task.group_state)
             elif task.group_state.queue[0] is task:
                 self._advance(task.group_state)
             self._leave()
@@ -169,7 +172,7 @@ class Engine(UnderWay):
             return
         if timeout is not None:
             self._shorten(task, timeout)
-        backoff = Backoff()
+        backoff = None
         while not task.done and (on_host or task.call.enqueued is None):
             if self._is_inside():
                 raise InvalidCallError(
@@ -184,7 +187,9 @@ class Engine(UnderWay):
                 self._run_callbacks()
             if task.outside is not None:
                 self._go_outside(task, task.outside)
-            backoff.after(found)
+            if not task.done:
+                backoff = backoff or Backoff()
+                backoff.after(found)
 
     def outside(
         self, deadline: float, what: str, function: Callable[[], T]
@@ -336,6 +341,9 @@ class Engine(UnderWay):
         """
         if self._is_inside():  # what a signal handler interrupted may have been the claims
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
+        few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
+        if few and apart(call.spans(), [task.call.spans() for task in list(self._unclaimed)]):
+            return None
         with self._lock:
             self._enter()
             self._entered(self._claims, self._unclaimed)
@@ -444,9 +452,16 @@ class Engine(UnderWay):
             self._looking = now
         self._looked = now
         if wanted is not None and wanted in wanted.group_state.beside:
-            found = self._step(wanted)
-            if found == PROGRESSED:
-                wanted.group_state.moved = now
+            state = wanted.group_state
+            for _ in range(LOOKS):
+                found = self._step(wanted)
+                if found == PROGRESSED:
+                    state.moved = now
+                    break
+            if wanted.done and now < self._poll.next:
+                self._rest(state)
+                if not (state.queue or state.enqueued) and len(self._active) <= 1:
+                    return PROGRESSED  # other messages are looked at when they are waited for
         for state in list(self._active):
             moved = self._advance(state)
             if moved == PROGRESSED:

@@ -7,7 +7,6 @@ may strike in the middle (progress.py).
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 import weakref
 from collections import deque
@@ -27,7 +26,7 @@ from ..errors import (
 from ..runtime.library import MPI, Abandoned
 from ..runtime.processes import watch
 from .claims import Claims
-from .deadlines import due, too_late
+from .deadlines import LOOK_AHEAD, due, too_late
 from .recorder import leave_trace
 from .tasks import Expired, Failure, GroupState, Task, Uncancelled
 
@@ -74,14 +73,14 @@ class UnderWay:
             state.queue.append(task)
         else:
             state.beside[task] = None
-        state.due = min(state.due, due(task))
+        if task.deadline - LOOK_AHEAD < state.due:
+            state.due = min(state.due, due(task))
         self._unclaimed[task] = None
 
     def _rest(self, state: GroupState) -> None:
         """Leave a group alone from now on, if nothing is under way."""
-        if not state.busy:
+        if not (state.beside or state.queue or state.enqueued):
             self._active.pop(state, None)
-            state.due = math.inf
 
     @staticmethod
     def _entered(claims: Claims[Task], tasks: Iterable[Task]) -> Claims[Task]:
@@ -195,9 +194,14 @@ class UnderWay:
                 state.page[state.word] = task.seq
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
-        if self._active:  # else it was done at once, and has claimed nothing
-            self._disclaim(task)
-        self._conclude(task)
+        if task in self._unclaimed:
+            del self._unclaimed[task]
+        elif self._active:  # else it was done at once, and has claimed nothing
+            self._claims.discard(*task.call.spans(), task)
+        if error is None:
+            task.ended()
+        else:
+            self._conclude(task)
         if task.callbacks:
             self._ended.append(task)
         task.done = True  # last: another thread may look, without the lock

@@ -232,8 +232,9 @@ class Caller:
             check: makes the `Call` of the number of ranks, the highest tag and the arguments.
         """
         self.check_usable()
-        limit = seconds(timeout, self.timeout)
-        self._raise_unfetched()
+        limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
+        if self.group_state.failures:
+            self._raise_unfetched()
         call = check(self.size, self.highest_tag, *arguments)
         before = _refuse_busy(call, self.group_state) if engine.busy else None
         if call.device is not None:

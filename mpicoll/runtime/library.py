@@ -186,13 +186,24 @@ def until_all(requests: list[MPI.Request]) -> Steps:
             raise
 
 
-RESERVED_TAGS = 256  # the highest tags of every communicator are ours
+RESERVED_TAGS = 256  # of every communicator are ours, above those of users
+
+
+def _tags() -> int:
+    """Return the highest tag of all: the MPI standard allows no less than 32,767."""
+    upper = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(upper if upper is not None else 32767)
+
+
+def payload_tags() -> range:
+    """Return the tags of what is sent apart from its header: an eighth, ours too (`mpi.py`)."""
+    return range(highest_tag() + RESERVED_TAGS + 1, _tags() + 1)
 
 
 def highest_tag() -> int:
     """Return the highest tag that users may give to send and recv."""
-    upper = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
-    return int(upper if upper is not None else 32767) - RESERVED_TAGS
+    upper = _tags()
+    return upper - upper // 8 - RESERVED_TAGS
 
 
 def notice_tag() -> int:

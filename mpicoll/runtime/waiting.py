@@ -45,7 +45,8 @@ class Backoff:
             return
         self._idle += 1
         if found == POLL and self._idle <= self._start + self.EAGERLY:
-            os.sched_yield()
+            if self._idle > self.SPINS or _CROWDED:
+                os.sched_yield()
         elif self._idle > self.YIELDS:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
         elif self._idle > self.SPINS or _CROWDED:

@@ -6,6 +6,11 @@ of a wire array that is encoded before and decoded after.
 
 MPI's counts and displacements are C ints.  A call in which any rank touches more than
 `Tuning.mpi_elements` elements is cut in pieces, or moved point to point, block by block.
+
+A message of `send` begins with a header.  A small payload is packed behind it.  A large one follows
+apart, under a tag that the header names and no other message near it has, so it comes straight into
+the user's array, whatever is sent and received at the same time; its receive is posted when the
+header has come, and only if the array is of the right dtype and size.
 """
 
 from __future__ import annotations
@@ -14,9 +19,9 @@ import functools
 import struct
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,11 +36,11 @@ from ..runtime.library import (
     IDLE,
     MPI,
     POLL,
-    PROGRESSED,
     Abandoned,
     Steps,
     Taken,
     exchange_tag,
+    payload_tags,
     pending,
     post,
     take,
@@ -47,11 +52,13 @@ from .tuning import Tuning
 
 Array = np.ndarray[Any, Any]
 
-EAGER = 64 * 1024  # bytes up to which a message surely comes at once, when it comes
-
 CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
-_HEADER = struct.Struct("<4sqq140s")  # magic, dtype code, elements, the dtype as text
-_MAGIC = b"mpc2"
+_MAGIC = b"mpc3"
+_PACKED = -1  # in place of the tag of a payload that is packed behind its header
+
+# Magic, dtype code, elements, bytes of the payload, its tag, the dtype as text.
+_HEADER = struct.Struct("<4sqqqq132s")
+_Header = tuple[bytes, int, int, int, int, bytes]
 
 
 class MpiTransport(Transport):
@@ -62,6 +69,10 @@ class MpiTransport(Transport):
     def __init__(self, comm: MPI.Intracomm, tuning: Tuning) -> None:
         self.comm = comm
         self._most = tuning.mpi_elements
+        self._packed = tuning.packed
+        self._room = _HEADER.size + tuning.packed
+        self._tags = payload_tags()
+        self._apart: Counter[int] = Counter()  # payloads sent apart, by receiver
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self._sent: Counter[int] = Counter()  # messages, by receiver
@@ -231,19 +242,28 @@ class MpiTransport(Transport):
                 requests.append(self.comm.Isend([piece, _element(piece)], rank, tag))
         yield from until_all(requests)
 
-    # ---- point to point: a header and the payload, in one message ----
+    # ---- point to point: a header, and the payload behind it or apart ----
 
     def send(self, call: Call) -> Steps:
-        assert call.send is not None
-        payload = call.send.flat()
-        header = np.frombuffer(_header(call.send), dtype=np.uint8)
-        message = _message(header, payload, self._most)
-        try:
-            request = self.comm.Isend([MPI.BOTTOM, 1, message], call.peer, call.tag)
-            self._sent[call.peer] += 1
-            yield from until(request)
-        finally:
-            message.Free()
+        blocks, peer = call.send, call.peer
+        assert blocks is not None
+        dtype, nbytes = blocks.dtype, blocks.nbytes
+        text = b"" if dtype.code in BY_CODE else dtype.name.encode()
+        if nbytes <= self._packed:
+            message = _HEADER.pack(_MAGIC, dtype.code, blocks.total, nbytes, _PACKED, text)
+            message += blocks.flat().tobytes()
+            request = self.comm.Isend([message, MPI.BYTE], peer, call.tag)
+            self._sent[peer] += 1
+            if not request.Test():  # mostly MPI has taken it
+                yield from until(request)
+            return
+        tag = self._tags[self._apart[peer] % len(self._tags)]
+        self._apart[peer] += 1
+        header = _HEADER.pack(_MAGIC, dtype.code, blocks.total, nbytes, tag, text)
+        requests = [self.comm.Isend([header, MPI.BYTE], peer, call.tag)]
+        self._begin(requests, self.comm.Isend, blocks.flat().view(np.uint8), peer, tag)
+        self._sent[peer] += 1
+        yield from until_all(requests)
 
     def recv(self, call: Call) -> Steps:
         """Receive one message, from whichever rank sends first if the call names none.
@@ -254,10 +274,9 @@ class MpiTransport(Transport):
         merged.  Over libfabric it goes on to report a message for which a receive is posted
         already, so those of a tag are taken one at a time.
         """
-        if call.peer != ANY:
-            found = self._claim(call) if self._taken else None
-            yield from self._recv_from(call) if found is None else self._recv_taken(call, found)
-            return
+        return self._recv_from(call) if call.peer != ANY else self._recv_from_any(call)
+
+    def _recv_from_any(self, call: Call) -> Steps:
         status, queue, turn = MPI.Status(), self._from_any[call.tag], object()
         queue.append(turn)
         try:
@@ -297,9 +316,19 @@ class MpiTransport(Transport):
             self._taken.append(found)
         if not found.request.Test():
             return None
-        magic, code, count, text = _opened(found.data)
+        magic, code, count, nbytes, apart, text = _opened(found.data)
         if magic != _MAGIC:
             return Message(found.source, tag, "unknown", found.data.size)
+        if apart != _PACKED:
+            data = np.empty(_HEADER.size + nbytes, np.uint8)
+            _HEADER.pack_into(data.data, 0, magic, code, count, nbytes, _PACKED, text)
+            requests: list[MPI.Request] = []
+            into = data[_HEADER.size :]
+            self._begin(requests, self.comm.Irecv, into, found.source, apart)
+            taken = Taken(found.source, tag, data, requests[0])
+            self._taken[self._taken.index(found)] = taken
+            if not taken.request.Test():
+                return None
         return Message(found.source, tag, _name(code, text), count)
 
     def _find(self, peer: int, tag: int) -> Taken | None:
@@ -327,62 +356,113 @@ class MpiTransport(Transport):
             if interrupts(error) and not isinstance(error, (Abandoned, GeneratorExit)):
                 raise Expired from error
             raise
-        call.result = call.peer = found.source
-        self._received[found.source] += 1
-        wrong = _wrong(call, found.data, found.source)
-        if wrong is not None:
-            raise wrong
-        call.recv.flat().view(np.uint8)[...] = found.data[_HEADER.size :]
+        call.peer = found.source
+        yield from self._recv_from(call, found)
 
-    def _recv_from(self, call: Call) -> Steps:
+    def _recv_from(self, call: Call, taken: Taken | None = None) -> Steps:
         """Receive one message; when the deadline passes, cancel (`Expired` is thrown in).
 
         Of a message that has begun to come, MPI can't cancel the receive, and to wait for it would
         be to wait for its sender.
+
+        Args:
+            taken: the message, if it was taken from MPI already; its request is done.
         """
-        assert call.recv is not None
-        requests: list[MPI.Request] = []
-        message: MPI.Datatype | None = None
+        if taken is None and self._taken:
+            taken = self._claim(call)
+            if taken is not None:
+                yield from self._recv_taken(call, taken)
+                return
+        buffer: bytearray | Array  # for the header, and a small payload
+        requests: list[MPI.Request]  # of the header, and of a payload that is apart
+        if taken is None:
+            buffer, requests = bytearray(self._room), []
+        else:
+            buffer, requests = taken.data, [taken.request]
+        status, wrong = MPI.Status(), None
         try:
-            status = MPI.Status()
-            payload = call.recv.flat()
-            header = np.zeros(_HEADER.size, dtype=np.uint8)
-            message = _message(header, payload, self._most)
-            mood = POLL if payload.nbytes > EAGER else IDLE
-            post(requests, self.comm.Irecv, [MPI.BOTTOM, 1, message], call.peer, call.tag)
-            yield PROGRESSED
+            if not requests:
+                post(requests, self.comm.Irecv, [buffer, MPI.BYTE], call.peer, call.tag)
             while not requests[0].Test(status):
-                yield mood
+                yield IDLE
+            wrong = self._open(call, buffer, requests)
+            if len(requests) > 1:
+                while not requests[1].Test():
+                    yield POLL
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
             self._received[call.peer] += 1
             # As much came as there was room for.
-            wrong = _wrong(call, header, call.peer) if header[0] else None
+            wrong = _wrong(call, _opened(buffer), call.peer) if buffer[0] else None
             raise wrong or CollectiveMismatchError(
                 f"{call.describe()}: the message that came is longer than the array. "
                 "Receive into an array of the sender's size; the message is lost. "
                 "pg.probe(src, tag) tells what the next one is before it is received"
             ) from error
         except (Abandoned, GeneratorExit):
-            requests[0].Cancel()
-            pending.append(requests[0])
+            for request in requests:
+                if request != MPI.REQUEST_NULL:
+                    request.Cancel()
+                    pending.append(request)
             raise
         except BaseException as error:  # `Expired`, or a signal handler's
-            if not requests or _cancelled(requests[0], status, error):
+            begun = len(requests) > 1
+            if not requests or (not begun and _cancelled(requests[0], status, error)):
                 raise Expired from error
+            wrong = _wrong(call, _opened(buffer), call.peer)
+            if not begun:
+                self._open(call, buffer, requests)
+            if len(requests) > 1:
+                _finish(requests[1], error)
             if not isinstance(error, Expired):
-                call.result = status.Get_source()
+                call.result = call.peer
                 self._received[call.peer] += 1
-                raise Completed(_wrong(call, header, status.Get_source())) from error
-        finally:
-            if message is not None:
-                message.Free()
-        call.result = status.Get_source()
+                raise Completed(wrong) from error
+        call.result = call.peer
         self._received[call.peer] += 1
-        wrong = _wrong(call, header, status.Get_source())
         if wrong is not None:
             raise wrong
+
+    def _open(
+        self, call: Call, buffer: bytearray | Array, requests: list[MPI.Request]
+    ) -> CollectiveMismatchError | None:
+        """Take the payload of a message whose header has come, or begin to receive it.
+
+        Return what is wrong with the message, if something is.  Its payload is received then, too,
+        but into other memory.
+        """
+        header = _opened(buffer)
+        wrong = _wrong(call, header, call.peer)
+        _, _, _, nbytes, tag, _ = header
+        if wrong is None:
+            assert call.recv is not None
+            into = call.recv.flat().view(np.uint8)
+            if tag == _PACKED:
+                into[...] = np.frombuffer(buffer, np.uint8, nbytes, _HEADER.size)
+        elif nbytes and tag != _PACKED:
+            into = np.empty(nbytes, np.uint8)
+        if nbytes and tag != _PACKED:
+            self._begin(requests, self.comm.Irecv, into, call.peer, tag)
+        return wrong
+
+    def _begin(
+        self,
+        requests: list[MPI.Request],
+        start: Callable[..., MPI.Request],
+        payload: Array,
+        peer: int,
+        tag: int,
+    ) -> None:
+        """Begin to send or receive a payload that is apart: one message, whatever its size."""
+        if payload.size <= self._most:
+            post(requests, start, [payload, MPI.BYTE], peer, tag)
+            return
+        starts = range(0, payload.size, self._most)
+        counts = [min(self._most, payload.size - at) for at in starts]
+        pieces = MPI.BYTE.Create_hindexed(counts, starts).Commit()
+        post(requests, start, [payload, 1, pieces], peer, tag)
+        pieces.Free()
 
     def clear(self, state: GroupState) -> Steps:
         """End all messages of the group: all its ranks are here, and none sends any more.
@@ -405,13 +485,18 @@ class MpiTransport(Transport):
         due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
         dropped: dict[int, list[tuple[int, int, int]]] = {}
         while any(due[rank] > self._received[rank] for rank in everyone):
-            found = self._unwanted() or state.peers.unwanted(partial(_is_awaited, state))
+            found = self._unwanted() or state.peers.unwanted(partial(self._is_awaited, state))
             if found is None:
                 yield POLL
                 continue
             yield from until(found.request, POLL)
-            magic, code, count, _ = _opened(found.data)
+            magic, code, count, nbytes, tag, _ = _opened(found.data)
             if magic == _MAGIC:
+                if tag != _PACKED:
+                    payload: list[MPI.Request] = []
+                    into = np.empty(nbytes, np.uint8)
+                    self._begin(payload, self.comm.Irecv, into, found.source, tag)
+                    yield from until_all(payload)
                 self._received[found.source] += 1
                 dropped.setdefault(found.source, []).append((found.tag, code, count))
         for task in [task for task in state.beside if task.call.kind.receives]:
@@ -442,6 +527,13 @@ class MpiTransport(Transport):
                 return found
         return None
 
+    def _is_awaited(self, state: GroupState, source: int, tag: int) -> bool:
+        """Return whether a message is one that will be received: the payload of another is."""
+        return tag in self._tags or any(
+            task.call.kind.receives and task.call.tag == tag and task.call.peer in (ANY, source)
+            for task in state.beside
+        )
+
 
 class MessagesByMpi(Transport):
     """What transports share that carry collectives otherwise, and messages by MPI."""
@@ -461,17 +553,12 @@ class MessagesByMpi(Transport):
         return self._mpi.clear(state)
 
 
-def _opened(data: Array) -> tuple[Any, ...]:
+def _opened(data: bytearray | Array) -> _Header:
     """Return a message's header; of one that is not ours, none that is known."""
-    return _HEADER.unpack_from(data.data) if data.size >= _HEADER.size else (b"", 0, 0, b"")
-
-
-def _is_awaited(state: GroupState, source: int, tag: int) -> bool:
-    """Return whether a receive is under way that takes such a message."""
-    return any(
-        task.call.kind.receives and task.call.tag == tag and task.call.peer in (ANY, source)
-        for task in state.beside
-    )
+    if len(data) < _HEADER.size:
+        return b"", 0, 0, 0, _PACKED, b""
+    header = _HEADER.unpack_from(cast(bytearray, data))
+    return cast(_Header, header) if header[0] == _MAGIC else (b"", 0, 0, 0, _PACKED, b"")
 
 
 def _note_lost(state: GroupState, rank: int, lost: list[list[int]], sends: list[Task]) -> None:
@@ -579,19 +666,13 @@ def _op(plan: Reduction) -> MPI.Op:
     return op
 
 
-def _header(blocks: Blocks) -> bytes:
-    dtype = blocks.dtype
-    text = b"" if dtype.code in BY_CODE else dtype.name.encode()
-    return _HEADER.pack(_MAGIC, dtype.code, blocks.total, text)
-
-
-def _wrong(call: Call, header: Array, source: int) -> CollectiveMismatchError | None:
+def _wrong(call: Call, header: _Header, source: int) -> CollectiveMismatchError | None:
     """Return what is wrong with a message, if it isn't of the array's dtype and size.
 
     The group stays usable.
     """
     assert call.recv is not None
-    magic, code, count, text = _opened(header)
+    magic, code, count, _, _, text = header
     if magic != _MAGIC:
         return CollectiveMismatchError(
             f"{call.describe()}: rank {source} sent a message that is not mpicoll's. "
@@ -628,12 +709,14 @@ def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException)
     return bool(status.Is_cancelled())
 
 
-def _message(header: Array, payload: Array, most: int) -> MPI.Datatype:
-    """Describe header and payload as one MPI datatype of absolute addresses."""
-    lengths, places, types = [header.size], [MPI.Get_address(header)], [MPI.BYTE]
-    for piece in _pieces(payload, most):
-        if piece.size:
-            lengths.append(piece.size)
-            places.append(MPI.Get_address(piece))
-            types.append(_element(piece))
-    return MPI.Datatype.Create_struct(lengths, places, types).Commit()
+def _finish(request: MPI.Request, because: BaseException) -> None:
+    """Wait a moment for a payload, the header of which has come.
+
+    Raises:
+        Uncancelled: its sender goes no further.
+    """
+    until_then = time.monotonic() + CANCELLING
+    while not request.Test():
+        if time.monotonic() > until_then:
+            pending.append(request)
+            raise Uncancelled from because

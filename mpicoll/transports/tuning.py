@@ -18,6 +18,8 @@ class Tuning:
 
     Attributes:
         mpi_elements: elements that one call of MPI is given at most; its counts are C ints.
+        packed: a message of this size at most is one message of MPI, its payload copied behind its
+            header; a larger one is two.
         inline: bytes of one rank that travel beside its record, `PAYLOAD` at most.
         read_above: where a call that only moves is larger, each rank of a node reads straight from
             the arrays of its peers.
@@ -31,6 +33,7 @@ class Tuning:
     """
 
     mpi_elements: int = 2**30
+    packed: int = 4096
     inline: int = PAYLOAD
     read_above: int = 4 * 2**20
     nodes_from: int = 2**20

@@ -55,7 +55,7 @@ def test_in_pieces(pg, call, size):
     function(pg, NUMPY, size, *more)
 
 
-@pytest.mark.parametrize("size", [0, 5, 6, 1000])
+@pytest.mark.parametrize("size", [0, 5, 6, 1000, 2000])
 @pytest.mark.parametrize("tuning", [most(5)], ids=["5"])
 def test_messages_in_pieces(pg, size):
     messages.test_ring(pg, NUMPY, size)

@@ -104,6 +104,51 @@ def test_a_message_of_another_type_or_count_is_an_error(pg, shape, dtype):
     test_ring(pg, NUMPY, 5)
 
 
+PACKED, APART = 1024, 1025  # float32: the most that is packed behind a header; and more
+
+
+def test_large_messages_are_told_apart_whatever_the_order(pg):
+    """Their payloads come after their headers, which are received in the opposite order."""
+    n, me = pg.size(), pg.rank()
+    sends, incoming = [], {}
+    for tag in range(5):
+        for i, size in enumerate((APART, PACKED, 100_000)):
+            sends.append(pg.send(data(me, size, seed=10 * tag + i), (me + 1) % n, tag=tag))
+    left = (me - 1) % n
+    for tag in reversed(range(5)):
+        arrays = [data(9, size) for size in (APART, PACKED, 100_000)]
+        incoming[tag] = arrays, [pg.recv(x, left, tag=tag) for x in arrays]
+    for tag, (arrays, works) in incoming.items():
+        mc.wait_all(reversed(works))
+        for i, x in enumerate(arrays):
+            assert NUMPY.same(x, data(left, x.size, seed=10 * tag + i)), (tag, i)
+    mc.wait_all(sends)
+
+
+@pytest.mark.parametrize("source", ["the rank", "any"])
+@pytest.mark.parametrize("sent", [0, PACKED, APART, 100_000])
+@pytest.mark.parametrize("expected", [0, PACKED, APART, 100_000])
+def test_a_message_that_does_not_fit_does_no_harm_to_the_next_ones(pg, sent, expected, source):
+    n, me = pg.size(), pg.rank()
+    left = (me - 1) % n
+    incoming = data(9, expected)
+    sizes = (sent, 100_000, 3)
+    sends = [pg.send(data(me, size), (me + 1) % n, tag=6) for size in sizes]
+    receiving = pg.recv(incoming, left if source == "the rank" else mc.ANY_SOURCE, tag=6)
+    if sent == expected:
+        receiving.wait()
+    else:
+        text = rf"rank {left} sent float32\[{sent}\], but the array is float32\[{expected}\]"
+        with pytest.raises(CollectiveMismatchError, match=text):
+            receiving.wait()
+        assert NUMPY.same(incoming, data(9, expected)), "the array is left alone"
+    for size in sizes[1:]:
+        x = data(9, size)
+        pg.recv(x, left, tag=6).wait()
+        assert NUMPY.same(x, data(left, size))
+    mc.wait_all(sends)
+
+
 def test_a_computed_rank_is_never_any_or_none(pg):
     """In MPI both are negative numbers: `rank - 1` on rank 0 would take anybody's message."""
     x = np.full(3, 7.0)

@@ -26,6 +26,22 @@ def test_rows_for_machines(ranks):
     assert all(row["min_us"] <= row["median_us"] <= row["p99_us"] for row in rows)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_messages(ranks):
+    kinds = ["pingpong", "exchange", "bandwidth"]
+    ended = bench(ranks, "--json", "--kinds", ",".join(kinds), "--sizes", "4,4000,3000000")
+    assert ended.code == 0, ended.output
+    rows = json.loads(ended.output.splitlines()[-1])
+    assert [row["kind"] for row in rows] == [kind for kind in kinds for _ in range(3)]
+    assert all(row["min_us"] <= row["median_us"] <= row["p99_us"] for row in rows)
+    assert all(row["mpi4py_median_us"] > 0 for row in rows)
+
+
+def test_messages_need_two_ranks():
+    ended = bench(1, "--kinds", "pingpong")
+    assert ended.code != 0 and "need two ranks" in ended.output
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_dtypes(dtype):
     ended = bench(2, "--json", "--dtype", dtype, "--sizes", "4000", "--kinds", "allreduce,scatter")
