@@ -43,7 +43,7 @@ from ..runtime.watchdog import end_job
 from .background import background
 from .progress import engine
 from .recorder import leave_trace
-from .tasks import GroupState
+from .tasks import GroupState, struck
 
 HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
@@ -264,6 +264,9 @@ def _arrive_everywhere(seconds: float) -> None:
     MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
     else, for the making of a group.
     """
+    for state in engine.group_states():
+        if state.owes() and state.broken is None:
+            engine.fail_all(state, struck())
     states = [x for x in engine.group_states() if x.final_arrival and x.broken is None]
     states = [x for x in states if x.peers.size > 1 or x.beside]
     # Where somebody has left already, an arrival would never be complete.  MPI may not see at

@@ -43,6 +43,7 @@ Entry = list[Any]
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
+PLACES = _LIBRARY, _COMMANDS
 
 
 class _Ours(dict[str, bool]):
@@ -53,7 +54,7 @@ class _Ours(dict[str, bool]):
         return found
 
 
-ours = _Ours()
+_ours = _Ours()
 _started = time.time()  # of this process, as good as
 _open: dict[Recorder, None] = {}
 _closed: deque[Recorder] = deque(maxlen=CLOSED)
@@ -98,7 +99,7 @@ class Recorder:
         code: CodeType | None
         try:
             frame: Any = _getframe(self._up)  # going up one by one costs 0.1 us each
-            while ours[frame.f_code.co_filename]:
+            while _ours[frame.f_code.co_filename]:
                 frame = frame.f_back
             code, at = frame.f_code, frame.f_lasti
         except (ValueError, AttributeError):  # at the end of the process no frame is the user's

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ..errors import MpicollError
+from ..errors import CallInterruptedError, MpicollError
 from ..runtime.library import MPI, Steps
 from .peers import Peers, State
 from .recorder import Recorder, end, number, place
@@ -213,6 +213,11 @@ class GroupState:
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
         self.peers = Peers(comm, self._answer)
 
+    def owes(self) -> bool:
+        """Return whether a call that the core has posted came to nothing."""
+        core = self.core()
+        return core is not None and core.owed != 0
+
     @property
     def busy(self) -> bool:
         """Whether any of its tasks is not done."""
@@ -287,3 +292,8 @@ def _placed(task: Task, of: str = "") -> str:
     """Say which call a task is, of which group, and where it was made."""
     number = f"call #{task.seq}{of}, " if task.seq else ""
     return f"{number}{task.call.describe()}{'' if number else of}{task.where()}"
+
+
+def struck() -> CallInterruptedError:
+    """Return the error of a call that came to nothing after its peers could know of it."""
+    return CallInterruptedError("a call was interrupted when its peers could know of it")

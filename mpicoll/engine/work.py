@@ -162,7 +162,8 @@ class DoneWork(Work):
 
     __slots__ = ("_given",)
 
-    _given: tuple[Any, int, tuple[Any, ...]]  # the group's core, the call's code, its arguments
+    # The group's core, the call's code, its arguments, and the arrays that hold its results.
+    _given: tuple[Any, int, tuple[Any, ...], tuple[object, ...]]
 
     done = True
     error = None
@@ -177,10 +178,14 @@ class DoneWork(Work):
         """Return True."""
         return True
 
+    def result(self) -> list[object]:
+        """Return the arrays that hold the call's results, as they were given."""
+        return list(self._given[3])
+
     @property
     def call(self) -> Call:  # type: ignore[override]
         """The call as the general way would have checked it."""
-        core, code, arguments = self._given
+        core, code, arguments, _ = self._given
         call: Call = core.checked(code, arguments)
         return call
 

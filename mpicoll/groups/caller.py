@@ -18,10 +18,9 @@ from ..engine.exit import check_process
 from ..engine.kinds import Kind
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
-from ..engine.tasks import GroupState, Task
+from ..engine.tasks import GroupState, Task, struck
 from ..engine.work import Work
 from ..errors import (
-    CallInterruptedError,
     GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
@@ -133,14 +132,14 @@ class Caller:
         """
         state = self.group_state
         self.check_usable()
-        seq = 0
-        if self.core is not None and self.core.owed:
-            seq = self._taken_over(kind)
-        elif self.once is None:  # else it is known only later whether the call takes a number
+        seq, posted = 0, self.core is not None and self.core.owed != 0
+        if self.once is None and not posted:  # else it takes a number later, or has one
             state.seq += 1
             seq = state.seq
         call = None
         try:
+            if posted:
+                seq = self._taken_over(kind)
             limit = self.timeout if timeout is None else seconds(timeout, self.timeout)
             if state.failures:
                 self._raise_unfetched()
@@ -153,7 +152,10 @@ class Caller:
         except BaseException as error:  # a KeyboardInterrupt, too: the number is taken
             if call is not None and call.turn is not None:
                 call.turn.over = True
-            self._arrive_refused(kind, seq, error)
+            if posted:  # the peers may have used what was posted: it can't be refused any more
+                engine.fail_all(state, struck())
+            else:
+                self._arrive_refused(kind, seq, error)
             raise
         try:
             in_one_go = then is None and call.device is None and self.once is None
@@ -169,8 +171,7 @@ class Caller:
         assert self.core is not None
         self.group_state.seq += 1
         if not self.core.take_over(kind):
-            error = CallInterruptedError("a call was interrupted when its peers could know of it")
-            engine.fail_all(self.group_state, error)
+            engine.fail_all(self.group_state, struck())
             self.check_usable()
         return self.group_state.seq
 

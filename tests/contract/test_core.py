@@ -12,6 +12,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.engine import checks
 from mpicoll.engine.progress import engine
 from mpicoll.errors import (
     CallInterruptedError,
@@ -19,11 +20,13 @@ from mpicoll.errors import (
     GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
+    MpicollError,
     RemoteRankError,
 )
 from mpicoll.transports.shm import core
 from tests.contract.arrays import KINDS, data
 
+_native = pytest.importorskip("mpicoll.transports.shm._native")
 pytestmark = [
     pytest.mark.mpi,
     pytest.mark.skipif(not core.available(), reason="there is no compiled core here"),
@@ -179,8 +182,9 @@ def test_a_closed_group_has_no_core(direct):
         direct.barrier()
 
 
-def test_an_exception_between_the_core_and_the_general_way_breaks_the_group(direct, monkeypatch):
-    """The peers may have used what this rank gave, so the call can't be made another one."""
+@pytest.fixture
+def struck(direct, monkeypatch):
+    """A group in which rank 0 was interrupted between the core and the general way."""
     if direct.size() == 1:
         pytest.skip("needs two ranks")
     if direct.rank() == 0:
@@ -188,19 +192,89 @@ def test_an_exception_between_the_core_and_the_general_way_breaks_the_group(dire
         def strike(*_, **__):
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as struck:
-            struck.setattr(engine._poll, "next", math.inf)  # nor does it go by the core then
-            struck.setattr(direct, "_call", strike)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._poll, "next", math.inf)  # nor does it go by the core then
+            patched.setattr(direct, "_call", strike)
             with pytest.raises(KeyboardInterrupt):
                 direct.allreduce(np.ones(3)).wait()
-        with pytest.raises(GroupBrokenError) as caught:
-            direct.allreduce(np.ones(3))
-        assert isinstance(caught.value.__cause__, CallInterruptedError)
     else:
         time.sleep(0.3)  # rank 0 posts, and gives up waiting
         direct.allreduce(np.ones(3)).wait()  # it had all from rank 0
+    return direct
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pg: pg.allreduce(np.ones(3)),
+        lambda pg: pg.allreduce([np.full(3, 10.0)]),  # not for the core: a list
+        lambda pg: pg.allreduce(np.ones(3), np.nan),
+        lambda pg: pg.reduce(np.ones(3), np.int64(0)),
+        lambda pg: pg.barrier(),
+        lambda pg: pg.broadcast_object("x", 0),
+    ],
+    ids=["same", "list", "refused", "reduce", "barrier", "object"],
+)
+def test_an_exception_between_the_core_and_the_general_way_breaks_the_group(struck, call):
+    """The peers may have used what this rank gave, so the call can't be made another one."""
+    if struck.rank() == 0:
+        with pytest.raises(GroupBrokenError) as caught:
+            call(struck)
+        assert isinstance(caught.value.__cause__, CallInterruptedError)
+    else:
+        with pytest.raises((RemoteRankError, GroupBrokenError)):
+            struck.barrier().wait()
+
+
+def test_what_was_posted_is_not_refused_afterwards(direct, monkeypatch):
+    if direct.size() == 1:
+        pytest.skip("needs two ranks")
+    if direct.rank() == 0:
+
+        def strike(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._poll, "next", math.inf)
+            patched.setattr(checks, "allreduce", strike)
+            with pytest.raises(KeyboardInterrupt):
+                direct.allreduce(np.ones(3)).wait()
+        with pytest.raises(GroupBrokenError):
+            direct.barrier()
+    else:
+        time.sleep(0.3)
+        direct.allreduce(np.ones(3)).wait()
         with pytest.raises((RemoteRankError, GroupBrokenError)):
             direct.barrier().wait()
+
+
+def test_an_abort_while_a_digest_is_made(direct, monkeypatch):
+    """As by a signal handler: nothing is posted in a group that is gone."""
+    outputs = [np.empty(7) for _ in range(direct.size())]
+    digest_of = checks.digest
+
+    def aborts(*counts):
+        direct.abort()
+        return digest_of(*counts)
+
+    _native.configure(**{**core.shared(), "digest": aborts})
+    try:
+        with pytest.raises(MpicollError):
+            direct.allgather(outputs, np.ones(7)).wait()
+    finally:
+        _native.configure(**core.shared())
+
+
+def test_results_are_those_that_were_given(direct):
+    n = direct.size()
+    for _ in range(50):
+        outputs = given = [np.empty(2) for _ in range(n)]
+        work = direct.allgather(outputs, np.ones(2))
+        work.wait()
+        kept = list(given)
+        outputs.clear()
+        assert all(a is b for a, b in zip(work.result(), kept, strict=True))
+        assert "allgather" in repr(work)
 
 
 def test_a_forked_child_makes_no_call(direct):

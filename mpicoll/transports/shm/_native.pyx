@@ -73,6 +73,8 @@ cdef extern from *:
     int last_instruction(PyFrameObject *frame)
     PyObject *filename_of(PyCodeObject *code)
     void Py_DECREF(void *thing)
+    int PyUnicode_Tailmatch(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
+    Py_ssize_t MOST "PY_SSIZE_T_MAX"
 
 cnp.import_array()
 lay_plans()
@@ -343,15 +345,23 @@ cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nog
 
 
 # What is the same for all groups of a process.
-cdef object engine, poll, work_class, ours, digest_of, torch, tensor_class = None
+cdef object engine, poll, work_class, digest_of, torch, tensor_class = None
 cdef dict active, listed
 cdef tuple kinds, ops, checks
+cdef str library, commands  # where the library's code lies, and the part of it that uses it as anybody does
+
+
+cdef inline bint is_ours(str file):
+    """Return whether a file of code is the library's; without a step of bytecode."""
+    return PyUnicode_Tailmatch(file, library, 0, MOST, -1) and not PyUnicode_Tailmatch(file, commands, 0, MOST, -1)
+
+
 cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
 cdef Py_ssize_t at_seq, at_given, read_most
 
 
 def configure(
-    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, is_ours, digest,
+    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest,
 ):
     """Tell the core, once, what it shares with the general way.
 
@@ -362,17 +372,20 @@ def configure(
         all_ops: the operators, in the order of their codes.
         the_engine: whose state is looked at.
         done_work: the class of calls that are over.
-        is_ours: whether a file of code is the library's.
+        places: where the library's code lies, and that of its commands, which use it as anybody does.
         digest: condenses the counts of all ranks.
     """
-    global engine, poll, active, work_class, ours, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    global engine, poll, active, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
     cdef int number
     engine, poll, active = the_engine, the_engine._poll, the_engine._active
-    work_class, ours, digest_of, listed = done_work, is_ours, digest, all_dtypes
+    work_class, digest_of, listed = done_work, digest, all_dtypes
+    library, commands = places
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
     for number in range(NUMBERS):
         codes[number] = dtypes[number].code if number in dtypes else -1
     at_seq, at_given = slot_offset(work_class.seq), slot_offset(work_class._given)
+    if at_seq < 0 or at_given < 0:
+        raise TypeError("a Work's number and what it was given must be slots")
 
 
 @cython.final
@@ -429,17 +442,25 @@ cdef class Core(Node):
     # ---- the calls: None where one is not for this way ----
 
     def allreduce(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
         return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size, (tensor, op))
 
     def reduce(self, tensor, root, op, timeout):
+        if self._is_indebted():
+            return None
         if not self._is_rank(root):
             return None
         return self._reducing(REDUCE, tensor, op, timeout, root, self._size, (tensor, root, op))
 
     def scan(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
         return self._reducing(SCAN, tensor, op, timeout, -1, self._rank + 1, (tensor, op))
 
     def exscan(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
         return self._reducing(EXSCAN, tensor, op, timeout, -1, self._rank, (tensor, op))
 
     cdef object _reducing(self, int kind, object tensor, object op, object timeout, int root, int upto, tuple given):
@@ -457,6 +478,10 @@ cdef class Core(Node):
         p = plan_of(a.dtype, code)
         if p is NULL or not self._fits(a.count * p.wire, True) or (code == AVG_OP and kind >= SCAN):
             return None
+        if p.wire != p.width and self._spare is NULL:
+            self._spare = <char *>malloc(self._payload)
+            if self._spare is NULL:
+                return None
         now = self._open(timeout)
         if now == 0:
             return None
@@ -470,7 +495,7 @@ cdef class Core(Node):
             if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True):
                 memcpy(a.data, self._kept, a.nbytes)
                 return None  # the general way makes the NaN
-        return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given)
+        return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
 
     cdef inline void _keep(self, const plan *p, Given *a, char *mine):
         """Know where an array still is as it was, in case that a result is NaN.
@@ -479,8 +504,6 @@ cdef class Core(Node):
         """
         self._kept = mine
         if p.wire != p.width:
-            if self._spare is NULL:
-                self._spare = <char *>malloc(self._payload)
             self._kept = self._spare
             memcpy(self._kept, a.data, a.nbytes)
 
@@ -493,6 +516,8 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef char *mine
         cdef double now
+        if self._is_indebted():
+            return None
         if into is None or source is None or a.dtype != out.dtype or a.count != out.count * self._size:
             return None
         p = plan_of(a.dtype, code)
@@ -508,7 +533,7 @@ cdef class Core(Node):
             return None
         if self._own_part(p, seq, &out):
             return None  # the general way makes the NaN
-        return self._done(seq, REDUCE_SCATTER_SINGLE, source, a.dtype, out.count, op, -1, now, (output, input, op))
+        return self._done(seq, REDUCE_SCATTER_SINGLE, source, a.dtype, out.count, op, -1, now, (output, input, op), (output,))
 
     cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
         """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
@@ -521,10 +546,12 @@ cdef class Core(Node):
         cdef object into = self._view(output, True, &out)
         cdef int code = self._op(op), rank
         cdef const plan *p
-        cdef int64_t seq
+        cdef int64_t seq, digest
         cdef char *mine
         cdef list sources
         cdef double now
+        if self._is_indebted():
+            return None
         if into is None:
             return None
         p = plan_of(out.dtype, code)
@@ -533,6 +560,7 @@ cdef class Core(Node):
         sources = self._views(input, &out, False, parts)
         if sources is None:
             return None
+        digest = self._digest(out.count)  # which runs bytecode: before the group is looked at
         now = self._open(timeout)
         if now == 0:
             return None
@@ -541,22 +569,25 @@ cdef class Core(Node):
         for rank in range(self._size):
             encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
         if not self._meet(
-            seq, REDUCE_SCATTER, out.dtype, code, -1, out.count, self._digest(out.count), out.count * self._size
+            seq, REDUCE_SCATTER, out.dtype, code, -1, out.count, digest, out.count * self._size
         ):
             return None
         if self._own_part(p, seq, &out):
             return None  # the general way makes the NaN
-        return self._done(seq, REDUCE_SCATTER, sources[0], out.dtype, out.count, op, -1, now, (output, input, op))
+        return self._done(seq, REDUCE_SCATTER, sources[0], out.dtype, out.count, op, -1, now, (output, list(input), op), (output,))
 
     def barrier(self, timeout):
-        cdef double now = self._open(timeout)
+        cdef double now
         cdef int64_t seq
+        if self._is_indebted():
+            return None
+        now = self._open(timeout)
         if now == 0:
             return None
         seq = self._next
         if not self._meet(seq, BARRIER, -1, -1, -1, 0, 0, 0):
             return None
-        return self._done(seq, BARRIER, None, -1, 0, None, -1, now, ())
+        return self._done(seq, BARRIER, None, -1, 0, None, -1, now, (), ())
 
     def broadcast(self, tensor, root, timeout):
         cdef Given a
@@ -564,6 +595,8 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef bint gives
         cdef double now
+        if self._is_indebted():
+            return None
         if not self._is_rank(root):
             return None
         gives = root == self._rank
@@ -580,7 +613,7 @@ cdef class Core(Node):
             return None
         if not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
-        return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root))
+        return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root), (tensor,))
 
     def all_gather_single(self, output, input, timeout):
         cdef Given out, a
@@ -589,6 +622,8 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank
         cdef double now
+        if self._is_indebted():
+            return None
         if into is None or source is None or a.dtype != out.dtype or out.count != a.count * self._size:
             return None
         if not self._fits(out.nbytes, False):
@@ -604,7 +639,7 @@ cdef class Core(Node):
             return None
         for rank in range(self._size):
             memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
-        return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input))
+        return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
 
     def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
         """Where the rows are shared equally."""
@@ -615,6 +650,8 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank
         cdef double now
+        if self._is_indebted():
+            return None
         if into is None or source is None or a.dtype != out.dtype or a.count != out.count:
             return None
         if not (self._even(output_sizes, into) and self._even(input_sizes, source)):
@@ -633,7 +670,8 @@ cdef class Core(Node):
         for rank in range(self._size):
             memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
         return self._done(
-            seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None)
+            seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
+            (output,),
         )
 
     def allgather(self, outputs, input, timeout):
@@ -641,26 +679,29 @@ cdef class Core(Node):
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
         cdef list into
-        cdef int64_t seq
+        cdef int64_t seq, digest
         cdef int rank
         cdef double now
+        if self._is_indebted():
+            return None
         if source is None or not self._fits(a.nbytes * self._size, False):
             return None
         into = self._views(outputs, &a, True, parts)
         if into is None:
             return None
+        digest = self._digest(a.count)  # which runs bytecode: before the group is looked at
         now = self._open(timeout)
         if now == 0:
             return None
         seq = self._next
         memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(
-            seq, ALLGATHER, a.dtype, -1, -1, a.count, self._digest(a.count), a.count * self._size
+            seq, ALLGATHER, a.dtype, -1, -1, a.count, digest, a.count * self._size
         ):
             return None
         for rank in range(self._size):
             memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (outputs, input))
+        return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
 
     def gather(self, outputs, input, root, timeout):
         cdef Given a
@@ -671,6 +712,8 @@ cdef class Core(Node):
         cdef int rank
         cdef bint lands
         cdef double now
+        if self._is_indebted():
+            return None
         if source is None or not self._is_rank(root) or not self._fits(a.nbytes * self._size, False):
             return None
         lands = root == self._rank
@@ -688,7 +731,8 @@ cdef class Core(Node):
         if lands:
             for rank in range(self._size):
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now, (outputs, input, root))
+        return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
+            (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
 
     def scatter(self, output, inputs, root, timeout):
         cdef Given out
@@ -699,6 +743,8 @@ cdef class Core(Node):
         cdef int rank
         cdef bint gives
         cdef double now
+        if self._is_indebted():
+            return None
         if into is None or not self._is_rank(root) or not self._fits(out.nbytes * self._size, False):
             return None
         gives = root == self._rank
@@ -718,7 +764,8 @@ cdef class Core(Node):
         ):
             return None
         memcpy(out.data, self._room(root, seq) + self._rank * out.nbytes, out.nbytes)
-        return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now, (output, inputs, root))
+        return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
+            (output, list(inputs) if gives else [], root), (output,))
 
     def alltoall(self, outputs, inputs, timeout):
         cdef Given first
@@ -727,12 +774,13 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank, other
         cdef double now
-        if type(outputs) is not list or not outputs or self._view(outputs[0], True, &first) is None:
-            return None
-        if not self._fits(first.nbytes * self._size, False):
+        if self._is_indebted():
             return None
         into = self._views(outputs, NULL, True, parts)
-        if into is None or parts[0].count != first.count or parts[0].dtype != first.dtype:
+        if into is None:
+            return None
+        first = parts[0]
+        if not self._fits(first.nbytes * self._size, False):
             return None
         sources = self._views(inputs, &first, False, ins)
         if sources is None:
@@ -751,7 +799,7 @@ cdef class Core(Node):
             return None
         for rank in range(self._size):
             memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
-        return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (outputs, inputs))
+        return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
 
     # ---- what they have in common ----
 
@@ -768,6 +816,8 @@ cdef class Core(Node):
                 else:
                     array = given.numpy()
             except Exception:
+                return None
+            if type(array) is not cnp.ndarray:
                 return None
         if not cnp.PyArray_ISCARRAY_RO(array) or (write and not cnp.PyArray_ISWRITEABLE(array)):
             return None
@@ -790,11 +840,15 @@ cdef class Core(Node):
         """View the arrays of a list, one per rank: alike, and apart from each other if written."""
         cdef list found = []
         cdef object array
+        cdef tuple items
         cdef int rank, other
-        if type(given) is not list or len(<list>given) != self._size or self._size > LISTED:
+        if type(given) is not list or self._size > LISTED:
+            return None
+        items = tuple(given)  # a view may run bytecode, which may change the list
+        if len(items) != self._size:
             return None
         for rank in range(self._size):
-            array = self._view((<list>given)[rank], write, &parts[rank])
+            array = self._view(items[rank], write, &parts[rank])
             if array is None or parts[rank].dtype != parts[0].dtype or parts[rank].count != parts[0].count:
                 return None
             if write:
@@ -838,13 +892,16 @@ cdef class Core(Node):
                 return code
         return -1
 
+    cdef inline bint _is_indebted(self):
+        """Return whether a call was posted that came to nothing: this one is not its continuation."""
+        if self._owed:
+            self._stale = True
+        return self._owed != 0
+
     cdef double _open(self, object timeout) except -1:
         """Return the time if the group takes calls, and nothing is under way; else 0."""
         cdef double now, due
         if over or not self._mapped or active:
-            return 0
-        if self._owed:
-            self._stale = True
             return 0
         if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
             return 0
@@ -891,7 +948,7 @@ cdef class Core(Node):
 
     cdef object _done(
         self, int64_t seq, int kind, object array, int64_t dtype, int64_t count, object op, int root, double now,
-        tuple given,
+        tuple given, tuple outputs,
     ):
         """Note that a call is over, and return its Work."""
         cdef PyFrameObject *frame
@@ -900,16 +957,17 @@ cdef class Core(Node):
         cdef int at = 0
         cdef object work, place = None
         cdef object called = now, number = seq
-        self._last, self._kind = seq, kind
         self._group_state.seq = number
         self._arrival._last = number
-        store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
+        self._owed, self._last, self._kind = 0, seq, kind
+        if self._mapped:  # nothing runs from here to the record; a collection of garbage may
+            store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
         frame = PyEval_GetFrame()  # the group's method
         if frame is not NULL:
             frame = PyFrame_GetBack(frame)
         while frame is not NULL:
             code = PyFrame_GetCode(frame)
-            if <PyObject *>code is <PyObject *>self._code or not ours[<object>filename_of(code)]:
+            if <PyObject *>code is <PyObject *>self._code or not is_ours(<object>filename_of(code)):
                 at = last_instruction(frame)
                 place = self._code = <object>code
                 Py_DECREF(code)
@@ -925,6 +983,5 @@ cdef class Core(Node):
         ])
         work = new_instance(work_class)
         give_slot(work, at_seq, number)
-        give_slot(work, at_given, (self, kind, given))
-        self._owed = 0
+        give_slot(work, at_given, (self, kind, given, outputs))
         return work

@@ -23,7 +23,7 @@ from ...engine.arrival import BoardArrival
 from ...engine.call import Call, digest
 from ...engine.kinds import KINDS, Kind
 from ...engine.progress import engine
-from ...engine.recorder import Recorder, ours
+from ...engine.recorder import PLACES, Recorder
 from ...engine.tasks import GroupState
 from ...engine.work import DoneWork
 from ...runtime.library import MPI
@@ -86,21 +86,26 @@ _CHECKS: dict[Kind, Callable[..., Call]] = {  # of the calls that it knows
 }
 
 
+def shared() -> dict[str, Any]:
+    """Return what is the same for all groups, as the core is told."""
+    return {
+        "read": READ,
+        "all_kinds": KINDS,
+        "dtypes": _dtypes(),
+        "all_dtypes": {dtype.code: dtype for dtype in DTYPES.values()},
+        "all_ops": BY_NAME.values(),
+        "the_engine": engine,
+        "done_work": DoneWork,
+        "checkers": [_CHECKS.get(kind) for kind in KINDS],
+        "places": PLACES,
+        "digest": digest,
+    }
+
+
 @functools.cache
 def _configure() -> None:
-    """Tell the core what is the same for all groups; and when this process is a rank no more."""
-    _native.configure(
-        read=READ,
-        all_kinds=KINDS,
-        dtypes=_dtypes(),
-        all_dtypes={dtype.code: dtype for dtype in DTYPES.values()},
-        all_ops=BY_NAME.values(),
-        the_engine=engine,
-        done_work=DoneWork,
-        checkers=[_CHECKS.get(kind) for kind in KINDS],
-        is_ours=ours,
-        digest=digest,
-    )
+    """Tell the core what all groups share, and when this process is a rank no more."""
+    _native.configure(**shared())
     os.register_at_fork(after_in_child=_native.cease)
     key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _native.cease())
     MPI.COMM_SELF.Set_attr(key, None)  # which MPI_Finalize deletes
