@@ -447,9 +447,7 @@ cdef class Core(Node):
         return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size, (tensor, op))
 
     def reduce(self, tensor, root, op, timeout):
-        if self._is_indebted():
-            return None
-        if not self._is_rank(root):
+        if self._is_indebted() or not self._is_rank(root):
             return None
         return self._reducing(REDUCE, tensor, op, timeout, root, self._size, (tensor, root, op))
 
@@ -960,7 +958,7 @@ cdef class Core(Node):
         self._group_state.seq = number
         self._arrival._last = number
         self._owed, self._last, self._kind = 0, seq, kind
-        if self._mapped:  # nothing runs from here to the record; a collection of garbage may
+        if self._mapped:  # a collection of garbage may have run what closes the group
             store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
         frame = PyEval_GetFrame()  # the group's method
         if frame is not NULL:
