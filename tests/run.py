@@ -85,7 +85,7 @@ def stages(soak: bool) -> list[Stage]:
         ),
         Stage("without the compiled core, 2 ranks", 2, IN_PYTHON, 150 * slower, native="0"),
         *(
-            Stage(f"contract, {n} ranks on 2 nodes", n, ACROSS_NODES[n], 300 * slower, "2")
+            Stage(f"on 2 nodes, {n} ranks", n, ACROSS_NODES[n], 300 * slower, "2")
             for n in (3, 4)
         ),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
