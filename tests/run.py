@@ -84,10 +84,7 @@ def stages(soak: bool) -> list[Stage]:
             for n in (1, 2, 3, 4)
         ),
         Stage("without the compiled core, 2 ranks", 2, IN_PYTHON, 150 * slower, native="0"),
-        *(
-            Stage(f"on 2 nodes, {n} ranks", n, ACROSS_NODES[n], 300 * slower, "2")
-            for n in (3, 4)
-        ),
+        *(Stage(f"on 2 nodes, {n} ranks", n, ACROSS_NODES[n], 300 * slower, "2") for n in (3, 4)),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
         Stage("scenarios", 0, ["tests/scenarios"], 600 * slower),
     ]
