@@ -192,11 +192,11 @@ cdef class Chunks(Node):
     cdef inline int64_t *_word(self, int rank) noexcept nogil:
         return <int64_t *>(self._base + rank * self._stride + self._flag)
 
-    cdef inline bint _all_reach(self, int64_t value) noexcept nogil:
+    cdef inline bint _others_reach(self, int64_t value) noexcept nogil:
         cdef double until = 0
         cdef int rank
         for rank in range(self._size):
-            if not self._reaches(self._word(rank), value, &until):
+            if rank != self._rank and not self._reaches(self._word(rank), value, &until):
                 return False
         return True
 
@@ -217,7 +217,7 @@ cdef class Chunks(Node):
                 n = min(room, count - c * room)
                 encode(p, self._of(self._rank, c), here, n)
                 store_release(self._word(self._rank), flag + c + 1)
-                if not self._all_reach(flag + c + 1):
+                if not self._others_reach(flag + c + 1):
                     break
                 if upto:
                     kept = self._of(self._rank, c)
@@ -253,7 +253,7 @@ cdef class Chunks(Node):
                 if not half & 1:
                     memcpy(mine, here, n * width)
                     store_release(self._word(self._rank), flag + half + 1)
-                    if not self._all_reach(flag + half + 1):
+                    if not self._others_reach(flag + half + 1):
                         break
                     low, high = part_begin(n, self._rank, self._size), part_begin(n, self._rank + 1, self._size)
                     if fold(
@@ -264,7 +264,7 @@ cdef class Chunks(Node):
                     memcpy(mine + low * width, self._scratch, (high - low) * width)
                     half += 1
                     store_release(self._word(self._rank), flag + half + 1)
-                if not self._all_reach(flag + half + 1):
+                if not self._others_reach(flag + half + 1):
                     break
                 for rank in range(self._size):
                     low, high = part_begin(n, rank, self._size), part_begin(n, rank + 1, self._size)
@@ -320,7 +320,7 @@ cdef class Chunks(Node):
                         self._of(self._rank, c) + rank * room * width, data + (rank * count + c * room) * width, n * width
                     )
                 store_release(self._word(self._rank), flag + c + 1)
-                if not self._all_reach(flag + c + 1):
+                if not self._others_reach(flag + c + 1):
                     break
                 if fold(
                     p, self._scratch, self._of(0, c) + self._rank * room * width, self._stride, self._size, n,
@@ -330,14 +330,6 @@ cdef class Chunks(Node):
                 memcpy(out + c * room * width, self._scratch, n * width)
                 c += 1
         return c
-
-    cdef inline bint _others_reach(self, int64_t value) noexcept nogil:
-        cdef double until = 0
-        cdef int rank
-        for rank in range(self._size):
-            if rank != self._rank and not self._reaches(self._word(rank), value, &until):
-                return False
-        return True
 
 
 cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nogil:
@@ -404,7 +396,6 @@ cdef class Core(Node):
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
     cdef bint _stale
     cdef char *_spare
-    cdef char *_kept
 
     def __dealloc__(self):
         free(self._spare)
@@ -470,6 +461,7 @@ cdef class Core(Node):
         cdef const plan *p
         cdef int64_t seq
         cdef char *mine
+        cdef char *kept
         cdef double now
         if array is None:
             return None
@@ -489,21 +481,21 @@ cdef class Core(Node):
         if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
             return None
         if lands and upto:
-            self._keep(p, &a, mine)
+            kept = self._keep(p, &a, mine)
             if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True):
-                memcpy(a.data, self._kept, a.nbytes)
+                memcpy(a.data, kept, a.nbytes)
                 return None  # the general way makes the NaN
         return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
 
-    cdef inline void _keep(self, const plan *p, Given *a, char *mine):
-        """Know where an array still is as it was, in case that a result is NaN.
+    cdef inline char *_keep(self, const plan *p, Given *a, char *mine):
+        """Return where an array still is as it was, in case that a result is NaN.
 
         Which NaN it is must be the same on all ranks: the general way makes it, on each of them.
         """
-        self._kept = mine
-        if p.wire != p.width:
-            self._kept = self._spare
-            memcpy(self._kept, a.data, a.nbytes)
+        if p.wire == p.width:
+            return mine
+        memcpy(self._spare, a.data, a.nbytes)
+        return self._spare
 
     def reduce_scatter_single(self, output, input, op, timeout):
         cdef Given out, a
@@ -548,9 +540,7 @@ cdef class Core(Node):
         cdef char *mine
         cdef list sources
         cdef double now
-        if self._is_indebted():
-            return None
-        if into is None:
+        if self._is_indebted() or into is None:
             return None
         p = plan_of(out.dtype, code)
         if p is NULL or not self._fits(out.count * self._size * p.wire, True):
@@ -593,9 +583,7 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef bint gives
         cdef double now
-        if self._is_indebted():
-            return None
-        if not self._is_rank(root):
+        if self._is_indebted() or not self._is_rank(root):
             return None
         gives = root == self._rank
         array = self._view(tensor, not gives, &a)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from . import cma, core, inline
 from .symmetric import SharedArrays
 
 if TYPE_CHECKING:
-    from . import _native
+    pass
 
 Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
@@ -128,23 +129,21 @@ class ShmTransport(MessagesByMpi):
             yield from self._in_chunks(call, plan, array, self.size)
 
     def _compiled(
-        self, call: Call, array: Array
-    ) -> tuple[_native.Chunks | None, tuple[Array, int, int]]:
-        """Return what reduces an array in compiled code, or None; and what it is given."""
+        self, method: str, call: Call, array: Array, *more: object
+    ) -> Callable[[int], int] | None:
+        """Return what takes a call on from a chunk in compiled code, and says how far; or None."""
         assert call.dtype is not None
         op = -1 if call.op is None else call.op.code  # none: a part of a call across nodes
         what = array, call.dtype.code, op
-        known = self._chunks is not None and self._chunks.knows(*what)
-        return self._chunks if known else None, what
+        if self._chunks is None or not self._chunks.knows(*what):
+            return None
+        return partial(getattr(self._chunks, method), self._flag(0), *what, *more)
 
     def _in_chunks(self, call: Call, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
-        (compiled, what), reached = self._compiled(call, array), 0
-        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
-            if compiled is not None and reached <= c:
-                reached = compiled.fold(self._flag(0), *what, upto, c)
-            if c < reached:
-                continue
+        chunks = spans(array.size, SLOT // plan.wire.itemsize)
+        for c in _left_over(len(chunks), self._compiled("fold", call, array, upto)):
+            start, end = chunks[c]
             slots = self._memory.slots(c, plan.wire)
             encode(plan, array[start:end], slots[self.rank][: end - start])
             self._announce(c + 1)
@@ -154,33 +153,29 @@ class ShmTransport(MessagesByMpi):
         self._announce(_END)
 
     def _allreduce_shared(self, call: Call, plan: Reduction, array: Array) -> Steps:
-        """Each rank reduces its part of a chunk; all gather the parts."""
+        """Each rank reduces its part of a chunk; all gather the parts: a chunk has two halves."""
         is_late = late(plan)
         kind = array.dtype if is_late else plan.wire
-        scratch = np.empty(SLOT // kind.itemsize // self.size + 1, kind)
-        (compiled, what), reached = self._compiled(call, array), 0  # reached: halves of chunks
-        for c, (start, end) in enumerate(spans(array.size, SLOT // kind.itemsize)):
-            if compiled is not None and reached <= 2 * c:
-                reached = compiled.share(self._flag(0), *what, 2 * c)
-            if 2 * c + 1 < reached:
-                continue
-            slots = self._memory.slots(c, kind)
-            n = end - start
-            if 2 * c >= reached:
+        chunks = spans(array.size, SLOT // kind.itemsize)
+        for half in _left_over(2 * len(chunks), self._compiled("share", call, array)):
+            start, end = chunks[half // 2]
+            n, slots = end - start, self._memory.slots(half // 2, kind)
+            if half % 2 == 0:
                 mine = slots[self.rank]
                 if is_late:
                     mine[:n] = array[start:end]
                 else:
                     encode(plan, array[start:end], mine[:n])
-                self._announce(2 * c + 1)
-                yield from self._all_seen(2 * c + 1)
+                self._announce(half + 1)
+                yield from self._all_seen(half + 1)
                 low, high = _part(n, self.rank, self.size)
-                part = scratch[: high - low]
+                part = np.empty(high - low, kind)
                 reduce = encode_and_fold if is_late else combine
                 reduce(plan, [s[low:high] for s in slots], part)
                 mine[low:high] = part
-                self._announce(2 * c + 2)
-            yield from self._all_seen(2 * c + 2)
+                self._announce(half + 2)
+                continue
+            yield from self._all_seen(half + 1)
             for r in range(self.size):
                 low, high = _part(n, r, self.size)
                 into = array[start + low : start + high]
@@ -200,12 +195,9 @@ class ShmTransport(MessagesByMpi):
             yield from self._end_in_place()
             return
         yield from self._begin()
-        (compiled, what), reached = self._compiled(call, array), 0
-        for c, (start, end) in enumerate(spans(array.size, SLOT // plan.wire.itemsize)):
-            if compiled is not None and reached <= c:
-                reached = compiled.reduce(self._flag(0), *what, call.root, c)
-            if c < reached:
-                continue
+        chunks = spans(array.size, SLOT // plan.wire.itemsize)
+        for c in _left_over(len(chunks), self._compiled("reduce", call, array, call.root)):
+            start, end = chunks[c]
             slots = [s[: end - start] for s in self._memory.slots(c, plan.wire)]
             if self.rank == call.root:
                 if (
@@ -238,13 +230,10 @@ class ShmTransport(MessagesByMpi):
         kind = out.dtype if is_late else plan.wire
         room = SLOT // kind.itemsize // self.size
         yield from self._begin()
-        even = len(send.buffers) == 1 and call.count != UNEVEN
-        (compiled, what), reached = self._compiled(call, send.flat() if even else out), 0
-        for c in range(_rounds(max(send.counts), room)):
-            if compiled is not None and even and reached <= c:
-                reached = compiled.scatter(self._flag(0), *what, out, c)
-            if c < reached:
-                continue
+        compiled = None
+        if len(send.buffers) == 1 and call.count != UNEVEN:
+            compiled = self._compiled("scatter", call, send.flat(), out)
+        for c in _left_over(_rounds(max(send.counts), room), compiled):
             slots = self._memory.slots(c, kind)
             for j in range(self.size):
                 piece = send.block(j)[c * room : (c + 1) * room]
@@ -490,6 +479,17 @@ class ShmTransport(MessagesByMpi):
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
         return call.largest * blocks.dtype.itemsize > self._read_above
+
+
+def _left_over(count: int, compiled: Callable[[int], int] | None) -> Iterator[int]:
+    """Yield the chunks that are left to the steps: where a peer is late, or a result is NaN."""
+    c = 0
+    while c < count:
+        if compiled is not None:
+            c = compiled(c)
+        if c < count:
+            yield c
+        c += 1
 
 
 def _rounds(count: int, room: int) -> int:
