@@ -28,11 +28,10 @@ from unittest import mock
 import numpy as np
 
 from ..arrays.ops import ReduceOp
-from ..engine import arrival, checks, tasks
+from ..engine import checks, records, tasks
 from ..engine.progress import engine
 from ..groups.group import ProcessGroup
 from ..groups.new import new_group
-from ..runtime.library import Steps
 
 SIZES = (4, 2**20)  # bytes
 ROUND = 0.03  # seconds of one variant in one round, about
@@ -132,11 +131,11 @@ def _deaf(pg: ProcessGroup, x: Any) -> _Patch:
 
 
 def _uncompared(pg: ProcessGroup, x: Any) -> _Patch:
-    def steps(call: Any, seq: int) -> Steps:
-        call.largest = call.extent
+    def exchange(record: records.Record, extent: int) -> records.Meets:
         yield from ()
+        return record, record, extent
 
-    return _Patch((pg._caller.arrival, "steps", steps))
+    return _Patch((pg._caller.arrival, "_exchange", exchange))
 
 
 def _comparing(pg: ProcessGroup, x: Any) -> float:
@@ -145,8 +144,8 @@ def _comparing(pg: ProcessGroup, x: Any) -> float:
     room = bytearray(2 * 64)
 
     def compare() -> bool:
-        record = arrival._record(call, 7)
-        room[:64] = arrival._BOTH.pack(*record, *record, call.extent)[8:72]
+        record = records.record_of(call, 7)
+        room[:64] = records.BOTH.pack(*record, *record, call.extent)[8:72]
         return room[64:] == room[:64]
 
     return 1e6 * min(timeit.repeat(compare, number=2000, repeat=5)) / 2000

@@ -8,28 +8,35 @@ allreduce between the nodes' first ranks.
 
 from __future__ import annotations
 
-import operator
 import struct
 import time
 from collections.abc import Generator, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from ..errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
 from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, pending, until
-from ..runtime.memory import NodeMemory
-from .call import UNEVEN, Call, digest
+from .board import NodeBoard
+from .call import UNEVEN, Call
 from .kinds import KINDS
 from .peers import Peers
-
-# The fields of a record that arrival compares.
-_SEQ, _KIND, _DTYPE, _OP, _ROOT, _COUNT, _DIGEST, _STATE = range(8)
-_FIELDS = 8
-_REFUSED, _LEAVING = 1, 2  # what a record's state can be, besides 0
-
-_BOTH = struct.Struct(f"{2 * _FIELDS + 1}q")  # highest, minus lowest, and the largest extent
+from .records import (
+    BOTH,
+    COUNT,
+    FIELDS,
+    KIND,
+    LEAVING,
+    REFUSED,
+    SEQ,
+    STATE,
+    Meets,
+    Record,
+    pack,
+    record_of,
+    unpacked,
+)
 
 _ORDER = "The order of the calls is lost"
 _BROKEN = ", so the group can't be used any more"
@@ -39,27 +46,12 @@ _PAUSE = 0.05  # seconds between calls in which the peers may have given up wait
 _LOOK = 0.001  # seconds to look for their notices then
 
 _TEXT = 448  # bytes of a call's description, where descriptions are exchanged
-_DETAIL = struct.Struct(f"<{_FIELDS + 1}q{_TEXT}s")
-_CHAIN = _FIELDS  # what is compared beside the record, where descriptions are exchanged
+_DETAIL = struct.Struct(f"<{FIELDS + 1}q{_TEXT}s")
+_CHAIN = FIELDS  # what is compared beside the record, where descriptions are exchanged
 
 
-Record: TypeAlias = "tuple[int, ...]"
-Meets: TypeAlias = "Generator[int, None, tuple[Record, Record, int]]"
-"""Steps that end in each field's maximum and minimum over the ranks, and the largest extent."""
-
-
-def _record(call: Call, seq: int) -> tuple[int, ...]:
-    dtype = call.dtype
-    return (
-        seq,
-        call.kind.code,
-        -1 if dtype is None else dtype.code,
-        -1 if call.op is None else call.op.code,
-        call.root,
-        call.count,
-        call.digest,
-        _LEAVING if call.leaving else _REFUSED if call.refused else 0,
-    )
+Meeting: TypeAlias = "Generator[int, None, bool]"
+"""Steps that end in whether the data of the call came with the records."""
 
 
 class Exchange:
@@ -74,19 +66,18 @@ class Exchange:
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
         self.count = self.last = 0
-        self.both = bytearray(_BOTH.size)
+        self.both = bytearray(BOTH.size)
         self._spec = [self.both, MPI.INT64_T]
 
     def meet(self, highest: Record, lowest: Record, extent: int) -> Meets:
         """Publish what this rank has, and wait for all; return what differs."""
-        # One MAX serves both ends: the minimum of a field is minus the maximum of minus it.
         # The buffer is reused: calls of a group come one at a time, and after one that was
         # abandoned there is no other.
-        _BOTH.pack_into(self.both, 0, *highest, *map(operator.neg, lowest), extent)
+        pack(self.both, highest, lowest, extent)
         self.count += 1
-        self.last = highest[_SEQ]
+        self.last = highest[SEQ]
         yield from until(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX), IDLE)
-        return _unpacked(self.both)
+        return unpacked(self.both)
 
     def catch_up(self, count: int, left: int) -> None:
         """Begin the meeting in which others still wait for this rank: MPI ends no other way.
@@ -131,12 +122,6 @@ class Gathering:
             pending.append(self._comm.Iallgather([nothing, MPI.BYTE], [everyone, MPI.BYTE]))
 
 
-def _unpacked(both: bytes | bytearray | memoryview) -> tuple[Record, Record, int]:
-    """Return highest and lowest of each field, and the largest extent."""
-    fields = _BOTH.unpack_from(both)
-    return fields[:_FIELDS], tuple(map(operator.neg, fields[_FIELDS:-1])), fields[-1]
-
-
 class Arrival:
     """The exchange of records of one group, on the group's private communicator.
 
@@ -157,8 +142,10 @@ class Arrival:
         self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
         self._since = time.monotonic()  # when this rank arrived last
 
-    def steps(self, call: Call, seq: int) -> Steps:
+    def meet(self, call: Call, seq: int) -> Meeting:
         """Wait until every rank has arrived at a call, and compare.
+
+        Returns whether the data of the call came with the records, so nothing is left to do.
 
         Fills in `call.largest`, so that what depends on size is decided alike everywhere, notes
         that the ranks have met, and sets `call.count` to UNEVEN on all ranks where their counts
@@ -169,30 +156,30 @@ class Arrival:
             RemoteRankError: a peer has left this call, or the program.
         """
         self._check_left_before(seq)
-        record = _record(call, seq)
-        highest, lowest, call.largest = yield from self._meet(record, call.extent)
+        highest, lowest, call.largest = yield from self._exchange(record_of(call, seq), call.extent)
         call.met = self._asked is self._comm
         self.check_left(seq)
-        if highest == lowest and highest[_STATE] != _REFUSED:
+        if highest == lowest and highest[STATE] != REFUSED:
             if call.count == UNEVEN and call.kind.pairwise:
                 yield from self._compare_pairs(call, seq)
-            return
-        differing = [i for i in range(_FIELDS) if highest[i] != lowest[i]]
-        if differing == [_COUNT] and call.kind.pairwise and not highest[_STATE]:
+            return False
+        differing = [i for i in range(FIELDS) if highest[i] != lowest[i]]
+        if differing == [COUNT] and call.kind.pairwise and not highest[STATE]:
             yield from self._compare_pairs(call, seq)
             call.count = UNEVEN
-            return
-        lost = _ORDER if _SEQ in differing else ""
+            return False
+        lost = _ORDER if SEQ in differing else ""
         yield from self._mismatch(call, seq, lost)
-
-    def at_once(self, call: Call, seq: int) -> bool:
-        """Return whether all have arrived without a wait: never, over MPI."""
         return False
 
-    def forget(self) -> None:
-        """Let `steps` arrive once more in the call in which `at_once` has just arrived."""
+    def meet_at_once(self, call: Call, seq: int) -> bool:
+        """Do all that is to be done for a call, if that takes no wait; return whether it was done.
 
-    def _meet(self, record: Record, extent: int) -> Meets:
+        If not, nothing is lost: `meet` arrives once more, in the same words.  Over MPI it never is.
+        """
+        return False
+
+    def _exchange(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
         assert self.exchange is not None
         return self.exchange.meet(record, record, extent)
@@ -254,19 +241,19 @@ class Arrival:
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         """Gather who called what, and raise it on every rank; `lost` says why the group is."""
         text = ((said or call.describe()) + call.since).encode(errors="replace")[:_TEXT]
-        mine = _DETAIL.pack(*_record(call, seq), call.chain, text)
+        mine = _DETAIL.pack(*record_of(call, seq), call.chain, text)
         near = self._asked is not self._comm
         asked = Gathering(self._asked) if near else self.gathering
         rows = list(_DETAIL.iter_unpack((yield from asked.gather(mine))))
         if len({row[_CHAIN] for row in rows}) > 1:  # what was done without a comparison differs
             lost = lost or _ORDER
-        alike = all(row[_STATE] == _REFUSED for row in rows)
+        alike = all(row[STATE] == REFUSED for row in rows)
         if call.leaving:
             raise GroupBrokenError("this rank left the program while its peers were in other calls")
         if call.refused and (alike or not lost):
             return  # this rank has raised its own, more precise error
         for rank, row in zip(self._ranks(), rows, strict=True):
-            if row[_STATE] == _LEAVING:
+            if row[STATE] == LEAVING:
                 raise RemoteRankError(
                     f"rank {rank} left the program while this rank was in {call.describe()} "
                     f"(call #{seq})",
@@ -281,101 +268,53 @@ class Arrival:
         return range(self._size)
 
 
-_MIX, _LOW = 6364136223846793005, (1 << 63) - 1  # the multiplier is Knuth's, of MMIX
+class Inline(Protocol):
+    """What small data travel by, beside the records on a board."""
 
+    def give(self, call: Call, seq: int) -> bool:
+        """Write what this rank gives, before it arrives; return whether its call is inline."""
 
-class Once:
-    """Which calls of a group go without arrival, where checks="first": all that were compared once.
-
-    It is asked when a call has its turn, after all earlier ones.  Whatever the ranks have compared
-    by then, they have compared together: so they agree on what goes without, as long as they make
-    the same calls.  Those that went without are counted, and condensed to a number that is part of
-    the next record: that they were the same is found out then, at the latest after `AGAIN` calls.
-
-    Attributes:
-        count: calls that went without since the last record.
-        last: the last of them.
-    """
-
-    AGAIN = 1000
-    ROOM = 10_000  # calls that are remembered
-
-    def __init__(self) -> None:
-        self._known: dict[Record, int] = {}
-        self.count = 0
-        self.last: Call | None = None
-        self._chain = 0
-
-    def goes_without(self, call: Call) -> bool:
-        """Return whether a call needs no arrival, and count it then."""
-        if call.turn is None or not call.kind.alike or self.count >= self.AGAIN:
-            return False
-        number = self._known.get(_record(call, 0))
-        if number is None:
-            return False
-        self.count += 1
-        self.last = call
-        self._chain = (self._chain * _MIX + number) & _LOW
-        return True
-
-    def before(self, call: Call) -> Record:
-        """Put into the record of a call what went without since the last; return it as it was."""
-        record = _record(call, 0)
-        if self.count:
-            call.chain = digest(self.count, self._chain)
-            call.digest = digest(call.digest, call.chain)
-            call.since = f", after {self.said()}"
-        self.count, self._chain, self.last = 0, 0, None
-        return record
-
-    def said(self) -> str:
-        """Say what went without since the last record."""
-        if self.last is None:
-            return "none"
-        calls = "1 call that was" if self.count == 1 else f"{self.count} calls that were"
-        return f"{calls} not compared, the last {self.last.describe()}"
-
-    def after(self, record: Record) -> None:
-        """Note that a call was compared, and is the same on all ranks."""
-        if len(self._known) < self.ROOM:
-            self._known.setdefault(record, digest(*record))
+    def take(self, call: Call, seq: int) -> bool:
+        """Read what this rank gets, after all have arrived; return whether all data were inline."""
 
 
 class BoardArrival(Arrival):
     """The same over the node's shared memory: each rank reads the others' records.
 
     Args:
-        ranks: the group's ranks that share the memory, in order.
+        board: what the ranks that share the memory show each other.
+        inline: what small data travel by, beside the records; None: they don't.
     """
 
     def __init__(
-        self, comm: MPI.Comm, peers: Peers, memory: NodeMemory, ranks: Sequence[int]
+        self, comm: MPI.Comm, peers: Peers, board: NodeBoard, inline: Inline | None
     ) -> None:
         super().__init__(comm, peers)
         self.exchange = None
-        self._memory = memory
-        self._near = ranks
+        self._memory = board.memory
+        self._near = board.ranks
+        self._inline = inline
         self._last = 0  # the number of the last arrival; calls count from 1
-        self.places = {rank: place for place, rank in enumerate(ranks)}
 
-    def at_once(self, call: Call, seq: int) -> bool:
-        """Arrive, and return whether all others are there within a moment and call the same.
-
-        If not, nothing is lost: `steps` arrives once more, in the same words.
-        """
-        if seq <= self._last:
+    def meet_at_once(self, call: Call, seq: int) -> bool:
+        inline = self._inline
+        if inline is None or seq <= self._last or not inline.give(call, seq):
             return False
-        call.largest = self._memory.post(_record(call, seq), call.extent)
-        if call.largest < 0 or self._memory.any_left(seq):
+        call.largest = self._memory.post(record_of(call, seq), call.extent)
+        if call.largest < 0 or self._memory.any_left(seq) or not inline.take(call, seq):
             return False
         self._last = seq
         return True
 
-    def forget(self) -> None:
-        self._last -= 1
+    def meet(self, call: Call, seq: int) -> Meeting:
+        inline = self._inline
+        if inline is None or call.refused or not inline.give(call, seq):
+            return (yield from super().meet(call, seq))
+        yield from super().meet(call, seq)
+        return inline.take(call, seq)
 
-    def _meet(self, record: Record, extent: int) -> Meets:
-        memory, seq = self._memory, record[_SEQ]
+    def _exchange(self, record: Record, extent: int) -> Meets:
+        memory, seq = self._memory, record[SEQ]
         if seq <= self._last:  # the board would show what the others said the first time
             raise _lost(seq, self._near[memory.rank], f"has made a call #{self._last} already")
         self._last = seq
@@ -389,10 +328,10 @@ class BoardArrival(Arrival):
                 yield found
         rows = memory.records(seq)
         for rank, row in enumerate(rows):
-            if row[_SEQ] != seq:
-                raise _lost(seq, self._near[rank], f"is in call #{row[_SEQ]} without it")
-        largest = max(row[_FIELDS] for row in rows)
-        columns = list(zip(*rows, strict=True))[:_FIELDS]
+            if row[SEQ] != seq:
+                raise _lost(seq, self._near[rank], f"is in call #{row[SEQ]} without it")
+        largest = max(row[FIELDS] for row in rows)
+        columns = list(zip(*rows, strict=True))[:FIELDS]
         return tuple(map(max, columns)), tuple(map(min, columns)), largest
 
     def _check_left_before(self, seq: int) -> None:
@@ -409,35 +348,6 @@ class BoardArrival(Arrival):
                 notice = self._peers.left.get(rank)
                 text = "left the group" if notice is None else notice.text
                 raise RemoteRankError(f"rank {rank} {text}", rank=rank)
-
-    def has_arrived(self, rank: int, seq: int) -> bool:
-        """Return whether a rank's record of call `seq` is seen to be there."""
-        place = self.places.get(rank)
-        return place is not None and self._memory.has_posted(place, seq)
-
-    def notice(self, rank: int, seq: int) -> str:
-        """Return what a rank of this node has left on the board about call `seq`."""
-        return self._memory.notice(self.places[rank], seq).decode()
-
-    def last_seen(self, rank: int) -> str:
-        """Say what a rank of this node is doing, as the board shows it."""
-        place = self.places.get(rank)
-        if place is None:
-            return ""
-        finished = self._memory.words[self._memory.finished[place]]
-        rows = self._rows(place)
-        row = max(rows)
-        if row[_SEQ] > finished:
-            root = f", root {row[_ROOT]}" if row[_ROOT] >= 0 else ""
-            return f"it is in {KINDS[row[_KIND]]} #{row[_SEQ]}{root}"
-        if not finished:
-            return "it has made no call yet"
-        kinds = {r[_SEQ]: KINDS[r[_KIND]] for r in rows}
-        return f"last finished {kinds.get(finished, 'call')} #{finished}"
-
-    def _rows(self, place: int) -> list[list[int]]:
-        """Return the two last records of a rank of this node."""
-        return [self._memory.records(seq)[place] for seq in (0, 1)]
 
 
 class NodesArrival(BoardArrival):
@@ -457,40 +367,33 @@ class NodesArrival(BoardArrival):
         self,
         comm: MPI.Comm,
         peers: Peers,
-        memory: NodeMemory,
-        ranks: Sequence[int],
+        board: NodeBoard,
         *,
         near: MPI.Comm,
         leaders: MPI.Comm | None,
         everywhere: bool,
     ) -> None:
-        super().__init__(comm, peers, memory, ranks)
+        super().__init__(comm, peers, board, None)
         self._near_comm = near
         self.exchange = None if leaders is None else Exchange(leaders)
         self._everywhere = everywhere
 
-    def at_once(self, call: Call, seq: int) -> bool:
-        """Return whether all have arrived without a wait: never, between nodes."""
-        return False
-
-    def _meet(self, record: Record, extent: int) -> Meets:
-        highest, lowest, largest = yield from super()._meet(record, extent)
+    def _exchange(self, record: Record, extent: int) -> Meets:
+        highest, lowest, largest = yield from super()._exchange(record, extent)
         self._asked = self._comm
-        if not self._everywhere and (
-            highest[_KIND] != lowest[_KIND] or KINDS[highest[_KIND]].alike
-        ):
+        if not self._everywhere and (highest[KIND] != lowest[KIND] or KINDS[highest[KIND]].alike):
             self._asked = self._near_comm
             return highest, lowest, largest
-        memory, seq = self._memory, record[_SEQ]
+        memory, seq = self._memory, record[SEQ]
         outcome = memory.outcome(seq).cast("B")
         if memory.rank == 0:
             assert self.exchange is not None
             met = yield from self.exchange.meet(highest, lowest, largest)
-            outcome[: _BOTH.size] = self.exchange.both
+            outcome[: BOTH.size] = self.exchange.both
             memory.conclude(seq)
             return met
         yield from memory.concluded(seq)
-        return _unpacked(outcome)
+        return unpacked(outcome)
 
     def _mismatch(self, call: Call, seq: int, lost: str = "", said: str = "") -> Steps:
         if self._asked is self._near_comm:
@@ -529,14 +432,14 @@ def _explain(seq: int, callers: Sequence[int], rows: list[tuple[object, ...]], l
         words = text.rstrip(b"\0").decode(errors="replace")
         if not words.startswith("rank "):  # a pairwise comparison has said who already
             words = f"{listed(ranks)} called {words}"
-        sentences.append(words + (f" as its call #{row[_SEQ]}" if lost else ""))
+        sentences.append(words + (f" as its call #{row[SEQ]}" if lost else ""))
     head = f"call #{seq} differs between the ranks"
     largest = max(same.values(), key=len)
     if 2 * len(largest) > len(rows):
         odd = sorted(set(callers) - set(largest))
         head += f" ({listed(odd)} against the rest)" if odd else ""
     tail = f"{lost}{_BROKEN}" if lost else "No data was moved; the group is still usable"
-    kinds, counts = {row[_KIND] for row in rows}, {row[_COUNT] for row in rows}
+    kinds, counts = {row[KIND] for row in rows}, {row[COUNT] for row in rows}
     if not lost and len(kinds) == 1 and len(counts) > 1:
         (code,) = kinds
         assert isinstance(code, int)

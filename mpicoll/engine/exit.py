@@ -267,7 +267,7 @@ def _arrive_everywhere(seconds: float) -> None:
     for state in engine.group_states():
         if state.owes() and state.broken is None:
             engine.fail_all(state, struck())
-    states = [x for x in engine.group_states() if x.final_arrival and x.broken is None]
+    states = [x for x in engine.group_states() if x.channel.is_open and x.broken is None]
     states = [x for x in states if x.peers.size > 1 or x.beside]
     # Where somebody has left already, an arrival would never be complete.  MPI may not see at
     # once that a notice has come.
@@ -281,12 +281,11 @@ def _arrive_everywhere(seconds: float) -> None:
             engine.fail_all(state, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
             break
         else:
-            assert state.final_arrival is not None
-            state.final_arrival()
+            state.channel.arrive_finally()
     backoff, until, last = Backoff(), time.monotonic() + seconds, math.inf
     while engine.busy:
         now = time.monotonic()
-        if any(state.final_arrival for state in engine.active()):
+        if any(state.channel.is_open for state in engine.active()):
             last = now + seconds
         given_up = (t for t in engine.unfinished() if t.group_state.deserted and not t.call.leaving)
         if now > last or (now > until and any(given_up)):
@@ -295,8 +294,9 @@ def _arrive_everywhere(seconds: float) -> None:
 
 
 def _go(state: GroupState, *, settled: bool) -> None:
-    met = 0 if state.exchange is None else state.exchange.count
-    told = 0 if state.gathering is None else state.gathering.count
+    exchange, gathering = state.channel.exchange, state.channel.gathering
+    met = 0 if exchange is None else exchange.count
+    told = 0 if gathering is None else gathering.count
     with contextlib.suppress(MPI.Exception):
         state.peers.go(met, told, settled=settled)
 
@@ -309,10 +309,11 @@ def _settle(state: GroupState) -> bool:
     with contextlib.suppress(MPI.Exception):
         state.peers.drop_messages()
         begun = state.peers.begun.values()
-        if state.exchange is not None:
-            state.exchange.catch_up(max((met for met, _ in begun), default=0), state.left)
-        if state.gathering is not None:
-            state.gathering.catch_up(max((told for _, told in begun), default=0))
+        if state.channel.exchange is not None:
+            most = max((met for met, _ in begun), default=0)
+            state.channel.exchange.catch_up(most, state.left)
+        if state.channel.gathering is not None:
+            state.channel.gathering.catch_up(max((told for _, told in begun), default=0))
     return nothing_pending()
 
 

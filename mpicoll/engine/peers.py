@@ -32,6 +32,7 @@ from ..runtime import processes
 from ..runtime.library import MPI, Taken, notice_tag, pending, take
 from ..runtime.processes import Identity, watch
 from ..runtime.settings import survives_deaths
+from .board import NO_BOARD, Board
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
 QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
@@ -74,6 +75,7 @@ class Peers:
     Args:
         comm: the group's communicator.
         state: says what this rank is doing, with regard to the call of a number.
+        board: what the ranks of this node show.
 
     Attributes:
         left: the last words of those who left a call or the group.
@@ -88,7 +90,9 @@ class Peers:
         silence: what is said of those who don't answer.
     """
 
-    def __init__(self, comm: MPI.Comm, state: Callable[[int], State]) -> None:
+    def __init__(
+        self, comm: MPI.Comm, state: Callable[[int], State], board: Board = NO_BOARD
+    ) -> None:
         self.comm = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
@@ -100,7 +104,7 @@ class Peers:
         self.begun: dict[int, tuple[int, int]] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
-        self.forget_node()
+        self.board = board
         self.silence = "gave no answer: it is busy outside mpicoll, stopped or dead"
         self._answers: dict[int, str] = {}
         self._rolls: dict[int, RollCall] = {}  # that are being called, by the number of the call
@@ -115,16 +119,6 @@ class Peers:
         self._look_at_locks = Every(0.05)
         self._deaths_seen = 0
 
-    def forget_node(self) -> None:
-        """Do without what the memory of the node would show."""
-        self.mark_left: Callable[[int], None] = lambda seq: None
-        self.near: Collection[int] = ()  # ranks of the node: what follows is about them
-        self.post_notice: Callable[[int, bytes], bool] = lambda seq, text: False
-        self.notice: Callable[[int, int], str] = lambda rank, seq: ""
-        self.has_arrived: Callable[[int, int], bool] = lambda rank, seq: False
-        self.last_seen: Callable[[int], str] = lambda rank: ""
-        self._locks: dict[int, Callable[[], bool]] = {}
-
     # ---- who is alive ----
 
     def observe(self, others: dict[int, Identity], foreign: Collection[int]) -> None:
@@ -134,10 +128,6 @@ class Peers:
                 watch.add(who, foreign=rank in foreign)
                 self._watched[rank] = who
 
-    def observe_locks(self, locks: dict[int, Callable[[], bool]]) -> None:
-        """Watch ranks through what says, for each, whether it has died."""
-        self._locks = {rank: died for rank, died in locks.items() if rank != self.rank}
-
     def look(self) -> None:
         """Look for ranks of this machine that have died."""
         if len(watch.dead) > self._deaths_seen:
@@ -145,9 +135,9 @@ class Peers:
             for rank, who in self._watched.items():
                 if who in watch.dead:
                     self.dead.setdefault(rank, watch.dead[who])
-        if self._locks and self._look_at_locks.due():
-            for rank, died in self._locks.items():
-                if rank not in self.dead and died():
+        if self.board.locked and self._look_at_locks.due():
+            for rank in self.board.ranks:
+                if rank not in (self.rank, *self.dead) and self.board.has_died(rank):
                     self.dead[rank] = "died"
 
     @property
@@ -186,7 +176,7 @@ class Peers:
         """
         found = "" if self._decided is None else self._decided.encode(_RANKS)
         self._tell_all(LEFT, seq, f"{found}\0{_cut(text, _TEXT - len(found))}", arrived)
-        self.mark_left(seq)
+        self.board.leave(seq)
 
     def report_death(self, rank: int) -> None:
         """Tell every peer that a rank died, and so that this one knows that the group is broken."""
@@ -281,7 +271,7 @@ class Peers:
         state = self._state(seq)
         arrived = ""
         if state.arrived:
-            arrived = to_ranges([r for r in self.near if self.has_arrived(r, seq)])
+            arrived = to_ranges([r for r in self.board.ranks if self.board.has_arrived(r, seq)])
         arrived = arrived if len(arrived) <= _RANKS else ""
         calls = json.dumps(state.said.calls)
         text = f"{arrived}\0{calls}\0{_cut(state.said.text, _TEXT - len(arrived) - len(calls))}"
@@ -336,8 +326,8 @@ class Peers:
                 self.rank,
                 self.size,
                 time.monotonic(),
-                near=self.near,
-                sees=lambda rank: self.has_arrived(rank, seq),
+                near=self.board.ranks,
+                sees=lambda rank: self.board.has_arrived(rank, seq),
                 lost=self._is_lost,
             )
             for rank in self.left:
@@ -397,8 +387,8 @@ class Peers:
         if not (state.waiting or roll.followers):
             self._rolls.pop(roll.seq, None)
             return
-        for rank in self.near if roll.verdict is None else ():
-            if rank != self.rank and (text := self.notice(rank, roll.seq)):
+        for rank in self.board.ranks if roll.verdict is None else ():
+            if rank != self.rank and (text := self.board.notice(rank, roll.seq)):
                 roll.adopt(Verdict.decode(text))
         if roll.verdict is None:
             calls, questions = roll.turn(now)
@@ -416,10 +406,10 @@ class Peers:
         """Tell those who wait for the verdict; on the node it is there to be seen."""
         assert roll.verdict is not None
         text = roll.verdict.encode()
-        if self._posted is not roll.verdict and self.post_notice(roll.seq, text.encode()):
+        if self._posted is not roll.verdict and self.board.post_notice(roll.seq, text.encode()):
             self._posted = roll.verdict
         for rank in roll.followers:
-            if self._posted is not roll.verdict or rank not in self.near:
+            if self._posted is not roll.verdict or rank not in self.board.ranks:
                 self._tell(rank, ABSENT, roll.seq, text)
         roll.followers.clear()
 
@@ -433,7 +423,7 @@ class Peers:
         who, said = self._watched.get(rank), said or self.silence
         if who is not None and processes.is_stopped(who):
             said = f"was stopped by a signal (its process {who.pid} doesn't run)"
-        last = self.last_seen(rank) or last
+        last = self.board.last_seen(rank) or last
         return f"{said}; {last}" if last else said
 
     def all_sent(self) -> bool:

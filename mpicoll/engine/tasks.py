@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import CallInterruptedError, MpicollError
 from ..runtime.library import MPI, Steps
+from .board import NO_BOARD, Board
 from .peers import Peers, State
 from .recorder import Recorder, end, number, place
 from .rollcall import Said
 
 if TYPE_CHECKING:
-    from .arrival import Exchange, Gathering, Once
+    from .arrival import Exchange, Gathering
     from .call import Call
     from .kinds import Kind
+    from .once import Once
 
 T = TypeVar("T")
 
 _SEVERAL = 3  # calls that are named where a rank has many under way
-_NOWHERE = memoryview(bytearray(8)).cast("q")
 
 
 class Expired(Exception):
@@ -175,6 +176,39 @@ class Blocking(Generic[T]):
         self.error: Exception | None = None
 
 
+class Channel:
+    """What the calls of a group go through, as far as the engine has to do with it.
+
+    This one is that of a group that makes no calls but those that make others, or of a closed one.
+
+    Attributes:
+        exchange: where the records of the group meet over MPI, if they do so on this rank.
+        gathering: where it is told who called what.
+    """
+
+    exchange: Exchange | None = None
+    gathering: Gathering | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the peers may wait for this rank's final arrival."""
+        return False
+
+    @property
+    def core(self) -> Any:
+        """The compiled way of the group's small calls, or None."""
+        return None
+
+    def arrive_finally(self) -> None:
+        """Launch this rank's last arrival, which waits long for the other ranks'."""
+
+    def abort(self) -> None:
+        """Let go of what the peers hold together."""
+
+    def close(self) -> None:
+        """Let go of all that the last calls have no more need of."""
+
+
 class GroupState:
     """One group's share of the engine: its collectives in program order, its messages, its peers.
 
@@ -182,10 +216,29 @@ class GroupState:
         name: the group's name, for messages.
         comm: the group's communicator.
         active: gives the groups that have a call under way, for peers that ask where this rank is.
+        board: what the ranks of this node show each other.
+        mark: that by which its members tell the group from others.
+        once: what goes without arrival, and without a number; None: nothing does.
+
+    Attributes:
+        channel: what its calls go through; given when that is made.
     """
 
-    def __init__(self, name: str, comm: MPI.Comm, active: Callable[[], list[GroupState]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        comm: MPI.Comm,
+        active: Callable[[], list[GroupState]],
+        *,
+        board: Board = NO_BOARD,
+        mark: str = "",
+        once: Once | None = None,
+    ) -> None:
         self.name = name
+        self.board = board
+        self.mark = mark
+        self.once = once
+        self.channel = Channel()
         self._all_active = active
         self.queue: deque[Task] = deque()
         self.enqueued: deque[Task] = deque()  # on the GPU's stream, oldest first
@@ -201,21 +254,13 @@ class GroupState:
         self.replaced = False  # shrink_group has made another group of its members
         self.failures: deque[Failure] = deque()  # that nobody has asked for, when last seen
         self.seq = 0
-        self.mark = ""  # by which its members tell the group from others
         self.left = 0  # the call that it was broken in, or before
-        self.exchange: Exchange | None = None  # where its records meet over MPI
-        self.gathering: Gathering | None = None  # where it is told who called what
-        self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
-        self.core: Callable[[], Any] = lambda: None  # the compiled way of its small calls
-        self.page, self.word = _NOWHERE, 0  # where the node sees its number
-        self.final_arrival: Callable[[], None] | None = None
-        self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
-        self.peers = Peers(comm, self._answer)
+        self.peers = Peers(comm, self._answer, board)
 
     def owes(self) -> bool:
         """Return whether a call that the core has posted came to nothing."""
-        core = self.core()
+        core = self.channel.core
         return core is not None and core.owed != 0
 
     @property
@@ -243,9 +288,8 @@ class GroupState:
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
         self.closed = how
-        self.final_arrival = self.abort = None
-        self.page, self.word = _NOWHERE, 0
-        self.peers.forget_node()
+        self.channel.close()
+        self.board = self.peers.board = NO_BOARD
 
     @property
     def reached(self) -> int:
@@ -271,7 +315,7 @@ class GroupState:
         messages = (task for state in others for task in state.beside)
         for task in (*heads, *itertools.islice(messages, _SEVERAL)):
             found.append(_placed(task, f" of group {task.group_state.name!r}"))
-        core = self.core()
+        core = self.channel.core
         ways = (self.finished, None if core is None else core.finished)
         kind, number = max(filter(None, ways), key=operator.itemgetter(1), default=("nothing", 0))
         last = f"{kind} #{number}" if number else kind

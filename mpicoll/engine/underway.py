@@ -191,7 +191,7 @@ class UnderWay:
             if task.seq:  # messages have no number
                 state = task.group_state
                 state.finished = task.call.kind, task.seq
-                state.page[state.word] = task.seq
+                state.board.finish(task.seq)
         elif not error.breaks_group:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         if task in self._unclaimed:
@@ -250,12 +250,11 @@ class UnderWay:
                         state.peers.report_death(error.rank)
                     else:
                         state.peers.leave(seq, said or f"left the group: {error}", arrived=arrived)
-            if state.abort is not None:
-                try:
-                    state.abort()
-                except Exception as failed:  # of NCCL, or for want of threads
-                    if interrupts(failed):
-                        raise
+            try:
+                state.channel.abort()
+            except Exception as failed:  # of NCCL, or for want of threads
+                if interrupts(failed):
+                    raise
             state.said = True
         for task in state.tasks():
             self._give(task, error)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 
 from ..engine import checks, communicators, kinds
-from ..engine.arrival import Arrival, Once
+from ..engine.arrival import Meeting
 from ..engine.background import background
-from ..engine.call import NULL, PROC_NULL, UNEVEN, Call, Message, Peer
+from ..engine.call import NULL, PROC_NULL, Call, Message, Peer
 from ..engine.exit import check_process
 from ..engine.kinds import Kind
+from ..engine.once import Once
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
 from ..engine.tasks import GroupState, Task, struck
@@ -27,10 +27,10 @@ from ..errors import (
     MpicollError,
 )
 from ..runtime.library import IDLE, Steps, highest_tag
-from ..runtime.settings import default_timeout, seconds
+from ..runtime.settings import seconds
 from ..transports import select
-from ..transports.base import Transport
 from ..transports.select import GroupOptions, Resources
+from .channel import OpenChannel
 from .reclaim import Child, Children
 
 VERDICT = 0.06  # seconds that one rank's verdict may take to reach its group
@@ -85,24 +85,24 @@ class Caller:
         self.size: int = comm.Get_size()
         self.highest_tag = highest_tag()
         self.world_ranks = communicators.world_ranks(comm)
-        self.group_state = state = GroupState(name, comm, engine.active)
-        self.transport = select.transport(resources)
-        state.abort = self.transport.abort
-        self.arrival = select.arrival(resources, state.peers, options)
-        state.exchange = self.arrival.exchange
-        state.gathering = self.arrival.gathering
-        self.once = state.once = Once() if options.checks == "first" else None
         self.recorder = Recorder(name, self.rank, self.world_ranks, checks=options.checks)
-        state.mark = self.recorder.mark
-        if resources.shared is not None:
-            shared = resources.shared
-            state.page, state.word = shared.words, shared.finished[shared.rank]
-        state.final_arrival = partial(
-            _arrive_finally, state, self.arrival, self.transport, self.recorder
+        self.once = Once() if options.checks == "first" else None
+        self.group_state = state = GroupState(
+            name,
+            comm,
+            engine.active,
+            board=select.board(resources),
+            mark=self.recorder.mark,
+            once=self.once,
         )
+        foreign = communicators.foreign_ranks(comm)
+        state.peers.observe(resources.neighbours, foreign)
+        self.transport = select.transport(resources)
+        self.arrival = select.arrival(resources, state.peers, options)
         self.core = None  # the compiled way of small calls
         if self.once is None:
             self.core = self.transport.core(self.arrival, state, self.recorder)
+        state.channel = OpenChannel(state, self.arrival, self.transport, self.recorder, self.core)
         self.children = Children()
         self.child = Child(
             *(self, resources.comms, self.transport, state, self.recorder, self.children)
@@ -159,7 +159,7 @@ class Caller:
             raise
         try:
             in_one_go = then is None and call.device is None and self.once is None
-            if not (in_one_go and engine.at_once(work, self._at_once)):
+            if not (in_one_go and engine.at_once(work, self.arrival.meet_at_once)):
                 engine.launch(work, self._steps(work, then))
         except BaseException as error:
             engine.forsake(work, error)
@@ -175,51 +175,39 @@ class Caller:
             self.check_usable()
         return self.group_state.seq
 
-    def _at_once(self, call: Call, seq: int) -> bool:
-        """Carry out a call whose data travel beside the records, if all ranks are there already."""
-        transport = self.transport
-        if not (transport.prepare(call, seq) and self.arrival.at_once(call, seq)):
-            return False
-        if call.largest != call.extent and not transport.rides(call):
-            self.arrival.forget()  # another rank's data is too large
-            return False
-        transport.finish(call, seq)
-        return True
-
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
         """Arrive, then move the data, or take the steps of `then`."""
         call, transport = work.call, self.transport
         if self.once is not None and then is None and self.once.goes_without(call):
             yield from transport.steps(call)
             return
-        yield from self._arrive(work)
+        moved = yield from self._arrive(work)
         if then is not None:
             yield from then(work)
-        elif transport.rides(call):
-            transport.finish(call, work.seq)
-        else:
+        elif not moved:
             yield from transport.steps(call)
 
-    def _arrive(self, work: Work) -> Steps:
+    def _arrive(self, work: Work) -> Meeting:
         """Meet the other ranks in a call, which is the first of its queue."""
         call, record = work.call, None
         if self.once is not None:
             record = self.once.before(call)
             self.group_state.seq += 1
             work.take_number(self.group_state.seq)
-        if not call.refused:
-            self.transport.prepare(call, work.seq)
-        at_once = call.device is not None and call.count != UNEVEN
-        if not (at_once and self.arrival.at_once(call, work.seq)):
-            yield from self.arrival.steps(call, work.seq)
+        moved = yield from self.arrival.meet(call, work.seq)
         if record is not None and self.once is not None and not call.refused:
             self.once.after(record)
+        return moved
 
     def _arrive_refused(self, kind: Kind, seq: int, error: BaseException) -> None:
         """Arrive, so that the peers hear in this call that this rank's arguments were refused."""
         call = Call(kind, refused=f"{type(error).__name__}: {error}")
         work = Work(self.group_state, call, seq, self.timeout, self.recorder)
-        engine.launch(work, self._arrive(work))
+
+        def steps() -> Steps:
+            yield from self._arrive(work)
+
+        engine.launch(work, steps())
         if self.size > 1:
             with contextlib.suppress(MpicollError):
                 background.progress()
@@ -436,18 +424,3 @@ def _refuse_busy(call: Call, state: GroupState) -> Task | None:
         f"an array given to {call.describe()} overlaps one that an unfinished Work "
         f"is using, {task.call.describe()}: wait() for that first, or use memory of its own"
     )
-
-
-def _arrive_finally(
-    state: GroupState, arrival: Arrival, transport: Transport, recorder: Recorder
-) -> None:
-    """Launch this rank's last arrival in a group, which waits long for the other ranks'."""
-    state.seq += 1
-    call = Call(kinds.SHUTDOWN, leaving=True)
-    work = Work(state, call, state.seq, default_timeout(), recorder)
-
-    def steps() -> Steps:
-        yield from arrival.steps(call, work.seq)
-        yield from transport.clear(state)
-
-    engine.launch(work, steps())

@@ -193,7 +193,7 @@ def _create(
     """Make a communicator and what else the new group runs on, `work.call.result`."""
     made = yield from communicators.duplicate(parent)
     assert made is not None
-    yield from Arrival(made, work.group_state.peers).steps(work.call, work.seq)
+    yield from Arrival(made, work.group_state.peers).meet(work.call, work.seq)
     if asked is None:
         return  # the peers know by their arrival that it was refused, and go no further
     yield from children.reclaim(made, work.deadline)

@@ -56,17 +56,6 @@ class Transport(ABC):
         """Return the compiled way of small calls, where the transport and this machine have one."""
         return None
 
-    def prepare(self, call: Call, seq: int) -> bool:
-        """Before this rank arrives: give what can ride along with its record; true if it does."""
-        return False
-
-    def rides(self, call: Call) -> bool:
-        """After all have arrived: return whether all data rode along; alike on all ranks."""
-        return False
-
-    def finish(self, call: Call, seq: int) -> None:  # noqa: B027  (most have nothing to do)
-        """Carry out a call whose data rode along."""
-
     def empty(self, call: Call) -> Steps:
         """Make an array of `call.count` bytes that the ranks of this node share, if they can."""
         call.result = np.empty(call.count, np.uint8)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
+from ..engine.board import NO_BOARD, Board, NodeBoard
 from ..engine.call import digest
 from ..engine.peers import Peers
 from ..errors import InvalidCallError, UnsupportedError
@@ -35,6 +35,7 @@ from .cuda.nccl import Nccl, NcclTransport, Turns
 from .cuda.staged import StagedTransport
 from .hierarchical import HierarchicalTransport
 from .mpi import MpiTransport
+from .shm.inline import Inline
 from .shm.transport import ShmTransport
 from .tuning import Tuning
 
@@ -400,30 +401,31 @@ def _host_transport(resources: Resources) -> Transport:
     )
 
 
-def arrival(resources: Resources, peers: Peers, options: GroupOptions) -> Arrival:
-    """Return how the ranks of a group meet in its calls, and let its peers look there too."""
-    peers.observe(resources.neighbours, communicators.foreign_ranks(resources.comm))
+def board(resources: Resources) -> Board:
+    """Return what a group's ranks on one node show each other."""
     shared = resources.shared
     if shared is None:
-        return Arrival(resources.comm, peers)
+        return NO_BOARD
     if resources.nodes is None:
-        board = BoardArrival(resources.comm, peers, shared, range(shared.size))
-    else:
-        assert resources.near is not None
-        node, place = resources.nodes.locate(resources.comm.Get_rank())
-        board = NodesArrival(
-            resources.comm,
-            peers,
-            shared,
-            resources.nodes.members[node],
-            near=resources.near,
-            leaders=resources.across if place == 0 else None,
-            everywhere=options.checks != "node",
-        )
-    peers.near, peers.has_arrived = board.places, board.has_arrived
-    peers.post_notice, peers.notice = shared.post_notice, board.notice
-    peers.last_seen = board.last_seen
-    peers.mark_left = shared.leave
-    if shared.locked:
-        peers.observe_locks({r: partial(shared.has_died, p) for r, p in board.places.items()})
-    return board
+        return NodeBoard(shared, range(shared.size))
+    node, _ = resources.nodes.locate(resources.comm.Get_rank())
+    return NodeBoard(shared, resources.nodes.members[node])
+
+
+def arrival(resources: Resources, peers: Peers, options: GroupOptions) -> Arrival:
+    """Return how the ranks of a group meet in its calls."""
+    comm, there = resources.comm, peers.board
+    if not isinstance(there, NodeBoard):
+        return Arrival(comm, peers)
+    if resources.nodes is None:
+        return BoardArrival(comm, peers, there, Inline(there.memory, tuning.inline))
+    assert resources.near is not None
+    _, place = resources.nodes.locate(comm.Get_rank())
+    return NodesArrival(
+        comm,
+        peers,
+        there,
+        near=resources.near,
+        leaders=resources.across if place == 0 else None,
+        everywhere=options.checks != "node",
+    )

@@ -19,9 +19,9 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.engine import kinds
-from mpicoll.engine.arrival import Once
 from mpicoll.engine.background import Background, background
 from mpicoll.engine.call import Call
+from mpicoll.engine.once import Once
 from mpicoll.engine.progress import Engine, engine
 from mpicoll.engine.recorder import Recorder
 from mpicoll.engine.tasks import GroupState, Task
@@ -59,7 +59,7 @@ def queue_of(pg: mc.ProcessGroup, tuning: Tuning = select.tuning) -> Queue:
         queue = Queue(pg.comm.Dup())
         nccl = Communicator(queue)
         pg._caller.transport = NcclTransport(pg._caller.transport, queue, nccl, TURNS, tuning)
-        pg._caller.group_state.abort = pg._caller.transport.abort
+        pg._caller.group_state.channel._transport = pg._caller.transport
     return pg._caller.transport._gpu
 
 
@@ -298,14 +298,13 @@ def two() -> Iterator[tuple[mc.ProcessGroup, mc.ProcessGroup]]:
 
 def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
     """Let the next arrivals in a group take longer."""
-    steps = pg._caller.arrival.steps
+    meet = pg._caller.arrival.meet
 
     def later(call, seq):
         yield from pause(seconds)
-        yield from steps(call, seq)
+        return (yield from meet(call, seq))
 
-    pg._caller.arrival.steps = later
-    pg._caller.arrival.at_once = lambda call, seq: False
+    pg._caller.arrival.meet = later
 
 
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
@@ -421,7 +420,7 @@ def test_a_step_that_is_stuck_past_its_deadline_is_freed(own, keeper, how):
 
 def test_a_step_that_is_long_is_left_alone_outside_of_nccl(own, keeper):
     state = GroupState("slow", MPI.COMM_SELF, own.active)
-    state.abort = pytest.fail
+    state.channel.abort = pytest.fail
     task = task_in(state, 1, 0.1)
 
     def steps() -> Iterator[int]:
@@ -454,7 +453,7 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
 
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
     state = GroupState("failing", MPI.COMM_SELF, own.active)
-    state.abort = lambda: 1 / 0
+    state.channel.abort = lambda: 1 / 0
     tasks = [task_in(state, n, 60) for n in (1, 2, 3)]
     for task in tasks:
         own.launch(task, iter([IDLE] * 10**6))

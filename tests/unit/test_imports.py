@@ -25,8 +25,19 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "engine",
         [
-            *("kinds", "call", "overlap", "checks", "claims", "recorder", "rollcall", "peers"),
-            *("arrival", "tasks", "deadlines", "underway", "progress", "background"),
+            *("kinds", "call", "overlap", "checks", "claims", "recorder", "rollcall"),
+            *(
+                "records",
+                "board",
+                "peers",
+                "once",
+                "arrival",
+                "tasks",
+                "deadlines",
+                "underway",
+                "progress",
+                "background",
+            ),
             *("exit", "work", "communicators"),
         ],
     ),
@@ -44,7 +55,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "groups",
         [
-            *("rendezvous", "reclaim", "caller", "derive", "merge", "spawn", "shrink"),
+            *("rendezvous", "reclaim", "channel", "caller", "derive", "merge", "spawn", "shrink"),
             *("coalesced", "group", "current", "registry", "new"),
         ],
     ),

@@ -141,15 +141,6 @@ class StagedTransport(Transport):
     def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
         return self._host.core(arrival, group_state, recorder)
 
-    def prepare(self, call: Call, seq: int) -> bool:
-        return call.device is None and self._host.prepare(call, seq)
-
-    def rides(self, call: Call) -> bool:
-        return call.device is None and self._host.rides(call)
-
-    def finish(self, call: Call, seq: int) -> None:
-        self._host.finish(call, seq)
-
     def empty(self, call: Call) -> Steps:
         return self._host.empty(call)
 

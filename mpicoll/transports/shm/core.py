@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -141,5 +140,4 @@ def make(
         arrival=arrival,
         ring=recorder.ring,
     )
-    group_state.core = weakref.ref(made)
     return made

@@ -1,4 +1,4 @@
-"""Small calls ride along with the records of their arrival.
+"""Small data travel inline, beside the records of their call's arrival.
 
 Each rank writes what it gives before it arrives.  Once all have arrived, everything is there to be
 read, without a flag.  It stays until the call after the next: by then all ranks have arrived at the
@@ -16,23 +16,45 @@ from ..kernels import fold
 READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
 
 
-def fits(call: Call, extent: int, size: int, most: int) -> bool:
-    """Return whether a call rides, if this is the largest extent of all its ranks.
+class Inline:
+    """The room beside the records of a group on one node.
 
-    `most` is the number of bytes of one rank that may ride.
+    Args:
+        memory: what the ranks of the node share.
+        most: bytes of one rank that may travel beside its record.
     """
-    kind = call.kind
-    if not kind.inline or (kind.pairwise and call.count == UNEVEN):
-        return False
-    if call.reduction is not None:
-        nbytes = extent * call.reduction.wire.itemsize
-        return nbytes <= most and nbytes * size <= READ
-    blocks = call.send or call.recv
-    return blocks is None or extent * blocks.dtype.itemsize <= most
+
+    def __init__(self, memory: NodeMemory, most: int) -> None:
+        self._memory = memory
+        self._most = most
+
+    def give(self, call: Call, seq: int) -> bool:
+        """Write what this rank gives, before it arrives; return whether it may travel so."""
+        if not self._fits(call, call.extent):
+            return False
+        _give(call, seq, self._memory)
+        return True
+
+    def take(self, call: Call, seq: int) -> bool:
+        """Read what this rank gets, after all have arrived; return whether all travelled so."""
+        if not self._fits(call, call.largest):
+            return False
+        _take(call, seq, self._memory)
+        return True
+
+    def _fits(self, call: Call, extent: int) -> bool:
+        """Return whether a call is inline, if this is the largest extent of all its ranks."""
+        kind = call.kind
+        if not kind.inline or call.device is not None or (kind.pairwise and call.count == UNEVEN):
+            return False
+        if call.reduction is not None:
+            nbytes = extent * call.reduction.wire.itemsize
+            return nbytes <= self._most and nbytes * self._memory.size <= READ
+        blocks = call.send or call.recv
+        return blocks is None or extent * blocks.dtype.itemsize <= self._most
 
 
-def give(call: Call, seq: int, memory: NodeMemory) -> None:
-    """Write what this rank gives, before it arrives."""
+def _give(call: Call, seq: int, memory: NodeMemory) -> None:
     send, plan = call.send, call.reduction
     if send is None or (call.kind.from_root and memory.rank != call.root):
         return
@@ -46,8 +68,7 @@ def give(call: Call, seq: int, memory: NodeMemory) -> None:
             mine[start : start + send.counts[i]] = send.block(i)
 
 
-def take(call: Call, seq: int, memory: NodeMemory) -> None:
-    """Read what this rank gets, after all have arrived."""
+def _take(call: Call, seq: int, memory: NodeMemory) -> None:
     kind, recv, plan, own = call.kind, call.recv, call.reduction, memory.rank
     if recv is None:
         return

@@ -29,7 +29,7 @@ from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..mpi import MessagesByMpi, MpiTransport
 from ..tuning import Tuning
-from . import cma, core, inline
+from . import cma, core
 from .symmetric import SharedArrays
 
 if TYPE_CHECKING:
@@ -68,25 +68,11 @@ class ShmTransport(MessagesByMpi):
         self._memory.close(together=together)
         self._arrays.close()
 
-    # ---- what rides along with the records ----
-
     def core(
         self, arrival: Arrival, group_state: GroupState, recorder: Recorder
     ) -> core.Core | None:
         assert isinstance(arrival, BoardArrival)
         return core.make(self._memory, self._inline, arrival, group_state, recorder)
-
-    def prepare(self, call: Call, seq: int) -> bool:
-        if not inline.fits(call, call.extent, self.size, self._inline):
-            return False
-        inline.give(call, seq, self._memory)
-        return True
-
-    def rides(self, call: Call) -> bool:
-        return inline.fits(call, call.largest, self.size, self._inline)
-
-    def finish(self, call: Call, seq: int) -> None:
-        inline.take(call, seq, self._memory)
 
     def steps(self, call: Call) -> Steps:
         self._apart = True
