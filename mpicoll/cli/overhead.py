@@ -127,7 +127,7 @@ def _unrecorded(pg: ProcessGroup, x: Any) -> _Patch:
 
 
 def _deaf(pg: ProcessGroup, x: Any) -> _Patch:
-    return _Patch((engine, "_hear", lambda now: False))
+    return _Patch((engine(), "_hear", lambda now: False))
 
 
 def _uncompared(pg: ProcessGroup, x: Any) -> _Patch:

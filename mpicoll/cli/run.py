@@ -35,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
             sys.path.insert(0, os.path.dirname(os.path.abspath(args.program)))
             runpy.run_path(args.program, run_name="__main__")
     except SystemExit as error:
-        ending.note_exit(error.code)
+        ending().note_exit(error.code)
         raise
     return 0

@@ -8,6 +8,7 @@ from _thread import start_new_thread
 
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
+from ..runtime.process import process
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
 from .progress import QUIET, Engine, engine
@@ -19,8 +20,8 @@ PARKED = 1.0  # seconds without anything under way after which these looks end
 class Background:
     """The threads that work for one engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, of: Engine) -> None:
+        self._engine = of
         self._wake = Signal()
         self._thread = False  # whether there is a thread that progresses what is under way
         self._stay = False  # whether that outlives the work at hand
@@ -76,10 +77,10 @@ class Background:
         """
         if not (self._keeper or sys.is_finalizing()):
             check_threads()
-            watchdog.add(self._look_at_steps)
+            watchdog().add(self._look_at_steps)
             self._keeper = True  # nothing strikes before the next call returns
             start_new_thread(self._keep, ())
-            watchdog.wake()
+            watchdog().wake()
 
     def _keep(self) -> None:
         quiet = 0.0
@@ -94,7 +95,7 @@ class Background:
                     self._unpark.wait()
                 self._engine.alarms.pop(self._unpark, None)
                 self._parked, quiet = False, 0.0
-                watchdog.wake()
+                watchdog().wake()
             time.sleep(KEEPING)
             quiet += KEEPING
 
@@ -122,4 +123,10 @@ def check_threads() -> None:
         )
 
 
-background = Background(engine)
+def background() -> Background:
+    """Return this rank's."""
+    return process().the(_make)
+
+
+def _make() -> Background:
+    return Background(engine())

@@ -49,7 +49,7 @@ def duplicate(comm: MPI.Intracomm) -> MakesComm:
 def split(comm: MPI.Intracomm, color: int | None, key: int, deadline: float) -> MakesComm:
     """Split a communicator; `color` None is in no part.  All ranks have arrived."""
     place = MPI.UNDEFINED if color is None else color
-    made = yield from engine.outside(deadline, "MPI_Comm_split", lambda: comm.Split(place, key))
+    made = yield from engine().outside(deadline, "MPI_Comm_split", lambda: comm.Split(place, key))
     assert isinstance(made, MPI.Intracomm)
     return None if color is None else made
 
@@ -117,7 +117,7 @@ def free(comms: Sequence[MPI.Intracomm], deadline: float) -> Steps:
         for comm in comms:
             comm.Free()
 
-    yield from engine.outside(deadline, "MPI_Comm_free", give_back)
+    yield from engine().outside(deadline, "MPI_Comm_free", give_back)
 
 
 def world_ranks(comm: MPI.Intracomm) -> list[int]:
@@ -168,7 +168,7 @@ def shrink(
         return (yield from survivors(comm, deadline))
     everyone = comm.Get_group()
     members = everyone.Excl(out)
-    made = yield from engine.outside(
+    made = yield from engine().outside(
         deadline, "MPI_Comm_create_group", lambda: comm.Create_group(members, shrink_tag())
     )
     everyone.Free()
@@ -183,7 +183,7 @@ def survivors(comm: MPI.Intracomm, deadline: float) -> Generator[int, None, MPI.
     It takes MPI's fault tolerance.
     """
     comm.Revoke()
-    made = yield from engine.outside(deadline, "MPIX_Comm_shrink", comm.Shrink)
+    made = yield from engine().outside(deadline, "MPIX_Comm_shrink", comm.Shrink)
     assert isinstance(made, MPI.Intracomm)
     return made
 
@@ -197,7 +197,7 @@ def all_succeeded(comm: MPI.Intracomm, fine: bool, deadline: float) -> Generator
         if not fine:
             comm.Revoke()  # or others would wait for this rank
         comm.Ack_failed()
-        agreed = yield from engine.outside(
+        agreed = yield from engine().outside(
             deadline, "MPIX_Comm_agree", lambda: comm.Agree(int(fine))
         )
         return bool(agreed)

@@ -37,6 +37,7 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.library import MPI, nothing_pending
+from ..runtime.process import process
 from ..runtime.settings import default_timeout, grace, survives_deaths
 from ..runtime.waiting import Backoff
 from ..runtime.watchdog import end_job
@@ -119,7 +120,7 @@ class _Ending:
 
     @staticmethod
     def _has_peers() -> bool:
-        return any(state.peers.size > 1 for state in engine.group_states())
+        return any(state.peers.size > 1 for state in engine().group_states())
 
     def raised(
         self,
@@ -149,9 +150,9 @@ class _Ending:
         if self.failure or self.forked or MPI.Is_finalized():
             return
         self.failure = why
-        for state in engine.group_states():
+        for state in engine().group_states():
             if state.broken is None and state.peers.size > 1:
-                engine.fail_all(state, GroupBrokenError(f"this rank {why}"), why)
+                engine().fail_all(state, GroupBrokenError(f"this rank {why}"), why)
 
     def note_exit(self, status: object) -> None:
         """Note with what the program is about to be ended by SystemExit."""
@@ -166,7 +167,7 @@ class _Ending:
         """
 
         def known() -> bool:
-            return self._leaving or any(state.told for state in engine.broken)
+            return self._leaving or any(state.told for state in engine().broken)
 
         self._take_leave(known)
         if not known():
@@ -191,20 +192,20 @@ class _Ending:
         self._look_for_an_exception()
         self._leaving = True
         start = time.monotonic()
-        background.stop()
+        background().stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
-            works = list(engine.unfinished())
+            works = list(engine().unfinished())
             _arrive_everywhere(UNFINISHED)
-            for state in {task.group_state for task in engine.unfinished()}:
-                engine.fail_all(
+            for state in {task.group_state for task in engine().unfinished()}:
+                engine().fail_all(
                     state, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
             _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
         settled = self._take_leave(lambda: False, start)
-        bereaved = [state for state in engine.broken if state.peers.dead]
+        bereaved = [state for state in engine().broken if state.peers.dead]
         if bereaved and settled and survives_deaths():
             recovered = any(state.replaced for state in bereaved)
             _flush()
@@ -215,7 +216,7 @@ class _Ending:
         if not settled or self.in_thread:
             end_job(self.code or 1)
         self.over = True
-        for state in engine.group_states():  # what runs later may shut them down
+        for state in engine().group_states():  # what runs later may shut them down
             state.close("closed")
 
     def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
@@ -223,7 +224,9 @@ class _Ending:
 
         Not longer than `until` says so; the grace period begins at `start`, which may be past.
         """
-        states = [state for state in engine.broken if not (survives_deaths() and state.peers.dead)]
+        states = [
+            state for state in engine().broken if not (survives_deaths() and state.peers.dead)
+        ]
         if not states:
             last = time.monotonic() + UNFINISHED
             while not (over := nothing_pending()) and time.monotonic() < last:
@@ -237,7 +240,7 @@ class _Ending:
         for_unaware, for_aware = start + grace(), start + default_timeout()
         seen: object = None
         while not until():
-            engine.test()
+            engine().test()
             known, unknown = _still_there(states)
             for state in states:
                 if not state.peers.there and state not in settled and _settle(state):
@@ -264,33 +267,35 @@ def _arrive_everywhere(seconds: float) -> None:
     MPI_Finalize would; but only `seconds` for a call whose wait was interrupted, and, after all
     else, for the making of a group.
     """
-    for state in engine.group_states():
+    for state in engine().group_states():
         if state.owes() and state.broken is None:
-            engine.fail_all(state, struck())
-    states = [x for x in engine.group_states() if x.channel.is_open and x.broken is None]
+            engine().fail_all(state, struck())
+    states = [x for x in engine().group_states() if x.channel.is_open and x.broken is None]
     states = [x for x in states if x.peers.size > 1 or x.beside]
     # Where somebody has left already, an arrival would never be complete.  MPI may not see at
     # once that a notice has come.
     heard = time.monotonic() + HEARD
-    while (engine.run_pollers() or states) and time.monotonic() < heard:
+    while (engine().run_pollers() or states) and time.monotonic() < heard:
         for state in states:
             with contextlib.suppress(MPI.Exception):
                 state.peers.poll()
     for state in states:
         for rank, notice in state.peers.left.items():
-            engine.fail_all(state, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
+            engine().fail_all(state, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
             break
         else:
             state.channel.arrive_finally()
     backoff, until, last = Backoff(), time.monotonic() + seconds, math.inf
-    while engine.busy:
+    while engine().busy:
         now = time.monotonic()
-        if any(state.channel.is_open for state in engine.active()):
+        if any(state.channel.is_open for state in engine().active()):
             last = now + seconds
-        given_up = (t for t in engine.unfinished() if t.group_state.deserted and not t.call.leaving)
+        given_up = (
+            t for t in engine().unfinished() if t.group_state.deserted and not t.call.leaving
+        )
         if now > last or (now > until and any(given_up)):
             return
-        backoff.after(engine.test())
+        backoff.after(engine().test())
 
 
 def _go(state: GroupState, *, settled: bool) -> None:
@@ -398,7 +403,7 @@ class _Exit(SystemExit):
         try:
             sys._getframe(1)
         except ValueError:  # nobody called this from Python
-            ending.note_exit(code)
+            ending().note_exit(code)
         return code
 
     def _set(self, code: Any) -> None:
@@ -413,17 +418,21 @@ class _Exit(SystemExit):
 _Exit.__name__ = _Exit.__qualname__ = "SystemExit"
 _Exit.__module__ = "builtins"
 
-ending = _Ending()
+
+def ending() -> _Ending:
+    """Return this rank's."""
+    return process().the(_Ending)
 
 
 def check_process() -> None:
     """Refuse a forked child, and a process that has finalized MPI."""
-    if ending.forked:
+    own = ending()
+    if own.forked:
         raise GroupClosedError(
             f"this process ({os.getpid()}) was forked from a rank and is not a rank itself: "
             "use mpicoll in the parent only"
         )
-    if ending.over:
+    if own.over:
         raise GroupClosedError(
             "this process is at its end, and has taken leave of its peers: make calls before, as "
             "at the end of the program, or in a function that atexit calls and that is registered "

@@ -125,16 +125,16 @@ class Peers:
         """Watch ranks of this machine and pid namespace from now on; some are of other worlds."""
         for rank, who in others.items():
             if rank != self.rank:
-                watch.add(who, foreign=rank in foreign)
+                watch().add(who, foreign=rank in foreign)
                 self._watched[rank] = who
 
     def look(self) -> None:
         """Look for ranks of this machine that have died."""
-        if len(watch.dead) > self._deaths_seen:
-            self._deaths_seen = len(watch.dead)
+        if len(watch().dead) > self._deaths_seen:
+            self._deaths_seen = len(watch().dead)
             for rank, who in self._watched.items():
-                if who in watch.dead:
-                    self.dead.setdefault(rank, watch.dead[who])
+                if who in watch().dead:
+                    self.dead.setdefault(rank, watch().dead[who])
         if self.board.locked and self._look_at_locks.due():
             for rank in self.board.ranks:
                 if rank not in (self.rank, *self.dead) and self.board.has_died(rank):

@@ -56,6 +56,7 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.library import IDLE, MPI, PROGRESSED, Steps
+from ..runtime.process import process
 from ..runtime.processes import watch
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
@@ -201,7 +202,7 @@ class Engine(UnderWay):
         """
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             yield PROGRESSED
-            with watchdog.guard(deadline, what):
+            with watchdog().guard(deadline, what):
                 return function()
         task = self._stepping
         assert task is not None
@@ -220,7 +221,7 @@ class Engine(UnderWay):
                 return
             blocking.taken = True
         try:
-            with watchdog.guard(blocking.deadline, blocking.what):
+            with watchdog().guard(blocking.deadline, blocking.what):
                 blocking.value = blocking.function()
         except Exception as error:
             if interrupts(error):
@@ -479,7 +480,7 @@ class Engine(UnderWay):
         """Every few milliseconds read what peers say; return whether it ended a task."""
         ended = False
         if self._poll.due(now):
-            watch.look()
+            watch().look()
             for state in self._to_hear():
                 ended = self._listen(state) or ended
             self.run_pollers()
@@ -656,4 +657,7 @@ _HOLDERS: frozenset[CodeType] = frozenset(
     if isinstance(function, FunctionType) and "_lock" in function.__code__.co_names
 )  # the functions that take the engine's lock
 
-engine = Engine()
+
+def engine() -> Engine:
+    """Return this rank's."""
+    return process().the(Engine)

@@ -28,6 +28,7 @@ from types import CodeType
 from typing import Any
 
 from ..errors import interrupts
+from ..runtime.process import process
 from ..runtime.settings import trace_folder
 from .call import Call
 
@@ -56,10 +57,27 @@ class _Ours(dict[str, bool]):
 
 _ours = _Ours()
 _started = time.time()  # of this process, as good as
-_open: dict[Recorder, None] = {}
-_closed: deque[Recorder] = deque(maxlen=CLOSED)
-_made: Counter[bytes] = Counter()  # recorders by names and members
-_complained = False
+
+
+class Recordings:
+    """The recorders of one rank.
+
+    Attributes:
+        open, closed: those of groups that are open, and the last that were closed.
+        made: how many there were, by names and members.
+        complained: whether it was said that they can't be written.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[Recorder, None] = {}
+        self.closed: deque[Recorder] = deque(maxlen=CLOSED)
+        self.made: Counter[bytes] = Counter()
+        self.complained = False
+
+
+def recordings() -> Recordings:
+    """Return this rank's."""
+    return process().the(Recordings)
 
 
 class Recorder:
@@ -89,9 +107,10 @@ class Recorder:
         self.ring: deque[Entry] = deque(maxlen=CAPACITY)
         self._up = frames + 1
         alike = blake2b(repr((name, *ranks)).encode(), digest_size=16).digest()
-        self.ordinal = _made[alike]
+        made = recordings().made
+        self.ordinal = made[alike]
         self.mark = f"{alike.hex()}-{self.ordinal}"  # the same on all members
-        _made[alike] += 1
+        made[alike] += 1
         self.open()
 
     def note(self, seq: int, call: Call, now: float) -> Entry:
@@ -134,15 +153,17 @@ class Recorder:
 
     def open(self) -> None:
         """Have the group's calls written until it is closed."""
+        kept = recordings()
         with contextlib.suppress(ValueError):
-            _closed.remove(self)
-        _open[self] = None
+            kept.closed.remove(self)
+        kept.open[self] = None
 
     def close(self) -> None:
         """Keep the group's calls only until `CLOSED` others were closed."""
-        if self in _open:
-            del _open[self]
-            _closed.append(self)
+        kept = recordings()
+        if self in kept.open:
+            del kept.open[self]
+            kept.closed.append(self)
 
     def report(self, epoch: float | None = None) -> dict[str, Any]:
         """Return the group and its `entries` as a dictionary that JSON can hold."""
@@ -237,16 +258,16 @@ def write(folder: str) -> None:
     The file is its owner's alone, and there whole or not at all.  Nothing is raised: where it
     can't be written, a line on standard error says so, once.
     """
-    global _complained
+    kept = recordings()
     try:
-        recorders = [*_closed, *_open]
+        recorders = [*kept.closed, *kept.open]
         if recorders:
             _put(folder, recorders)
     except Exception as error:
         if interrupts(error):
             raise
-        if not _complained:
-            _complained = True
+        if not kept.complained:
+            kept.complained = True
             with contextlib.suppress(Exception):  # standard error may be closed
                 said = f"mpicoll: the trace can't be written to {folder}: {error}"
                 print(said, file=sys.stderr, flush=True)

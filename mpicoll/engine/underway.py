@@ -160,7 +160,7 @@ class UnderWay:
         if isinstance(ours, TransportError) and not task.recovers:
             peers, until = task.group_state.peers, time.monotonic() + NEWS
             while not peers.dead and time.monotonic() < until:
-                watch.look()
+                watch().look()
                 with contextlib.suppress(MPI.Exception):
                     peers.poll()
             for rank, how in peers.dead.items():

@@ -46,12 +46,12 @@ class Work(Task, Unique):
         """
         try:
             if timeout is not None and not self.call.captured:
-                engine.wait(self, seconds(timeout, 0.0))
+                engine().wait(self, seconds(timeout, 0.0))
             elif not self.done:
-                engine.wait(self, on_host=False)
+                engine().wait(self, on_host=False)
                 if not self.done:
                     self.call.enqueued.hold()
-                    engine.release(self)
+                    engine().release(self)
                     return True
             return self._ended_well()
         except BaseException as error:
@@ -70,7 +70,7 @@ class Work(Task, Unique):
         """Return whether the call is over, well or not.  Makes one pass of progress."""
         if not self.done:
             try:
-                engine.test()
+                engine().test()
             except BaseException as error:
                 if interrupts(error):
                     self.left = self.group_state.deserted = True
@@ -125,7 +125,7 @@ class Work(Task, Unique):
                 f"synchronize() of {self.call.describe()}, which is captured in a CUDA graph: "
                 "wait() for it, and synchronize the stream in which you launch the graph"
             )
-        engine.wait(self)
+        engine().wait(self)
         self._ended_well()
 
     def get_future(self) -> Future:
@@ -144,8 +144,8 @@ class Work(Task, Unique):
                 future.set_result(self.result())
 
         if not self.done:
-            background.progress()
-        engine.when_done(self, settle)
+            background().progress()
+        engine().when_done(self, settle)
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:

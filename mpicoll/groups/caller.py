@@ -79,6 +79,7 @@ class Caller:
         self.options = options if resources.gpu is None else options.on(resources.gpu)
         self.timeout = timeout
         self.desc = desc
+        self._engine = engine()
         self.progress = progress
         self.comm = comm = resources.comm
         self.rank: int = comm.Get_rank()
@@ -90,7 +91,7 @@ class Caller:
         self.group_state = state = GroupState(
             name,
             comm,
-            engine.active,
+            self._engine.active,
             board=select.board(resources),
             mark=self.recorder.mark,
             once=self.once,
@@ -108,11 +109,11 @@ class Caller:
             *(self, resources.comms, self.transport, state, self.recorder, self.children)
         )
         self._ending: Work | None = None  # the call of shutdown()
-        engine.enlist(state)
+        self._engine.enlist(state)
         if progress == "thread":
-            background.progress(stay=True)
+            background().progress(stay=True)
         if self.transport.watched:
-            background.keep_deadlines()
+            background().keep_deadlines()
 
     # ---- collectives ----
 
@@ -144,7 +145,7 @@ class Caller:
             if state.failures:
                 self._raise_unfetched()
             call = check(self.rank, self.size, *arguments)
-            if engine.busy:
+            if self._engine.busy:
                 _refuse_busy(call, state)
             if call.device is not None:
                 self.transport.admit(call)  # the last to refuse the call, which has its turn then
@@ -153,16 +154,16 @@ class Caller:
             if call is not None and call.turn is not None:
                 call.turn.over = True
             if posted:  # the peers may have used what was posted: it can't be refused any more
-                engine.fail_all(state, struck())
+                self._engine.fail_all(state, struck())
             else:
                 self._arrive_refused(kind, seq, error)
             raise
         try:
             in_one_go = then is None and call.device is None and self.once is None
-            if not (in_one_go and engine.at_once(work, self.arrival.meet_at_once)):
-                engine.launch(work, self._steps(work, then))
+            if not (in_one_go and self._engine.at_once(work, self.arrival.meet_at_once)):
+                self._engine.launch(work, self._steps(work, then))
         except BaseException as error:
-            engine.forsake(work, error)
+            self._engine.forsake(work, error)
             raise
         return work
 
@@ -171,7 +172,7 @@ class Caller:
         assert self.core is not None
         self.group_state.seq += 1
         if not self.core.take_over(kind):
-            engine.fail_all(self.group_state, struck())
+            self._engine.fail_all(self.group_state, struck())
             self.check_usable()
         return self.group_state.seq
 
@@ -207,10 +208,10 @@ class Caller:
         def steps() -> Steps:
             yield from self._arrive(work)
 
-        engine.launch(work, steps())
+        self._engine.launch(work, steps())
         if self.size > 1:
             with contextlib.suppress(MpicollError):
-                background.progress()
+                background().progress()
 
     # ---- messages ----
 
@@ -225,7 +226,7 @@ class Caller:
         if self.group_state.failures:
             self._raise_unfetched()
         call = check(self.size, self.highest_tag, *arguments)
-        before = _refuse_busy(call, self.group_state) if engine.busy else None
+        before = _refuse_busy(call, self.group_state) if self._engine.busy else None
         if call.device is not None:
             self.transport.admit(call)
         move = self.transport.recv if call.kind.receives else self.transport.send
@@ -236,9 +237,9 @@ class Caller:
             steps, call = before.steps, before.call
         work = Work(self.group_state, call, 0, limit, self.recorder)
         try:
-            engine.launch(work, steps)
+            self._engine.launch(work, steps)
         except BaseException as error:
-            engine.forsake(work, error)
+            self._engine.forsake(work, error)
             raise
         return work
 
@@ -252,10 +253,10 @@ class Caller:
         peer, number = checks.probe(self.size, self.highest_tag, src, tag)
         if peer == NULL:
             return None
-        found = engine.look(lambda: self.transport.probe(peer, number))
+        found = self._engine.look(lambda: self.transport.probe(peer, number))
         if found is None:
             self.check_usable()
-            engine.check_peers(self.group_state)
+            self._engine.check_peers(self.group_state)
         return found
 
     # ---- calls that make a group ----
@@ -321,13 +322,13 @@ class Caller:
         messages = list(state.beside)
         if state.broken is None:
             for work in list(state.enqueued):
-                engine.wait(work, seconds(timeout, self.timeout))
+                self._engine.wait(work, seconds(timeout, self.timeout))
 
             def then(work: Work) -> Steps:
                 while state.enqueued:
                     yield IDLE  # the calls that were left to the GPU come first
                 yield from self.transport.clear(state)
-                engine.delist(state)  # no rank may listen on it any more
+                self._engine.delist(state)  # no rank may listen on it any more
                 yield from self.transport.close()
                 yield from communicators.free(self.resources.comms, work.deadline)
 
@@ -353,17 +354,17 @@ class Caller:
         """Give up everything under way, at once and on this rank alone."""
         if self.group_state.closed:
             return
-        engine.fail_all(self.group_state, GroupClosedError(f"rank {self.rank} {why}"))
+        self._engine.fail_all(self.group_state, GroupClosedError(f"rank {self.rank} {why}"))
         self._close("aborted")
 
     def _close(self, how: str) -> None:
         self.group_state.close(how)
-        engine.delist(self.group_state)
+        self._engine.delist(self.group_state)
         self.recorder.close()
         if self.core is not None:
             self.core.close()
         together = self.group_state.broken is None
-        engine.between_steps(lambda: self.transport.release(together=together))
+        self._engine.between_steps(lambda: self.transport.release(together=together))
 
     # ---- whether it can be used ----
 
@@ -402,7 +403,7 @@ def wait_through(work: Work) -> None:
         work.wait()
     except BaseException as error:
         if not work.done:
-            engine.forsake(work, error)
+            engine().forsake(work, error)
         raise
 
 
@@ -417,7 +418,7 @@ def _refuse_busy(call: Call, state: GroupState) -> Task | None:
 
     Return the receive that the new call takes over, if the wait for that receive was interrupted.
     """
-    task = engine.make_room(call, state)
+    task = engine().make_room(call, state)
     if task is None or task.done:
         return task
     raise InvalidCallError(

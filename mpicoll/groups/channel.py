@@ -80,4 +80,4 @@ def _arrive_finally(
         yield from arrival.meet(call, work.seq)
         yield from transport.clear(state)
 
-    engine.launch(work, steps())
+    engine().launch(work, steps())

@@ -72,7 +72,7 @@ class ProcessGroup(Unique):
     @property
     def is_broken(self) -> bool:
         """Whether an earlier failure left it unusable; `shrink_group` goes on from there."""
-        engine.mend()
+        engine().mend()
         return self._caller.group_state.broken is not None
 
     @property

@@ -102,7 +102,7 @@ def _merge(comm: MPI.Intracomm, plan: Plan, store: Store | None, deadline: float
         raise UnsupportedError(f"{_OP}: these jobs can't be connected: {plan['apart']}{_USABLE}")
     groups, place = plan["groups"], plan["place"]
     if len(groups) == 1:
-        return (yield from engine.outside(deadline, "MPI_Comm_dup", comm.Dup))
+        return (yield from engine().outside(deadline, "MPI_Comm_dup", comm.Dup))
     leads = comm.Get_rank() == 0
     one_world = len({one["job"] for one in groups}) == 1
     talk = _Talk(store, plan, deadline) if leads and not one_world and store is not None else None
@@ -163,7 +163,7 @@ def _take_in(
         inter.Free()
         return wider
 
-    return (yield from engine.outside(deadline, what, take_in))
+    return (yield from engine().outside(deadline, what, take_in))
 
 
 def _agree(
@@ -256,11 +256,11 @@ class _Talk:
         who = Identity(*peer["process"])
         if peer["host"] != host_mark() or who.namespace == NOBODY:
             return
-        watch.add(who, foreign=True)
-        watch.look()
-        if who in watch.dead:
+        watch().add(who, foreign=True)
+        watch().look()
+        if who in watch().dead:
             raise CollectiveTimeoutError(
-                f"group {peer['name']!r} was there, but its rank 0 {watch.dead[who]}"
+                f"group {peer['name']!r} was there, but its rank 0 {watch().dead[who]}"
             )
 
 

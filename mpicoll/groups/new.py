@@ -120,20 +120,20 @@ def new_group(
     work = Work(state, call, state.seq + 1, limit, recorder)
 
     def over() -> None:
-        engine.delist(state)  # `parent` may be freed from now on
+        engine().delist(state)  # `parent` may be freed from now on
         recorder.close()
 
     work.callbacks.append(over)
     try:
         state.seq += 1
-        engine.launch(work, _create(parent, work, children, asked))
+        engine().launch(work, _create(parent, work, children, asked))
     except BaseException as error:
-        engine.forsake(work, error)
+        engine().forsake(work, error)
         raise
     if refusal is not None:
         if parent.Get_size() > 1:
             with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
-                background.progress()
+                background().progress()
         raise refusal
     assert asked is not None
     wait_through(work)
@@ -148,7 +148,7 @@ def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Childr
     """Return the state in which groups over `parent` are made, its recorder, and those groups."""
     global _creation_key
     if not _creation_key:
-        ending.hook()
+        ending().hook()
         share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
         _creation_key = MPI.Comm.Create_keyval()
     # It is an attribute, since that goes with the communicator: a handle may come to mean another.
@@ -160,7 +160,7 @@ def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Childr
             _refuse_singleton()
         ranks = communicators.world_ranks(parent)
         recorder = Recorder("new_group", parent.Get_rank(), ranks, frames=2)
-        state = GroupState("new_group", parent, engine.active)
+        state = GroupState("new_group", parent, engine().active)
         # Between the makings of groups no rank listens there.
         state.peers.silence = (
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
@@ -168,7 +168,7 @@ def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Childr
         made = state, recorder, Children()
         parent.Set_attr(_creation_key, made)
     state, recorder, children = made
-    engine.enlist(state)
+    engine().enlist(state)
     recorder.open()
     return state, recorder, children
 

@@ -63,7 +63,7 @@ class Child:
         """Give the communicators back, unless `shutdown` did.  All members call this together."""
         if not self._state.closed:
             yield from self._children.free(deadline)
-            engine.delist(self._state)
+            engine().delist(self._state)
             yield from self._transport.clear(self._state)
             self._state.close("reclaimed")
             self._recorder.close()

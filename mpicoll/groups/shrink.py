@@ -31,9 +31,9 @@ def shrink_group(
     out = checks.excluded(group.rank, group.size, ranks_to_exclude)
     limit = seconds(timeout, group.timeout)
     if state.broken is None:
-        engine.fail_all(state, GroupBrokenError("shrink_group was called"))
+        engine().fail_all(state, GroupBrokenError("shrink_group was called"))
     work = Work(state, Call(kinds.SHRINK_GROUP), state.seq, limit, group.recorder)
-    engine.launch(work, _steps(group, work, out))
+    engine().launch(work, _steps(group, work, out))
     wait_through(work)
     state.replaced = True
     return group.successor(work.call.result, name or f"{state.name}:shrink", desc, timeout)

@@ -105,7 +105,7 @@ def _start(
     """
     what = f"MPI_Comm_spawn of {argv[0]}, which must initialize MPI,"
     try:
-        inter = yield from engine.outside(
+        inter = yield from engine().outside(
             deadline, what, lambda: comm.Spawn(argv[0], list(argv[1:]), n, MPI.INFO_NULL, 0)
         )
     except MPI.Exception as error:
@@ -134,7 +134,7 @@ def _merge(inter: MPI.Intercomm, deadline: float, *, joins: bool) -> MakesComm:
         inter.Free()
         return made
 
-    made = yield from engine.outside(deadline, "MPI_Intercomm_merge", merge)
+    made = yield from engine().outside(deadline, "MPI_Intercomm_merge", merge)
     yield from greet(made, deadline, "spawn" if not joins else "parent_group")
     return made
 
@@ -156,7 +156,7 @@ def _meet_children(inter: MPI.Intercomm, hello: Hello, deadline: float) -> Decid
     word = yield from _hear(inter, deadline)
     if word is None:
         # A message that the children may never read would keep MPI from being finalized.
-        engine.add_poller(partial(_turn_away, inter))
+        engine().add_poller(partial(_turn_away, inter))
         return "the started ranks have not all called parent_group in time"
     if word == LEFT:
         return "the started ranks gave up in parent_group"

@@ -15,6 +15,8 @@ import signal
 import threading
 from typing import NamedTuple
 
+from .process import process
+
 NOBODY = 0  # the namespace of who can't be watched by pidfd
 
 _STARTED, _STATE, _EXIT_CODE = 19, 0, 49  # fields of /proc/PID/stat, counted behind the name
@@ -135,4 +137,6 @@ def _how(who: Identity) -> str:
     return "died"
 
 
-watch = Watch()
+def watch() -> Watch:
+    """Return this rank's."""
+    return process().the(Watch)

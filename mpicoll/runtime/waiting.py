@@ -8,15 +8,19 @@ import time
 from queue import Empty, SimpleQueue
 
 from .library import POLL, PROGRESSED
+from .process import process
 from .settings import has_cores_for
 
-_CROWDED = False  # more ranks on this machine than cores: spinning would only hold up a peer
+
+class _Machine:
+    """What is known of the machine that the rank shares with others."""
+
+    crowded = False  # more ranks than cores: spinning would only hold up a peer
 
 
 def share_machine(ranks: int) -> None:
     """Say how many ranks share this machine, so that waiting suits them."""
-    global _CROWDED
-    _CROWDED = not has_cores_for(ranks)
+    process().the(_Machine).crowded = not has_cores_for(ranks)
 
 
 class Backoff:
@@ -29,6 +33,7 @@ class Backoff:
 
     def __init__(self, *, background: bool = False) -> None:
         self._start = self.YIELDS if background else 0
+        self._crowded = process().the(_Machine).crowded
         self.reset()
 
     def reset(self) -> None:
@@ -45,11 +50,11 @@ class Backoff:
             return
         self._idle += 1
         if found == POLL and self._idle <= self._start + self.EAGERLY:
-            if self._idle > self.SPINS or _CROWDED:
+            if self._idle > self.SPINS or self._crowded:
                 os.sched_yield()
         elif self._idle > self.YIELDS:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
-        elif self._idle > self.SPINS or _CROWDED:
+        elif self._idle > self.SPINS or self._crowded:
             os.sched_yield()
 
 

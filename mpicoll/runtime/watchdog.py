@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 from .library import MPI
 from .memory import unlink_segments
+from .process import process
 from .processes import watch
 from .settings import survives_deaths
 from .waiting import Signal
@@ -69,7 +70,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             self._wake.wait()
-            lost = len(watch.lost)
+            lost = len(watch().lost)
             while self._look_at_others() or self._guarded:
                 if self._guarded:
                     self._look_at_guarded(lost)
@@ -81,10 +82,10 @@ class Watchdog:
 
     def _look_at_guarded(self, lost: int) -> None:
         """End the job for a call that can't return; so many peers were lost before all of them."""
-        watch.look()  # for who is blocked, and holds the engine's lock
+        watch().look()  # for who is blocked, and holds the engine's lock
         for until, what in list(self._guarded.values()):
-            if len(watch.lost) > lost and not survives_deaths():
-                end_job(1, f"{what} can't return, since a peer {watch.lost[-1]}")
+            if len(watch().lost) > lost and not survives_deaths():
+                end_job(1, f"{what} can't return, since a peer {watch().lost[-1]}")
             if time.monotonic() >= until:
                 end_job(1, f"{what} never returned")
 
@@ -102,4 +103,6 @@ def end_job(code: int, why: str = "") -> None:
     os._exit(code)
 
 
-watchdog = Watchdog()
+def watchdog() -> Watchdog:
+    """Return this rank's."""
+    return process().the(Watchdog)

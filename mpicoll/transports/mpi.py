@@ -504,7 +504,7 @@ class MpiTransport(Transport):
                 f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
                 f"{state.name!r}: no message came for it"
             )
-            engine.cancel(task, unmatched, unmatched)
+            engine().cancel(task, unmatched, unmatched)
         # (After this exchange no rank looks for messages: those that follow it are not dropped.)
         counts = [len(dropped.get(rank, ())) for rank in everyone]
         lost = yield from agreement.exchanged(self.comm, counts)

@@ -18,6 +18,7 @@ from ..errors import InvalidCallError, UnsupportedError
 from ..runtime import agreement, memory
 from ..runtime.agreement import first_reason
 from ..runtime.library import IDLE, MPI
+from ..runtime.process import process
 from ..runtime.processes import NOBODY, Identity
 from ..runtime.settings import (
     environment,
@@ -372,8 +373,6 @@ def prepare_survivors(comm: MPI.Intracomm, options: GroupOptions, deadline: floa
     return (yield from prepare(comm, options, deadline))
 
 
-_turns = Turns()
-
 tuning = Tuning()
 """Of the groups that are made from now on; the tests replace it, on all ranks alike."""
 
@@ -384,7 +383,7 @@ def transport(resources: Resources) -> Transport:
     if resources.gpu is None:
         return host
     if resources.nccl is not None:
-        return NcclTransport(host, resources.gpu, resources.nccl, _turns, tuning)
+        return NcclTransport(host, resources.gpu, resources.nccl, process().the(Turns), tuning)
     if resources.aware:
         return AwareTransport(host, resources.gpu, resources.comm, tuning)
     return StagedTransport(host, resources.gpu, tuning)

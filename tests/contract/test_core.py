@@ -193,7 +193,7 @@ def struck(direct, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine._poll, "next", math.inf)  # nor does it go by the core then
+            patched.setattr(engine()._poll, "next", math.inf)  # nor does it go by the core then
             patched.setattr(direct, "_call", strike)
             with pytest.raises(KeyboardInterrupt):
                 direct.allreduce(np.ones(3)).wait()
@@ -235,7 +235,7 @@ def test_what_was_posted_is_not_refused_afterwards(direct, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine._poll, "next", math.inf)
+            patched.setattr(engine()._poll, "next", math.inf)
             patched.setattr(checks, "allreduce", strike)
             with pytest.raises(KeyboardInterrupt):
                 direct.allreduce(np.ones(3)).wait()

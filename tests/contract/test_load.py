@@ -79,11 +79,11 @@ def held():
     gc.collect()  # a group's mapped file goes with the cycles that hold it
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     tables = [
-        engine._group_states,
-        engine._active,
-        engine._abandoned,
-        engine._handed,
-        engine._ended,
+        engine()._group_states,
+        engine()._active,
+        engine()._abandoned,
+        engine()._handed,
+        engine()._ended,
     ]
     return (
         pages * os.sysconf("SC_PAGE_SIZE"),
@@ -132,10 +132,10 @@ def test_what_messages_cost_does_not_grow_with_their_number(fresh):
     right, left = (me + 1) % n, (me - 1) % n
     for many in (50, 2000):
         source, into = np.arange(float(many)), np.zeros(many)
-        before = engine._steps
+        before = engine()._steps
         works = [fresh.recv(into[i : i + 1], left) for i in range(many)]
         works += [fresh.send(source[i : i + 1], right) for i in range(many)]
-        launched = engine._steps - before
+        launched = engine()._steps - before
         assert launched == 2 * many, "a launch takes a step of its own, and of no other"
         mc.wait_all(works)
         assert (into == source).all()
@@ -147,10 +147,10 @@ def test_calls_of_a_late_peer_are_launched_at_one_price(fresh, world):
     rows = np.ones((1000, 4))
     if world.rank == 0:
         world.Barrier()
-    before = engine._steps
+    before = engine()._steps
     works = [fresh.allreduce(row) for row in rows]
     if world.rank != 0:
-        assert engine._steps - before <= 1, "only the head of the queue has begun"
+        assert engine()._steps - before <= 1, "only the head of the queue has begun"
         world.Barrier()
     mc.wait_all(works)
     assert (rows == world.size).all()

@@ -49,7 +49,7 @@ def finish(world):
     """Wait for all ranks, beside the library, but answer its peers meanwhile."""
     request = world.Ibarrier()
     while not request.Test():
-        engine.test()
+        engine().test()
         time.sleep(1e-3)
 
 

@@ -88,8 +88,8 @@ def kind(pg) -> Kind:
 def no_thread_stays_behind() -> Iterator[None]:
     """The tests that follow are to run without one again."""
     yield
-    background._stay = False
-    background._wake.set()
+    background()._stay = False
+    background()._wake.set()
 
 
 ELSEWHERE = ElsewhereKind()
@@ -700,7 +700,7 @@ def split(
     made, steps = None, select.split_nccl(resources, part and part.comm)
     while True:
         try:
-            with engine._lock:  # or the group's thread would look at the queue in between
+            with engine()._lock:  # or the group's thread would look at the queue in between
                 next(steps)
         except StopIteration as stop:
             made = stop.value

@@ -345,7 +345,7 @@ def test_a_callback_that_raises_harms_nobody(pg, monkeypatch):
         raise ValueError("the callback's own")
 
     work = pg.recv(np.zeros(3), pg.rank(), tag=3)
-    engine.when_done(work, fail)
+    engine().when_done(work, fail)
     pg.send(np.ones(3), pg.rank(), tag=3).wait()
     work.wait()
     limit = time.monotonic() + 10

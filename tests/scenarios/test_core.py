@@ -20,7 +20,7 @@ outcome, start = "", time.monotonic()
 if RANK == 0:
     def strike(*_, **__):
         raise KeyboardInterrupt
-    engine._poll.next, pg._call = math.inf, strike
+    engine()._poll.next, pg._call = math.inf, strike
     try:
         pg.allreduce(x)
     except KeyboardInterrupt:

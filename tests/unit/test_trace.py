@@ -478,7 +478,7 @@ def test_closed_groups_are_written_until_many_more_were_closed(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_warns_once_and_raises_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recorder, "_complained", False)
+    monkeypatch.setattr(recorder.recordings(), "complained", False)
     (tmp_path / "file").write_text("in the way")
     recorded()
     for _ in range(2):

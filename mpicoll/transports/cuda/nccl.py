@@ -274,13 +274,13 @@ class NcclTransport(StagedTransport):
                 "the ranks then: make it outside of the graph first, and synchronize()"
             )
         try:
-            engine.inside = self.abort
+            engine().inside = self.abort
             with gpu.active():
                 for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
                     gpu.queue_after(mark)
                 done = self._nccl.perform(operations, like)
                 mark = gpu.mark(gpu.queue) if done else None
-            engine.inside = None
+            engine().inside = None
             if mark is None:
                 while not self._nccl.settled():
                     yield IDLE
@@ -297,7 +297,7 @@ class NcclTransport(StagedTransport):
             self._nccl.settled()  # the GPU passes the calls of a communicator that was aborted, too
             self._ahead -= 1
         except BaseException:  # given up, or an error
-            engine.inside = None
+            engine().inside = None
             self.abort()
             raise
 

@@ -93,7 +93,7 @@ def shared() -> dict[str, Any]:
         "dtypes": _dtypes(),
         "all_dtypes": {dtype.code: dtype for dtype in DTYPES.values()},
         "all_ops": BY_NAME.values(),
-        "the_engine": engine,
+        "the_engine": engine(),
         "done_work": DoneWork,
         "checkers": [_CHECKS.get(kind) for kind in KINDS],
         "places": PLACES,
