@@ -83,13 +83,18 @@ class Program(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The pickled objects of a `scatter_object`, one per rank, on the root."""
+    """The pickles that a rank gives to an object collective: one, or one for each rank."""
 
     pickled: list[bytes]
 
+    @property
+    def extent(self) -> int:
+        """The bytes of all, and of their lengths."""
+        return 8 * len(self.pickled) + sum(map(len, self.pickled))
 
-Payload: TypeAlias = "bytes | Pieces | Shape | Color | Members | Program | dict[str, Any] | str"
-"""What a call has beside arrays: an object's pickle, or what its kind needs.
+
+Payload: TypeAlias = "Pieces | Shape | Color | Members | Program | dict[str, Any] | str"
+"""What a call has beside arrays: pickled objects, or what its kind needs.
 
 A dictionary is what the groups that merge, or that spawn and join, have said of themselves; a str
 describes the group that `new_group` is to make.
@@ -113,7 +118,7 @@ class Call:
         send, recv: what is read and what is written; the same object where in place.
         dtype: that of its arrays; None: it has none.
         device: the GPU whose memory its arrays lie in; None: the host's, or it has none.
-        extent: elements that this rank sends or receives, whichever is more.
+        extent: elements that this rank sends or receives, whichever is more; bytes of objects.
         count: elements of one block; arrival compares it between ranks.
         digest: whatever else must be equal on all ranks, in 63 bits.
         refused: why this rank's arguments were refused; such a call only arrives.

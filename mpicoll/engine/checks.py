@@ -595,10 +595,16 @@ def probe(size: int, highest_tag: int, src: object, tag: object) -> tuple[int, i
 
 
 def object_call(kind: Kind, rank: int, size: int, obj: object, root: object | None = None) -> Call:
-    """Check an object collective; `obj` is pickled here, on the ranks that give one."""
+    """Check an object collective; `obj` is pickled here, on the ranks that give one.
+
+    Where the compiled core has pickled it before it left the call to the general way, it is given
+    as `Pieces`.
+    """
     at = rank_in(root, "root", size) if kind.from_root or kind.to_root else -1
     call = Call(kind, root=at)
-    if kind.parted:
+    if isinstance(obj, Pieces):
+        call.payload = obj
+    elif kind.parted:
         if rank == at:
             if not isinstance(obj, (list, tuple)) or len(obj) != size:
                 raise InvalidCallError(
@@ -608,7 +614,9 @@ def object_call(kind: Kind, rank: int, size: int, obj: object, root: object | No
                 )
             call.payload = Pieces([_pickled(x) for x in obj])
     elif not kind.from_root or rank == at:
-        call.payload = _pickled(obj)
+        call.payload = Pieces([_pickled(obj)])
+    if isinstance(call.payload, Pieces):
+        call.extent = call.payload.extent
     return call
 
 

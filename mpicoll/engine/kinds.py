@@ -30,6 +30,7 @@ class Kind:
         to_root: one rank, the root, gets what all give.
         from_root: all ranks get what one of them, the root, gives.
         parted: what a rank gives has a block for each rank; else all that get it get the whole.
+        pickles: it moves objects, as their pickles.
         counted: what its count is called where that is no number of elements.
         shown: its payload is said where the call is described.
         uneven: what helps where the counts of the ranks differ and must not, as a sentence.
@@ -48,6 +49,7 @@ class Kind:
     to_root: bool = False
     from_root: bool = False
     parted: bool = False
+    pickles: bool = False
     counted: str = ""
     shown: bool = False
     uneven: str = ""
@@ -91,10 +93,10 @@ REDUCE_SCATTER_SINGLE_COALESCED = Kind(
 SCAN = Kind("scan", 16, alike=True, inline=True, reduces=True, prefix=1)
 EXSCAN = Kind("exscan", 17, alike=True, inline=True, reduces=True, prefix=0)
 MONITORED_BARRIER = Kind("monitored_barrier", 18, inline=True)
-BROADCAST_OBJECT = Kind("broadcast_object", 19, from_root=True)
-ALLGATHER_OBJECT = Kind("allgather_object", 20)
-GATHER_OBJECT = Kind("gather_object", 21, to_root=True)
-SCATTER_OBJECT = Kind("scatter_object", 22, from_root=True, parted=True)
+BROADCAST_OBJECT = Kind("broadcast_object", 19, inline=True, from_root=True, pickles=True)
+ALLGATHER_OBJECT = Kind("allgather_object", 20, inline=True, pickles=True)
+GATHER_OBJECT = Kind("gather_object", 21, inline=True, to_root=True, pickles=True)
+SCATTER_OBJECT = Kind("scatter_object", 22, inline=True, from_root=True, parted=True, pickles=True)
 SPLIT_GROUP = Kind("split_group", 23)
 SPLIT = Kind("split", 24)
 LOCAL_GROUP = Kind("local_group", 25)

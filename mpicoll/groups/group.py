@@ -485,30 +485,35 @@ class ProcessGroup(Unique):
 
     def broadcast_object(self, obj: object, root: int, timeout: object = None) -> Any:
         """Return the root's object on every rank.  Pickle: among trusted peers only."""
-        call = self._objects(kinds.BROADCAST_OBJECT, obj, root, timeout)
-        return obj if self._rank == call.root else pickle.loads(call.result)
+        got = self._objects(kinds.BROADCAST_OBJECT, obj, root, timeout)
+        return obj if self._rank == root else pickle.loads(got[0])
 
     def allgather_object(self, obj: object, timeout: object = None) -> list[Any]:
         """Return the list of all ranks' objects on every rank.  Pickle: trusted peers only."""
-        call = self._objects(kinds.ALLGATHER_OBJECT, obj, None, timeout)
-        return [pickle.loads(piece) for piece in call.result]
+        return [*map(pickle.loads, self._objects(kinds.ALLGATHER_OBJECT, obj, None, timeout))]
 
     def gather_object(self, obj: object, root: int, timeout: object = None) -> list[Any] | None:
         """Return the list of all ranks' objects on the root, None elsewhere.  Pickle."""
-        call = self._objects(kinds.GATHER_OBJECT, obj, root, timeout)
-        return [pickle.loads(p) for p in call.result] if self._rank == call.root else None
+        got = self._objects(kinds.GATHER_OBJECT, obj, root, timeout)
+        return [*map(pickle.loads, got)] if self._rank == root else None
 
     def scatter_object(
         self, objs: Sequence[object] | None, root: int, timeout: object = None
     ) -> Any:
         """Return, on each rank, its entry of the root's list of `size` objects.  Pickle."""
-        call = self._objects(kinds.SCATTER_OBJECT, objs, root, timeout)
-        return pickle.loads(call.result)
+        return pickle.loads(self._objects(kinds.SCATTER_OBJECT, objs, root, timeout)[0])
 
-    def _objects(self, kind: Kind, obj: object, root: int | None, timeout: object) -> Call:
+    def _objects(self, kind: Kind, obj: object, root: int | None, timeout: object) -> list[Any]:
+        """Return the pickles that this rank gets."""
+        if self._core is not None:
+            done = self._core.objects(kind.code, obj, root, timeout)
+            if type(done) is list:
+                return done
+            obj = obj if done is None else done  # pickled already
         work = self._call(kind, timeout, partial(checks.object_call, kind), obj, root)
         work.wait()
-        return work.call
+        got: list[Any] = work.call.result
+        return got
 
     # ---- groups out of groups: these wait, and return groups ----
 

@@ -24,7 +24,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 
 from ..engine import checks, kinds
-from ..engine.call import Call
+from ..engine.call import Call, Pieces
 from ..engine.communicators import MakesComm, Plan, foreign_ranks, free, host_mark
 from ..engine.progress import engine
 from ..errors import (
@@ -78,9 +78,9 @@ def merge_remote_group(
                 group.group_state.name, group.options.alike(), members, call.count
             )
             plan = yield from rendezvous.meet(store, mine, deadline)
-            call.payload = json.dumps(plan).encode()
+            call.payload = Pieces([json.dumps(plan).encode()])
         yield from group.transport.broadcast_object(call)
-        agreed = call.payload = json.loads(bytes(call.result))
+        agreed = call.payload = json.loads(bytes(call.result[0]))
         made = yield from _merge(group.comm, agreed, store, deadline)
         return made
 

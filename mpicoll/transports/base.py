@@ -115,16 +115,17 @@ class Transport(ABC):
     # ---- objects: lengths first, then the pickled bytes ----
 
     def broadcast_object(self, call: Call) -> Steps:
-        mine = _pickled(call)
-        length = np.array([len(mine or b"")], dtype=np.int64)
+        at_root = self.rank == call.root
+        mine = pickles(call)[0] if at_root else b""
+        length = np.array([len(mine)], dtype=np.int64)
         yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, length, length))
-        data = _bytes(mine, int(length[0]))
+        data = _bytes(mine) if at_root else np.empty(int(length[0]), dtype=np.uint8)
         yield from self.broadcast(inner_call(kinds.BROADCAST, call.root, data, data))
-        call.result = data
+        call.result = [data]
 
     def allgather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
-        mine = _bytes(_pickled(call))
+        mine = _bytes(*pickles(call))
         everyone = np.empty(sum(lengths), dtype=np.uint8)
         inner = inner_call(kinds.ALLGATHER, -1, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
@@ -133,16 +134,15 @@ class Transport(ABC):
 
     def gather_object(self, call: Call) -> Steps:
         lengths = yield from self._all_lengths(call)
-        mine = _bytes(_pickled(call))
+        mine = _bytes(*pickles(call))
         everyone = np.empty(sum(lengths), dtype=np.uint8) if self.rank == call.root else None
         inner = inner_call(kinds.GATHER, call.root, mine, everyone, recv_counts=lengths)
         inner.largest = sum(lengths)
         yield from self.gather(inner)
-        if everyone is not None:
-            call.result = _cut(everyone, lengths)
+        call.result = [] if everyone is None else _cut(everyone, lengths)
 
     def scatter_object(self, call: Call) -> Steps:
-        pieces = call.payload.pickled if isinstance(call.payload, Pieces) else []
+        pieces = pickles(call)
         lengths = [len(piece) for piece in pieces]
         # Each rank gets its own length, and the total, on which the way of moving depends.
         table = np.array([[n, sum(lengths)] for n in lengths], dtype=np.int64).reshape(-1)
@@ -157,11 +157,11 @@ class Transport(ABC):
         inner.largest = int(row[1])
         inner.count = UNEVEN
         yield from self.scatter(inner)
-        call.result = mine
+        call.result = [mine]
 
     def _all_lengths(self, call: Call) -> LengthSteps:
         lengths = np.empty(self.size, dtype=np.int64)
-        mine = np.array([_bytes(_pickled(call)).size], dtype=np.int64)
+        mine = np.array([len(pickles(call)[0])], dtype=np.int64)
         yield from self.allgather(
             inner_call(kinds.ALLGATHER, -1, mine, lengths, recv_counts=[1] * self.size)
         )
@@ -194,16 +194,13 @@ def _blocks(array: np.ndarray[Any, Any], counts: list[int] | None) -> Blocks:
     return Blocks.single(buffer) if counts is None else Blocks.split(buffer, tuple(counts))
 
 
-def _pickled(call: Call) -> bytes | None:
-    """Return the object that this rank gives to an object collective; None: it gives none."""
-    assert call.payload is None or isinstance(call.payload, bytes)
-    return call.payload
+def pickles(call: Call) -> list[bytes]:
+    """Return the pickles that this rank gives to an object collective."""
+    return call.payload.pickled if isinstance(call.payload, Pieces) else []
 
 
-def _bytes(pickled: bytes | None, length: int = 0) -> np.ndarray[Any, Any]:
-    """Return the bytes of a pickle as an array, or an array for one that comes."""
-    if pickled is None:
-        return np.empty(length, dtype=np.uint8)
+def _bytes(pickled: bytes) -> np.ndarray[Any, Any]:
+    """Return the bytes of a pickle as an array."""
     return np.frombuffer(pickled, dtype=np.uint8)
 
 

@@ -23,6 +23,7 @@ from mpicoll.errors import (
     MpicollError,
     RemoteRankError,
 )
+from mpicoll.transports import select
 from mpicoll.transports.shm import core
 from tests.contract.arrays import KINDS, data
 
@@ -32,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not core.available(), reason="there is no compiled core here"),
 ]
 
+LIMIT = select.tuning.inline
 OPS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
 
 
@@ -304,6 +306,43 @@ def test_what_moves_moves_both_ways(direct, dtype):
             whole = np.zeros(n * size, dtype)
             direct.all_gather_single(whole, parts[me]).wait()
             assert np.array_equal(whole, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("ways", ["the core", "the general way", "both"])
+@pytest.mark.parametrize("large", ["none", "one", "all"])
+def test_objects_of_sizes_around_the_limit(direct, ways, large):
+    """Whatever the sizes, and whichever rank's is too large to travel inline."""
+    n, me, compiled = direct.size(), direct.rank(), direct._core
+    if ways == "the general way" or (ways == "both" and me % 2):
+        direct._core = None
+    for size in (0, LIMIT // n - 100, LIMIT - 1000, LIMIT - 24, LIMIT - 8, LIMIT, LIMIT + 1):
+        for odd in range(n if large == "one" else 1):
+            long = [large == "all" or (large == "one" and r == odd) for r in range(n)]
+            objects = [(r, b"x" * (size if long[r] else r)) for r in range(n)]
+            assert direct.allgather_object(objects[me]) == objects
+            for root in range(n):
+                assert direct.broadcast_object(objects[me], root) == objects[root]
+                got = direct.gather_object(objects[me], root)
+                assert got == (objects if me == root else None)
+                assert direct.scatter_object(objects if me == root else None, root) == objects[me]
+    direct._core = compiled
+
+
+def test_objects_whose_pickling_fails_or_calls(direct):
+    """What the core can't pickle, the general way refuses, on all ranks; and user code may run."""
+
+    class Odd:
+        def __reduce__(self):
+            direct.barrier().wait()
+            return str, ("made by a call",)
+
+    with pytest.raises(MpicollError, match="can't be pickled"):
+        direct.broadcast_object((lambda: 0) if direct.rank() == 0 else None, 0)
+    assert direct.allgather_object(Odd()) == ["made by a call"] * direct.size()
+    if direct.size() > 1:
+        with pytest.raises(CollectiveMismatchError):
+            direct.broadcast_object("x", min(direct.rank(), 1))
+    assert direct.broadcast_object("y", 0) == "y"
 
 
 def test_some_with_the_core_and_some_without(direct, world):

@@ -12,6 +12,7 @@ before anything is posted, and looks at no signals: so nothing can strike in the
 thread is in the engine unless it was before.
 """
 
+from pickle import dumps
 from sys import modules
 
 cimport cython
@@ -87,6 +88,7 @@ cdef enum:
     # The codes of the calls, as in the records.
     ALLREDUCE = 0, BROADCAST, REDUCE, BARRIER, ALLGATHER, ALL_GATHER_SINGLE, GATHER, SCATTER
     REDUCE_SCATTER, REDUCE_SCATTER_SINGLE, ALLTOALL, ALL_TO_ALL_SINGLE, SCAN = 16, EXSCAN
+    BROADCAST_OBJECT = 19, ALLGATHER_OBJECT, GATHER_OBJECT, SCATTER_OBJECT
 
 cdef bint over = False  # this process is no rank any more
 
@@ -337,7 +339,7 @@ cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nog
 
 
 # What is the same for all groups of a process.
-cdef object engine, poll, work_class, digest_of, torch, tensor_class = None
+cdef object engine, poll, work_class, digest_of, pickled, torch, tensor_class = None
 cdef dict active, listed
 cdef tuple kinds, ops, checks
 cdef str library, commands  # where the library's code lies, and the part of it that uses it as anybody does
@@ -353,7 +355,7 @@ cdef Py_ssize_t at_seq, at_given, read_most
 
 
 def configure(
-    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest,
+    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest, pieces,
 ):
     """Tell the core, once, what it shares with the general way.
 
@@ -366,11 +368,12 @@ def configure(
         done_work: the class of calls that are over.
         places: where the library's code lies, and that of its commands, which use it as anybody does.
         digest: condenses the counts of all ranks.
+        pieces: the class of pickled objects.
     """
-    global engine, poll, active, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    global engine, poll, active, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most, pickled
     cdef int number
     engine, poll, active = the_engine, the_engine._poll, the_engine._active
-    work_class, digest_of, listed = done_work, digest, all_dtypes
+    work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
     library, commands = places
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
     for number in range(NUMBERS):
@@ -787,6 +790,62 @@ cdef class Core(Node):
             memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
         return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
 
+    def objects(self, int kind, object obj, object root, object timeout):
+        """Exchange objects; return the pickles that this rank gets, as a list.
+
+        Else return `Pieces`, what this rank gives, or None: it is for the general way, which need
+        not pickle once more.
+        """
+        cdef bint parted = kind == SCATTER_OBJECT
+        cdef bint from_root = parted or kind == BROADCAST_OBJECT
+        cdef Py_ssize_t total = 0
+        cdef int64_t seq
+        cdef int64_t *lengths
+        cdef char *at
+        cdef int rank, i, own = self._rank, to = -1
+        cdef double now
+        cdef list given = []
+        cdef list got = []
+        if self._is_indebted():
+            return None
+        if kind != ALLGATHER_OBJECT:
+            if not self._is_rank(root):
+                return None
+            to = root
+        if not from_root or own == to:
+            if parted and not (isinstance(obj, (list, tuple)) and len(obj) == self._size):
+                return None
+            try:
+                given = [dumps(x, -1) for x in (obj if parted else (obj,))]
+            except Exception:
+                return None  # the general way says what is wrong
+        for piece in given:
+            total += 8 + len(<bytes>piece)
+        left = pickled(given) if given else None
+        if not self._fits(total, False):
+            return left
+        now = self._open(timeout)
+        if now == 0:
+            return left
+        seq = self._next
+        lengths = <int64_t *>self._room(own, seq)
+        at = <char *>lengths + 8 * len(given)
+        for rank in range(len(given)):
+            lengths[rank] = len(<bytes>given[rank])
+            memcpy(at, <char *><bytes>given[rank], lengths[rank])
+            at += lengths[rank]
+        if not self._meet(seq, kind, -1, -1, to, 0, 0, total) or self._widest(seq) > self._most:
+            return left
+        if kind != GATHER_OBJECT or own == to:
+            for rank in range(to if from_root else 0, to + 1 if from_root else self._size):
+                lengths = <int64_t *>self._room(rank, seq)
+                at = <char *>lengths + 8 * (self._size if parted else 1)
+                for i in range(own if parted else 0):
+                    at += lengths[i]
+                got.append(at[:lengths[own if parted else 0]])
+        self._done(seq, kind, None, -1, 0, None, to, now, (), ())
+        return got
+
     # ---- what they have in common ----
 
     cdef object _view(self, object given, bint write, Given *found):
@@ -931,6 +990,14 @@ cdef class Core(Node):
             if 0 < left <= seq:
                 return False
         return True
+
+    cdef Py_ssize_t _widest(self, int64_t seq):
+        """Return the largest extent of all ranks, which have met."""
+        cdef Py_ssize_t found = 0
+        cdef int rank
+        for rank in range(self._size):
+            found = max(found, (<Record *>(self._base + rank * self._stride + (seq & 1) * self._record)).fields[8])
+        return found
 
     cdef object _done(
         self, int64_t seq, int kind, object array, int64_t dtype, int64_t count, object op, int root, double now,

@@ -19,7 +19,7 @@ from ...arrays.dtypes import DType, from_numpy
 from ...arrays.ops import BY_NAME
 from ...engine import checks, kinds
 from ...engine.arrival import BoardArrival
-from ...engine.call import Call, digest
+from ...engine.call import Call, Pieces, digest
 from ...engine.kinds import KINDS, Kind
 from ...engine.progress import engine
 from ...engine.recorder import PLACES, Recorder
@@ -98,6 +98,7 @@ def shared() -> dict[str, Any]:
         "checkers": [_CHECKS.get(kind) for kind in KINDS],
         "places": PLACES,
         "digest": digest,
+        "pieces": Pieces,
     }
 
 

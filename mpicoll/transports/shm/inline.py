@@ -7,11 +7,18 @@ next one, so they are done with this one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...engine.call import UNEVEN, Call
 from ...runtime.memory import NodeMemory
+from ..base import pickles
 from ..kernels import fold
+
+Array = np.ndarray[Any, Any]
+
+_BYTE = np.dtype(np.uint8)
 
 READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
 
@@ -50,12 +57,17 @@ class Inline:
         if call.reduction is not None:
             nbytes = extent * call.reduction.wire.itemsize
             return nbytes <= self._most and nbytes * self._memory.size <= READ
+        if kind.pickles:
+            return extent <= self._most
         blocks = call.send or call.recv
         return blocks is None or extent * blocks.dtype.itemsize <= self._most
 
 
 def _give(call: Call, seq: int, memory: NodeMemory) -> None:
     send, plan = call.send, call.reduction
+    if call.kind.pickles:
+        _give_objects(pickles(call), memory.payloads(seq, _BYTE)[memory.rank])
+        return
     if send is None or (call.kind.from_root and memory.rank != call.root):
         return
     mine = memory.payloads(seq, send.dtype.storage if plan is None else plan.wire)[memory.rank]
@@ -70,6 +82,9 @@ def _give(call: Call, seq: int, memory: NodeMemory) -> None:
 
 def _take(call: Call, seq: int, memory: NodeMemory) -> None:
     kind, recv, plan, own = call.kind, call.recv, call.reduction, memory.rank
+    if kind.pickles:
+        call.result = _take_objects(call, own, memory.payloads(seq, _BYTE))
+        return
     if recv is None:
         return
     there = memory.payloads(seq, recv.dtype.storage if plan is None else plan.wire)
@@ -90,3 +105,26 @@ def _take(call: Call, seq: int, memory: NodeMemory) -> None:
         start = own * recv.counts[own] if kind.parted else 0
         for r, count in enumerate(recv.counts):
             recv.block(r)[...] = there[r][start : start + count]
+
+
+def _give_objects(given: list[bytes], room: Array) -> None:
+    """Write pickles: their lengths, then one after the other."""
+    data = np.array([len(piece) for piece in given], np.int64).tobytes() + b"".join(given)
+    room[: len(data)] = np.frombuffer(data, np.uint8)
+
+
+def _take_objects(call: Call, own: int, rooms: list[Array]) -> list[bytes]:
+    """Read the pickles that this rank gets."""
+    kind, size = call.kind, len(rooms)
+    if kind.to_root and own != call.root:
+        return []
+    if kind.from_root:
+        rooms = [rooms[call.root]]
+    return [_piece(room, own, size) if kind.parted else _piece(room, 0, 1) for room in rooms]
+
+
+def _piece(room: Array, i: int, count: int) -> bytes:
+    """Return the i-th of so many pickles that lie in a room."""
+    lengths = room[: 8 * count].view(np.int64)
+    start = 8 * count + int(lengths[:i].sum())
+    return room[start : start + int(lengths[i])].tobytes()
