@@ -5,6 +5,7 @@ Start it under MPI:
     mpiexec -n 2 python -m mpicoll bench
     mpiexec -n 2 python -m mpicoll bench --sizes 4,1048576 --kinds allreduce,broadcast --json
     mpiexec -n 2 python -m mpicoll bench --kinds pingpong,exchange,bandwidth
+    mpiexec -n 2 python -m mpicoll bench --kinds broadcast_object,allgather_object --sizes 4,1024
     mpiexec -n 2 python -m mpicoll bench --gloo --plot curves.png
     mpiexec -n 2 python -m mpicoll bench --device cuda
 
@@ -24,6 +25,8 @@ Messages are measured as the OSU tests do it, between ranks 0 and 1: pingpong is
 (osu_latency); bandwidth is the time of one message of a window of 64, fewer where the messages are
 large, after which a short one comes back (osu_bw).  In exchange each rank sends to the next one
 and receives from the one before, and its bus bandwidth counts both ways (osu_bibw).
+
+Objects are `bytes` of the size, beside mpi4py's lower-case methods, which pickle as mpicoll does.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ Array = npt.NDArray[Any]
 Calls = Callable[[], object]
 
 SIZES = tuple(4 ** (1 + i) for i in range(14))  # 4 B to 256 MiB
-MESSAGES = ("pingpong", "exchange", "bandwidth")  # not measured where no kinds are named
+MESSAGES = ("pingpong", "exchange", "bandwidth")  # not measured where no kinds are named, nor
+OBJECTS = ("broadcast_object", "allgather_object")
 ROUNDS = 10  # round trips of a pingpong
 WINDOW = 64  # messages under way in `bandwidth`
 AT_ONCE = 256 * 2**20  # bytes of them, at most
@@ -260,6 +264,37 @@ class Bench:
             lambda: self.dist.barrier(),
         )
 
+    def broadcast_object(self, count: int) -> Case:
+        return self._objects(
+            count,
+            lambda x: self.pg.broadcast_object(x, 0),
+            lambda x: self.pg.comm.bcast(x, 0),
+            lambda got, x: got == x,
+        )
+
+    def allgather_object(self, count: int) -> Case:
+        return self._objects(
+            count,
+            self.pg.allgather_object,
+            self.pg.comm.allgather,
+            lambda got, x: got == [x] * self.n,
+        )
+
+    def _objects(
+        self,
+        count: int,
+        ours: Callable[[object], object],
+        bare: Callable[[object], object],
+        right: Callable[[object, object], bool],
+    ) -> Case:
+        x = bytes(count * self.dtype.itemsize)
+        got: list[object] = []
+
+        def keep() -> None:
+            got[:] = [ours(x)]
+
+        return Case(keep, lambda: bare(x), lambda: None, lambda: right(got[0], x))
+
     def exchange(self, count: int) -> Case:
         (x, y, _), (out, into, _), pg = self.array(count), self.array(count), self.pg
         after, before, comm = (self.rank + 1) % self.n, (self.rank - 1) % self.n, pg.comm
@@ -441,8 +476,10 @@ BUS: dict[str, Callable[[int], float]] = {
     "pingpong": lambda n: 1.0,
     "exchange": lambda n: 2.0,
     "bandwidth": lambda n: 1.0,
+    "broadcast_object": lambda n: 1.0,
+    "allgather_object": lambda n: n - 1.0,
 }
-COLLECTIVES = [kind for kind in BUS if kind not in MESSAGES]
+COLLECTIVES = [kind for kind in BUS if kind not in (*MESSAGES, *OBJECTS)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

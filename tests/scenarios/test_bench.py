@@ -27,8 +27,8 @@ def test_rows_for_machines(ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_messages(ranks):
-    kinds = ["pingpong", "exchange", "bandwidth"]
+def test_messages_and_objects(ranks):
+    kinds = ["pingpong", "exchange", "bandwidth", "broadcast_object", "allgather_object"]
     ended = bench(ranks, "--json", "--kinds", ",".join(kinds), "--sizes", "4,4000,3000000")
     assert ended.code == 0, ended.output
     rows = json.loads(ended.output.splitlines()[-1])
