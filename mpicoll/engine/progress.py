@@ -22,7 +22,7 @@ Its rules:
 - Nothing else spins or sleeps in a call.  The exceptions are bounded: a step may look some hundred
   times at a word in shared memory before it yields (`runtime/memory.py`: a peer of the node answers
   within microseconds, and a pass costs more), and a receive that is cancelled is tested for 20 ms
-  at most (`transports/mpi.py`: MPI must not be left with half of it).  What sleeps in stores.py
+  at most (`transports/messages.py`: MPI must not keep half of it).  What sleeps in stores.py
   runs where no step is taken: in the user's thread, or outside of the lock.
 - Nothing blocks inside MPI under the lock: a call that does is made by the thread that waits for
   its task, between two passes.

@@ -196,7 +196,7 @@ def _tags() -> int:
 
 
 def payload_tags() -> range:
-    """Return the tags of what is sent apart from its header: an eighth, ours too (`mpi.py`)."""
+    """Return the tags of what is sent apart from its header: an eighth (`messages.py`)."""
     return range(highest_tag() + RESERVED_TAGS + 1, _tags() + 1)
 
 

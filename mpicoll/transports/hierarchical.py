@@ -26,7 +26,8 @@ from ..runtime.memory import NodeMemory
 from ..runtime.topology import Nodes, shares, spans
 from .base import inner_call
 from .kernels import decode, encode, reducing
-from .mpi import MessagesByMpi, MpiTransport
+from .messages import SendsMessages
+from .mpi import MpiTransport
 from .shm.transport import ShmTransport
 from .tuning import Tuning
 
@@ -35,7 +36,7 @@ Array = np.ndarray[Any, Any]
 _NOTHING = np.empty(0, np.uint8)
 
 
-class HierarchicalTransport(MessagesByMpi):
+class HierarchicalTransport(SendsMessages):
     """The collectives of a group on several nodes, some with more than one rank.
 
     Args:
@@ -58,6 +59,7 @@ class HierarchicalTransport(MessagesByMpi):
         tuning: Tuning,
     ) -> None:
         self._mpi = MpiTransport(comm, tuning)
+        self.messages = self._mpi.messages
         self._near = ShmTransport(near, memory, tuning)
         self._across = None if across is None else MpiTransport(across, tuning)
         self._from = tuning.nodes_from

@@ -44,7 +44,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "transports",
         [
-            *("tuning", "base", "kernels", "mpi"),
+            *("tuning", "base", "kernels", "messages", "mpi"),
             *("shm.symmetric", "shm.cma", "shm.inline", "shm.core", "shm.transport"),
             "hierarchical",
             *("cuda.gpu", "cuda.binding", "cuda.probe", "cuda.staged", "cuda.aware", "cuda.nccl"),
@@ -106,7 +106,7 @@ def test_each_module_imports_only_from_those_above_it(module):
 
 def test_the_reader_of_imports_reads_them():
     assert {"errors", "runtime.library", "engine.peers"} <= imports("engine.progress")
-    assert {"errors", "engine.call", "transports.base"} <= imports("transports.mpi")
+    assert {"errors", "engine.call", "transports.base"} <= imports("transports.messages")
 
 
 @pytest.mark.parametrize("module", sorted(set(FILES) - {"runtime.settings"}))

@@ -27,7 +27,8 @@ from ...engine.tasks import GroupState
 from ...runtime.library import MPI, PROGRESSED, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
-from ..mpi import MessagesByMpi, MpiTransport
+from ..messages import SendsMessages
+from ..mpi import MpiTransport
 from ..tuning import Tuning
 from . import cma, core
 from .symmetric import SharedArrays
@@ -45,13 +46,14 @@ _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
 
 
-class ShmTransport(MessagesByMpi):
+class ShmTransport(SendsMessages):
     """The collectives of a group whose ranks share one node's memory."""
 
     name = "shm"
 
     def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, tuning: Tuning) -> None:
         self._mpi = MpiTransport(comm, tuning)
+        self.messages = self._mpi.messages
         self._inline, self._read_above = tuning.inline, tuning.read_above
         self._memory = memory
         self.rank, self.size = memory.rank, memory.size
