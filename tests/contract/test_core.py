@@ -345,6 +345,47 @@ def test_objects_whose_pickling_fails_or_calls(direct):
     assert direct.broadcast_object("y", 0) == "y"
 
 
+ODD_TENSORS = {
+    "conjugated": lambda torch: torch.full((1,), 1 + 2j).conj(),
+    "negated": lambda torch: torch.full((1,), 1 + 2j).conj().imag,
+    "sparse": lambda torch: torch.eye(3).to_sparse(),
+    "meta": lambda torch: torch.empty(3, device="meta"),
+    "with a gradient": lambda torch: torch.ones(3, requires_grad=True),
+    "a parameter": lambda torch: torch.nn.Parameter(torch.ones(3), requires_grad=False),
+    "zero": lambda torch: torch._efficientzerotensor((3,)),
+    "quantized": lambda torch: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "complex32": lambda torch: torch.ones(3, dtype=torch.complex32),
+    "float8": lambda torch: torch.ones(3).to(torch.float8_e4m3fn),
+    "transposed": lambda torch: torch.ones(2, 3).t(),
+    "expanded": lambda torch: torch.ones(1).expand(3),
+    "a column of one": lambda torch: torch.ones(1, 4)[:, :1],
+    "empty": lambda torch: torch.ones(0),
+    "a scalar": lambda torch: torch.tensor(1.0),
+    "of three dimensions": lambda torch: torch.ones(2, 3, 4),
+    "a part": lambda torch: torch.arange(10.0)[3:7],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ODD_TENSORS)
+def test_tensors_of_all_sorts_are_taken_or_refused_as_by_the_general_way(direct, name):
+    torch = pytest.importorskip("torch")
+
+    def outcome():
+        tensor = ODD_TENSORS[name](torch)
+        try:
+            direct.allreduce(tensor).wait()
+        except MpicollError as error:
+            return type(error), str(error)
+        return tensor.shape, tensor.dtype, tensor.tolist()
+
+    compiled = direct._core
+    first = outcome()
+    direct._core = None
+    assert outcome() == first
+    direct._core = compiled
+
+
 def test_some_with_the_core_and_some_without(direct, world):
     """The ways are one on the wire: a rank without a compiler is no other rank."""
     if direct.rank() % 2:

@@ -17,6 +17,8 @@ from sys import modules
 
 cimport cython
 cimport numpy as cnp
+from cpython.exc cimport PyErr_Clear
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
@@ -77,12 +79,43 @@ cdef extern from *:
     int PyUnicode_Tailmatch(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
     Py_ssize_t MOST "PY_SSIZE_T_MAX"
 
+cdef extern from *:
+    """
+    /* The part of DLPack's interface between libraries of C that is used here (dlpack.h 1.3). */
+    typedef struct {
+        void *data;
+        int32_t device_type, device_id, ndim;
+        uint8_t code, bits;
+        uint16_t lanes;
+        int64_t *shape, *strides;
+        uint64_t byte_offset;
+    } Borrowed;
+    typedef struct {
+        uint32_t major, minor;
+        void *before;
+        void *allocate, *from_object, *to_object;
+        int (*borrow)(void *object, Borrowed *out);
+    } Exchange;
+    """
+    ctypedef struct Borrowed:
+        char *data
+        int device_type, ndim, code, bits, lanes
+        int64_t *shape
+        int64_t *strides
+        size_t byte_offset
+    ctypedef struct Exchange:
+        int major
+        int (*borrow)(void *object, Borrowed *out)
+
 cnp.import_array()
 lay_plans()
 
 cdef enum:
     NUMBERS = 24  # NumPy's numbers of its own dtypes are lower
     BFLOAT16 = 17  # our code of it
+    ON_CPU = 1  # DLPack's numbers
+    BFLOAT = 4
+    COMPLEX = 5
     TURN = 16  # chunks after which others have their turn
     LISTED = 16  # ranks up to which lists of arrays are looked through here
     # The codes of the calls, as in the records.
@@ -105,7 +138,7 @@ cdef struct Record:
 
 cdef struct Given:  # a plain array of the user's
     char *data
-    Py_ssize_t count, nbytes
+    Py_ssize_t count, nbytes, rows  # of the first dimension; of no dimensions 0
     int64_t dtype
 
 
@@ -339,7 +372,7 @@ cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nog
 
 
 # What is the same for all groups of a process.
-cdef object engine, poll, work_class, digest_of, pickled, torch, tensor_class = None
+cdef object engine, poll, work_class, digest_of, pickled
 cdef dict active, listed
 cdef tuple kinds, ops, checks
 cdef str library, commands  # where the library's code lies, and the part of it that uses it as anybody does
@@ -378,9 +411,64 @@ def configure(
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
     for number in range(NUMBERS):
         codes[number] = dtypes[number].code if number in dtypes else -1
+    for number in range(40):
+        borrowed[number // 5][number % 5] = -1
+    for number, dtype in dtypes.items():
+        if dtype.storage.kind in "iufcb" and dtype.storage.num == number:
+            borrowed["iuf  cb".index(dtype.storage.kind)][dtype.storage.itemsize.bit_length() - 1] = dtype.code
+    borrowed[BFLOAT][1] = BFLOAT16
     at_seq, at_given = slot_offset(work_class.seq), slot_offset(work_class._given)
     if at_seq < 0 or at_given < 0:
         raise TypeError("a Work's number and what it was given must be slots")
+
+
+cdef object torch, tensor_class = None, is_neg, is_conj
+cdef const Exchange *exchange = NULL  # functions that PyTorch has for other libraries, from 2.10 on
+cdef int64_t[8][5] borrowed  # our codes of dtypes, by DLPack's kinds and the bytes of an element: 1, 2, 4, 8, 16
+
+
+cdef _look_for_torch():
+    """Note what is needed of PyTorch, if it is loaded."""
+    global torch, tensor_class, is_neg, is_conj, exchange
+    torch = modules.get("torch")
+    tensor_class = getattr(torch, "Tensor", None)  # it may be half imported
+    if tensor_class is None:
+        return
+    is_neg, is_conj = tensor_class.is_neg, tensor_class.is_conj
+    capsule = getattr(tensor_class, "__dlpack_c_exchange_api__", None)
+    if PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        exchange = <const Exchange *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+        if exchange.major != 1 or exchange.borrow is NULL:
+            exchange = NULL
+
+
+cdef bint _borrow(object tensor, Given *found):
+    """Look at a tensor in host memory, without an object made of it; false where it is not plain."""
+    cdef Borrowed seen
+    cdef int i = 0
+    cdef Py_ssize_t count = 1
+    try:
+        if tensor.requires_grad or is_neg(tensor):
+            return False
+        if exchange.borrow(<void *>tensor, &seen):
+            PyErr_Clear()
+            return False
+        if seen.code == COMPLEX and is_conj(tensor):
+            return False
+    except Exception:
+        return False
+    while i < 5 and seen.bits != 8 << i:
+        i += 1
+    if seen.device_type != ON_CPU or seen.lanes != 1 or seen.code > 7 or i == 5:
+        return False
+    found.dtype, found.nbytes = borrowed[seen.code][i], seen.bits // 8
+    for i in range(seen.ndim - 1, -1, -1):
+        if seen.shape[i] != 1 and seen.strides is not NULL and seen.strides[i] != count:
+            return False
+        count *= seen.shape[i]
+    found.data, found.count, found.nbytes = seen.data + seen.byte_offset, count, count * found.nbytes
+    found.rows = seen.shape[0] if seen.ndim else 0
+    return found.dtype >= 0 and count > 0 and seen.data is not NULL
 
 
 @cython.final
@@ -643,9 +731,7 @@ cdef class Core(Node):
             return None
         if into is None or source is None or a.dtype != out.dtype or a.count != out.count:
             return None
-        if not (self._even(output_sizes, into) and self._even(input_sizes, source)):
-            return None
-        if cnp.PyArray_DIM(into, 0) != cnp.PyArray_DIM(source, 0):
+        if not (self._even(output_sizes, &out) and self._even(input_sizes, &a)) or out.rows != a.rows:
             return None
         if not self._fits(a.nbytes, False) or not self._apart(&out, &a):
             return None
@@ -849,12 +935,16 @@ cdef class Core(Node):
     # ---- what they have in common ----
 
     cdef object _view(self, object given, bint write, Given *found):
-        """Return a NumPy array over a plain array that was given, and what it holds; else None."""
+        """Look at a plain array or tensor; return it, or an array over it, or None if it is not plain."""
         cdef object array = given
         cdef int64_t dtype = 0
         if type(given) is not cnp.ndarray:
-            if not self._is_tensor(given):
+            if tensor_class is None:
+                _look_for_torch()
+            if tensor_class is None or type(given) is not tensor_class:
                 return None
+            if exchange is not NULL:
+                return given if _borrow(given, found) else None
             try:  # what is wrong with it is the general way's to say
                 if given.dtype is torch.bfloat16:
                     array, dtype = given.view(torch.int16).numpy(), BFLOAT16
@@ -872,14 +962,8 @@ cdef class Core(Node):
             dtype = codes[cnp.PyArray_TYPE(array)]
         found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
         found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
+        found.rows = cnp.PyArray_DIM(array, 0) if cnp.PyArray_NDIM(array) else 0
         return None if dtype < 0 or found.count == 0 else array
-
-    cdef bint _is_tensor(self, object given):
-        global torch, tensor_class
-        if tensor_class is None:
-            torch = modules.get("torch")
-            tensor_class = getattr(torch, "Tensor", None)  # it may be half imported
-        return tensor_class is not None and type(given) is tensor_class
 
     cdef list _views(self, object given, Given *like, bint write, Given *parts):
         """View the arrays of a list, one per rank: alike, and apart from each other if written."""
@@ -911,11 +995,11 @@ cdef class Core(Node):
     cdef inline bint _apart(self, Given *a, Given *b):
         return a.data + a.nbytes <= b.data or b.data + b.nbytes <= a.data
 
-    cdef inline bint _even(self, object sizes, object array):
+    cdef inline bint _even(self, object sizes, Given *a):
         """Return whether an array's rows are shared equally."""
         if sizes is not None and (type(sizes) is not list or sizes):
             return False
-        return cnp.PyArray_NDIM(array) > 0 and cnp.PyArray_DIM(array, 0) % self._size == 0
+        return a.rows > 0 and a.rows % self._size == 0
 
     cdef inline bint _fits(self, Py_ssize_t nbytes, bint reduces):
         """The rule of inline.py: what is decided here must be decided alike there."""
