@@ -25,7 +25,7 @@ from mpicoll.errors import (
 )
 from mpicoll.transports import select
 from mpicoll.transports.shm import core
-from tests.contract.arrays import KINDS, data
+from tests.contract.arrays import DTYPES, KINDS, data
 
 _native = pytest.importorskip("mpicoll.transports.shm._native")
 pytestmark = [
@@ -343,6 +343,44 @@ def test_objects_whose_pickling_fails_or_calls(direct):
         with pytest.raises(CollectiveMismatchError):
             direct.broadcast_object("x", min(direct.rank(), 1))
     assert direct.broadcast_object("y", 0) == "y"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_records_are_in_the_same_words(direct, kind):
+    """A rank whose peer is late posts twice: by the core, and by the general way."""
+    memory, state, compiled = (
+        direct._caller.transport._memory,
+        direct._caller.group_state,
+        direct._core,
+    )
+
+    def record(way, move):
+        direct._core = way
+        move().wait()
+        return memory.records(state.seq)[direct.rank()][1:]
+
+    for dtype in (*DTYPES, "longdouble", "clongdouble"):
+        if not kind.holds(dtype):
+            continue
+        n, x = direct.size(), kind.array(data(0, (2 * direct.size(), 3), dtype))
+        out = kind.full((2 * n, 3), 0, dtype)
+        parts = [kind.full((2, 3), 0, dtype) for _ in range(n)]
+        moves = [
+            lambda x=x: direct.broadcast(x, 0),
+            lambda x=x, out=out: direct.all_to_all_single(out, x, None, None),
+            lambda x=x, out=out: direct.all_gather_single(out, x[:2]),
+            lambda x=x, parts=parts: direct.allgather(parts, x[:2]),
+            lambda x=x, parts=parts: direct.gather(parts if direct.rank() == 0 else [], x[:2], 0),
+            lambda x=x: direct.allreduce(x, mc.ReduceOp.MAX),
+        ]
+        for move in moves:
+            try:
+                assert record(compiled, move) == record(None, move), dtype
+            except MpicollError:  # no such reduction, which the record doesn't get to
+                direct._core = None
+                with pytest.raises(MpicollError):
+                    move()
+    direct._core = compiled
 
 
 ODD_TENSORS = {

@@ -412,11 +412,11 @@ def configure(
     for number in range(NUMBERS):
         codes[number] = dtypes[number].code if number in dtypes else -1
     for number in range(40):
-        borrowed[number // 5][number % 5] = -1
+        borrowed[number] = -1
     for number, dtype in dtypes.items():
-        if dtype.storage.kind in "iufcb" and dtype.storage.num == number:
-            borrowed["iuf  cb".index(dtype.storage.kind)][dtype.storage.itemsize.bit_length() - 1] = dtype.code
-    borrowed[BFLOAT][1] = BFLOAT16
+        if dtype.storage.num == number and dtype.storage.itemsize <= 16:
+            borrowed[5 * "iuf  cb".index(dtype.storage.kind) + dtype.storage.itemsize.bit_length() - 1] = dtype.code
+    borrowed[5 * BFLOAT + 1] = BFLOAT16
     at_seq, at_given = slot_offset(work_class.seq), slot_offset(work_class._given)
     if at_seq < 0 or at_given < 0:
         raise TypeError("a Work's number and what it was given must be slots")
@@ -424,7 +424,7 @@ def configure(
 
 cdef object torch, tensor_class = None, is_neg, is_conj
 cdef const Exchange *exchange = NULL  # functions that PyTorch has for other libraries, from 2.10 on
-cdef int64_t[8][5] borrowed  # our codes of dtypes, by DLPack's kinds and the bytes of an element: 1, 2, 4, 8, 16
+cdef int64_t[40] borrowed  # our codes of dtypes: five for each of DLPack's kinds, of 1, 2, 4, 8, 16 bytes
 
 
 cdef _look_for_torch():
@@ -461,7 +461,7 @@ cdef bint _borrow(object tensor, Given *found):
         i += 1
     if seen.device_type != ON_CPU or seen.lanes != 1 or seen.code > 7 or i == 5:
         return False
-    found.dtype, found.nbytes = borrowed[seen.code][i], seen.bits // 8
+    found.dtype, found.nbytes = borrowed[5 * seen.code + i], seen.bits // 8
     for i in range(seen.ndim - 1, -1, -1):
         if seen.shape[i] != 1 and seen.strides is not NULL and seen.strides[i] != count:
             return False
