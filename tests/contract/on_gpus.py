@@ -3,6 +3,8 @@
 They take them by `from tests.contract.on_gpus import *`.
 """
 
+import pytest
+
 from tests.contract.test_collectives import (  # noqa: F401
     size,
     test_a_one_element_list_is_accepted_where_an_array_is,
@@ -28,7 +30,7 @@ from tests.contract.test_collectives import (  # noqa: F401
 )
 from tests.contract.test_dtypes import test_every_dtype_moves  # noqa: F401
 from tests.contract.test_in_place import (  # noqa: F401
-    length,
+    SIZES,
     odd,
     test_all_gather_single_in_place,
     test_all_to_all_single_with_ones_own_in_place,
@@ -42,3 +44,9 @@ from tests.contract.test_in_place import (  # noqa: F401
     test_scatter_in_place,
 )
 from tests.contract.test_p2p import test_ring  # noqa: F401
+
+
+@pytest.fixture(params=SIZES[:-1])
+def length(request):
+    """The sizes of the tests in place, but for the last, at which host memory goes another way."""
+    return request.param
