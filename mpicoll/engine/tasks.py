@@ -208,6 +208,7 @@ class GroupState:
         self.once: Once | None = None  # what goes without arrival, and without a number
         self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
         self.core: Callable[[], Any] = lambda: None  # the compiled way of its small calls
+        self.drain: Callable[[], None] | None = None  # takes what has come of its messages
         self.page, self.word = _NOWHERE, 0  # where the node sees its number
         self.final_arrival: Callable[[], None] | None = None
         self.abort: Callable[[], None] | None = None  # lets go of what the peers hold together
@@ -243,7 +244,7 @@ class GroupState:
     def close(self, how: str) -> None:
         """Note that its group was closed, and let go of the memory that was shared."""
         self.closed = how
-        self.final_arrival = self.abort = None
+        self.final_arrival = self.abort = self.drain = None
         self.page, self.word = _NOWHERE, 0
         self.peers.forget_node()
 
