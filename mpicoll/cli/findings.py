@@ -12,6 +12,7 @@ from ..runtime.launcher import abortive, pmi_of, remedy, serves, singleton
 from ..runtime.memory import bytes_per_rank
 from ..runtime.settings import SETTINGS, SLURM_INTERACTIVE
 from ..transports.select import NCCL_SHARES
+from ..transports.shm.rings import nbytes
 from .facts import SHM, Facts, Sight
 from .recordings import in_ranges
 
@@ -245,7 +246,7 @@ def shared_memory(job: Job) -> Iterator[Finding]:
             )
     for host, members in job.nodes().items():
         room = min(facts.room for facts in members)
-        group = len(members) * bytes_per_rank()
+        group = len(members) * bytes_per_rank() + nbytes(len(members))
         if fine and room < GROUPS * group:
             fine = False
             what = f"{room / MIB:.1f} MiB free on {host}, and a group takes {group / MIB:.1f} MiB"

@@ -196,6 +196,7 @@ class _Ending:
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
         if not self.failure:
+            engine().take_on()
             works = list(engine().unfinished())
             _arrive_everywhere(UNFINISHED)
             for state in {task.group_state for task in engine().unfinished()}:

@@ -115,7 +115,7 @@ class Engine(UnderWay):
         Not where anything else is under way, which would have to come first.  An attempt that
         returns False has done nothing that the task's steps don't do again.
         """
-        if self._active or self._is_inside():
+        if self._active or self.light or self._is_inside():
             return False
         with self._lock:
             if self._active or self._struck:
@@ -155,6 +155,8 @@ class Engine(UnderWay):
                 self._step(task)
                 if task.done:
                     self._rest(task.group_state)
+                if task.called >= self._poll.next:
+                    self._hear(task.called)  # who never waits answers its peers' questions, too
             elif task.group_state.queue[0] is task:
                 self._advance(task.group_state)
             self._leave()
@@ -318,6 +320,11 @@ class Engine(UnderWay):
         if self._ended:
             self._run_callbacks()
 
+    def take_on(self) -> None:
+        """Make tasks of the messages that went the direct way, and are under way."""
+        if self.light:
+            self.between_steps(lambda: None)
+
     def mend(self) -> None:
         """Put right what an exception has struck, if one has: what is looked at next is true."""
         if self._struck:
@@ -342,6 +349,7 @@ class Engine(UnderWay):
         """
         if self._is_inside():  # what a signal handler interrupted may have been the claims
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
+        self.take_on()
         few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
         if few and apart(call.spans(), [task.call.spans() for task in list(self._unclaimed)]):
             return None
@@ -412,6 +420,18 @@ class Engine(UnderWay):
         if self._struck:
             self._mend()
         self._struck = True
+        if self.light:
+            self._take_on()
+
+    def _take_on(self) -> None:
+        for posted, task in list(self.light.items()):
+            if task.becomes_a_task():
+                if not task.done and task not in task.group_state.beside:
+                    self._admit(task)
+                if not task.done:
+                    self._step(task)
+                self._rest(task.group_state)
+            self.light.pop(posted, None)
 
     def _leave(self) -> None:
         """End the work: all that was begun since `_enter` is done."""
@@ -503,6 +523,7 @@ class Engine(UnderWay):
 
     def _advance(self, state: GroupState) -> int:
         found = IDLE
+        state.channel.drain()
         while state.queue:
             head = state.queue[0]
             found = max(found, self._step(head))
@@ -568,6 +589,7 @@ class Engine(UnderWay):
         """Read a group's notices; fail its head if a peer has left that call."""
         if state.queue and state.queue[0].blocked:
             return False  # its communicator may be on the way to be freed
+        state.channel.drain()
         with contextlib.suppress(MPI.Exception):
             state.peers.poll()
         if not (state.peers.left or state.peers.dead) or not state.busy:

@@ -202,6 +202,9 @@ class Channel:
     def arrive_finally(self) -> None:
         """Launch this rank's last arrival, which waits long for the other ranks'."""
 
+    def drain(self) -> None:
+        """Take what has come of the group's messages."""
+
     def abort(self) -> None:
         """Let go of what the peers hold together."""
 

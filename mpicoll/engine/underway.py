@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallInterruptedError,
@@ -45,6 +45,7 @@ class UnderWay:
 
     def __init__(self) -> None:
         self._active: dict[GroupState, None] = {}
+        self.light: dict[Any, Any] = {}  # messages under way that went the direct way, see `work`
         self._claims: Claims[Task] = Claims()  # the memory that tasks use
         self._unclaimed: dict[Task, None] = {}  # theirs is entered when another call asks for it
         self._ended: deque[Task] = deque()  # whose callbacks are due
@@ -59,7 +60,7 @@ class UnderWay:
     @property
     def busy(self) -> bool:
         """Whether any task is not done."""
-        return bool(self._active)
+        return bool(self._active or self.light)
 
     def unfinished(self) -> Iterator[Task]:
         """Yield every task that is not done."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..arrays.buffers import Blocks, as_buffer
 from ..errors import InvalidCallError, MpicollError, Unique, interrupts
 from ..runtime.settings import seconds
+from . import kinds
 from .background import background
 from .call import Call, Peer
 from .progress import engine
 from .tasks import Task
+
+if TYPE_CHECKING:
+    from ..transports.shm._native import Posted
 
 
 class Work(Task, Unique):
@@ -188,6 +193,72 @@ class DoneWork(Work):
         core, code, arguments, _ = self._given
         call: Call = core.checked(code, arguments)
         return call
+
+
+class MessageWork(Work):
+    """One send or receive that the compiled core has begun.
+
+    As long as nothing but `wait` asks for it, the engine knows nothing of it, and compiled code
+    carries it through.  Then it becomes a task like any other.
+    """
+
+    __slots__ = ("_posted",)
+
+    _posted: Posted
+
+    def wait(self, timeout: object = None) -> bool:
+        """Wait until the message is sent or received, and return True."""
+        try:
+            if (timeout is None or seconds(timeout, 0.0)) and self._posted.wait():
+                return True
+            return super().wait(timeout)
+        except BaseException as error:
+            if interrupts(error):
+                self.group_state.deserted = True
+                self.left = True
+            raise
+
+    def is_completed(self) -> bool:
+        """Return whether the message is sent or received, well or not."""
+        return self._posted.look() or super().is_completed()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in Task.__slots__ or self._posted.filled:
+            raise AttributeError(name)
+        self.becomes_a_task()
+        return getattr(self, name)
+
+    def becomes_a_task(self) -> bool:
+        """Give it all that a task has; return whether the engine has to carry it through."""
+        posted = self._posted
+        under_way = posted.adopt()
+        if posted.filled:
+            return under_way
+        blocks = Blocks.single(as_buffer(posted.given, "tensor", write=False))
+        receives = posted.kind == kinds.RECV.code
+        call = Call(
+            kinds.RECV if receives else kinds.SEND,
+            None if receives else blocks,
+            blocks if receives else None,
+            peer=posted.peer,
+            tag=posted.tag,
+            count=blocks.total,
+            outputs=(posted.given,),
+        )
+        if receives and not under_way:
+            call.peer = call.result = posted.source
+        self.call, self.seq = call, 0
+        self.group_state = posted.rings.group_state
+        self.timeout, self.called = posted.timeout, posted.called
+        self.deadline = self.called + self.timeout
+        self.queued = self.fetched = self.asked = self.released = self.left = False
+        self.error = self.failure = self.outside = None
+        self.callbacks = []
+        self._entry = posted.entry
+        self.steps = posted.rings.steps(call, posted)
+        self.done = not under_way
+        posted.filled = True
+        return under_way
 
 
 class Future(concurrent.futures.Future[Any]):

@@ -59,6 +59,7 @@ class Caller:
         transport: what moves the group's data.
         arrival: how the ranks meet in a call.
         core: the compiled way of small calls, in a group that has one.
+        rings: the compiled way of messages, in a group that has one.
         once: the calls that go on without arrival, in a group with ``checks="first"``.
         recorder: the group's flight recorder.
         children: the groups that were made out of this one.
@@ -77,7 +78,6 @@ class Caller:
     ) -> None:
         self.resources = resources
         self.options = options if resources.gpu is None else options.on(resources.gpu)
-        self.timeout = timeout
         self.desc = desc
         self._engine = engine()
         self.progress = progress
@@ -103,7 +103,12 @@ class Caller:
         self.core = None  # the compiled way of small calls
         if self.once is None:
             self.core = self.transport.core(self.arrival, state, self.recorder)
-        state.channel = OpenChannel(state, self.arrival, self.transport, self.recorder, self.core)
+        self.rings = self.transport.rings(state, self.recorder)
+        self.timeout = timeout
+        state.channel = OpenChannel(
+            *(state, self.arrival, self.transport, self.recorder, self.core),
+            self.rings,
+        )
         self.children = Children()
         self.child = Child(
             *(self, resources.comms, self.transport, state, self.recorder, self.children)
@@ -114,6 +119,17 @@ class Caller:
             background().progress(stay=True)
         if self.transport.watched:
             background().keep_deadlines()
+
+    @property
+    def timeout(self) -> float:
+        """The seconds that a call may take where it doesn't say otherwise."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, limit: float) -> None:
+        self._timeout = limit
+        if self.rings is not None:
+            self.rings.limit = limit
 
     # ---- collectives ----
 
@@ -319,6 +335,7 @@ class Caller:
         state = self.group_state
         if state.closed:
             return
+        self._engine.take_on()
         messages = list(state.beside)
         if state.broken is None:
             for work in list(state.enqueued):

@@ -23,7 +23,7 @@ from ..runtime.settings import default_timeout
 from ..transports.base import Transport
 
 if TYPE_CHECKING:
-    from ..transports.shm.core import Core
+    from ..transports.shm.core import Core, Rings
 
 
 class OpenChannel(Channel):
@@ -31,7 +31,7 @@ class OpenChannel(Channel):
 
     Args:
         state, arrival, transport, recorder: those of the group.
-        core: the compiled way of its small calls, if it has one.
+        core, rings: the compiled ways of its small calls and of its messages, if it has them.
     """
 
     def __init__(
@@ -41,11 +41,13 @@ class OpenChannel(Channel):
         transport: Transport,
         recorder: Recorder,
         core: Core | None,
+        rings: Rings | None,
     ) -> None:
         self.exchange = arrival.exchange
         self.gathering = arrival.gathering
         self._core = None if core is None else weakref.ref(core)
         self._transport: Transport | None = transport
+        self._rings = rings
         self._arrive: Callable[[], None] = partial(
             _arrive_finally, state, arrival, transport, recorder
         )
@@ -61,12 +63,17 @@ class OpenChannel(Channel):
     def arrive_finally(self) -> None:
         self._arrive()
 
+    def drain(self) -> None:
+        if self._rings is not None:
+            self._rings.advance()
+
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
     def close(self) -> None:
-        self._transport, self._arrive = None, super().arrive_finally
+        self._transport = self._rings = None
+        self._arrive = super().arrive_finally
 
 
 def _arrive_finally(

@@ -63,7 +63,9 @@ class ProcessGroup(Unique):
         self.comm = caller.comm
         self._caller = caller
         self._call = caller.call  # bound once: one look-up less in each collective
+        self._message = caller.message
         self._core = caller.core
+        self._rings = caller.rings
         self._rank = caller.rank
         self._size = caller.size
 
@@ -422,7 +424,9 @@ class ProcessGroup(Unique):
             dst: the receiving rank, or `PROC_NULL`: then the call is done at once.
             tag: from 0; lets the receiver choose.
         """
-        return self._caller.message(timeout, checks.send, tensor, dst, tag)
+        return (self._rings and self._rings.send(tensor, dst, tag, timeout)) or self._message(
+            timeout, checks.send, tensor, dst, tag
+        )
 
     def recv(
         self, tensor: object, src: int | Peer = ANY_SOURCE, tag: int = 0, timeout: object = None
@@ -442,7 +446,9 @@ class ProcessGroup(Unique):
             CollectiveMismatchError: the message is of another dtype or size; it is lost, the
                 array is undefined, and the group stays usable.
         """
-        return self._caller.message(timeout, checks.recv, tensor, src, tag)
+        return (self._rings and self._rings.recv(tensor, src, tag, timeout)) or self._message(
+            timeout, checks.recv, tensor, src, tag
+        )
 
     def recv_anysource(self, tensor: object, tag: int = 0, timeout: object = None) -> Work:
         """`recv` from whichever rank sends first."""

@@ -23,7 +23,7 @@ from ..engine.tasks import GroupState
 from ..runtime.library import Steps
 
 if TYPE_CHECKING:
-    from .shm._native import Core
+    from .shm._native import Core, Rings
 
 
 class Transport(ABC):
@@ -54,6 +54,10 @@ class Transport(ABC):
 
     def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
         """Return the compiled way of small calls, where the transport and this machine have one."""
+        return None
+
+    def rings(self, state: GroupState, recorder: Recorder) -> Rings | None:
+        """Return the compiled way of messages, where the transport and this machine have one."""
         return None
 
     def empty(self, call: Call) -> Steps:

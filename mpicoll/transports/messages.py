@@ -11,15 +11,16 @@ from __future__ import annotations
 import struct
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ..arrays.dtypes import BY_CODE
 from ..engine.call import ANY, Call, Message
 from ..engine.progress import engine
+from ..engine.recorder import Recorder
 from ..engine.tasks import Completed, Expired, GroupState, Task, Uncancelled
 from ..errors import CollectiveMismatchError, interrupts
 from ..runtime import agreement
@@ -41,6 +42,9 @@ from ..runtime.library import (
 from .base import Transport
 from .tuning import Tuning
 
+if TYPE_CHECKING:
+    from .shm._native import Rings
+
 Array = np.ndarray[Any, Any]
 
 CANCELLING = 0.02  # seconds that it may take to cancel a receive that no message has matched
@@ -50,6 +54,9 @@ _PACKED = -1  # in place of the tag of a payload that is packed behind its heade
 # Magic, dtype code, elements, bytes of the payload, its tag, the dtype as text.
 _HEADER = struct.Struct("<4sqqqq132s")
 _Header = tuple[bytes, int, int, int, int, bytes]
+
+Dropped = tuple[int, int, int, int]
+"""A message that nobody receives: its source, its tag, the code of its dtype, its elements."""
 
 
 class Messages:
@@ -67,7 +74,14 @@ class Messages:
         self._received: Counter[int] = Counter()  # and by sender
         # By tag, receives from any source: the first looks for a message, or is being given one.
         self._from_any: defaultdict[int, deque[object]] = defaultdict(deque)
-        self._taken: deque[Taken] = deque()  # by `probe`, before any receive
+        self._taken: list[Taken] = []  # by `probe`, before any receive
+
+    def direct(self, state: GroupState, recorder: Recorder) -> Rings | None:
+        """Return the compiled way of messages, if these have one."""
+        return None
+
+    def close(self) -> None:
+        """Let go of this rank's memory: the group is closed."""
 
     def send(self, call: Call) -> Steps:
         blocks, peer = call.send, call.peer
@@ -154,7 +168,7 @@ class Messages:
             self._taken[self._taken.index(found)] = taken
             if not taken.request.Test():
                 return None
-        return Message(found.source, tag, _name(code, text), count)
+        return Message(found.source, tag, dtype_name(code, text), count)
 
     def _find(self, peer: int, tag: int) -> Taken | None:
         """Return the first message that `probe` has taken from a peer, or from any."""
@@ -177,7 +191,7 @@ class Messages:
             while not found.request.Test():
                 yield POLL
         except BaseException as error:
-            self._taken.appendleft(found)  # for the next receive
+            self._taken.insert(0, found)  # for the next receive
             if interrupts(error) and not isinstance(error, (Abandoned, GeneratorExit)):
                 raise Expired from error
             raise
@@ -299,7 +313,8 @@ class Messages:
         (Under Open MPI 5.0 a message that is still on its way when its communicator is freed comes
         to the next one, whose calls it blocks.)
         """
-        open_ends = self._sent.total() - self._received.total(), len(state.beside)
+        sent, received = self.counts()
+        open_ends = sum(sent) - sum(received), len(state.beside)
         if not (yield from agreement.reduced(self.comm, open_ends, MPI.SUM)).any():
             return
         sends = sorted(
@@ -307,23 +322,14 @@ class Messages:
             key=lambda task: task.called,
         )
         everyone = range(self.size)
-        due = yield from agreement.exchanged(self.comm, [self._sent[r] for r in everyone])
+        due = yield from agreement.exchanged(self.comm, sent)
         dropped: dict[int, list[tuple[int, int, int]]] = {}
-        while any(due[rank] > self._received[rank] for rank in everyone):
-            found = self._unwanted() or state.peers.unwanted(partial(self._is_awaited, state))
+        while (due > self.counts()[1]).any():
+            found = yield from self.drop(state)
             if found is None:
                 yield POLL
-                continue
-            yield from until(found.request, POLL)
-            magic, code, count, nbytes, tag, _ = _opened(found.data)
-            if magic == _MAGIC:
-                if tag != _PACKED:
-                    payload: list[MPI.Request] = []
-                    into = np.empty(nbytes, np.uint8)
-                    self._begin(payload, self.comm.Irecv, into, found.source, tag)
-                    yield from until_all(payload)
-                self._received[found.source] += 1
-                dropped.setdefault(found.source, []).append((found.tag, code, count))
+            else:
+                dropped.setdefault(found[0], []).append(found[1:])
         for task in [task for task in state.beside if task.call.kind.receives]:
             unmatched = CollectiveMismatchError(
                 f"{task.call.describe()} at {task.place()} was cancelled at the end of group "
@@ -343,6 +349,28 @@ class Messages:
             yield POLL
         for rank, table in tables.items():
             _note_lost(state, rank, table.tolist(), sends)
+
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Return how many messages were sent, by receiver, and received, by sender."""
+        everyone = range(self.size)
+        return [self._sent[r] for r in everyone], [self._received[r] for r in everyone]
+
+    def drop(self, state: GroupState) -> Generator[int, None, Dropped | None]:
+        """Take a message that no receive is to have, if there is one, and return what it was."""
+        found = self._unwanted() or state.peers.unwanted(partial(self._is_awaited, state))
+        if found is None:
+            return None
+        yield from until(found.request, POLL)
+        magic, code, count, nbytes, tag, _ = _opened(found.data)
+        if magic != _MAGIC:
+            return None
+        if tag != _PACKED:
+            payload: list[MPI.Request] = []
+            into = np.empty(nbytes, np.uint8)
+            self._begin(payload, self.comm.Irecv, into, found.source, tag)
+            yield from until_all(payload)
+        self._received[found.source] += 1
+        return found.source, found.tag, code, count
 
     def _unwanted(self) -> Taken | None:
         """Return a message that `probe` has taken, and that no receive waits for."""
@@ -370,6 +398,9 @@ class SendsMessages(Transport):
 
     def recv(self, call: Call) -> Steps:
         return self.messages.recv(call)
+
+    def rings(self, state: GroupState, recorder: Recorder) -> Rings | None:
+        return self.messages.direct(state, recorder)
 
     def probe(self, peer: int, tag: int) -> Message | None:
         return self.messages.probe(peer, tag)
@@ -419,14 +450,23 @@ def _wrong(call: Call, header: _Header, source: int) -> CollectiveMismatchError 
         )
     if code == call.recv.dtype.code and count == call.recv.total:
         return None
+    return mismatch(call, code, count, text, source)
+
+
+def mismatch(
+    call: Call, code: int, count: int, text: bytes, source: int
+) -> CollectiveMismatchError:
+    """Return the error of a receive whose message is of another dtype or size than its array."""
+    assert call.recv is not None
+    sent = f"{dtype_name(code, text)}[{count}]"
     return CollectiveMismatchError(
-        f"{call.describe()}: rank {source} sent {_name(code, text)}[{count}], but the array is "
+        f"{call.describe()}: rank {source} sent {sent}, but the array is "
         f"{call.recv.dtype.name}[{call.recv.total}]. The message is lost; pg.probe(src, tag) tells "
         "what the next one is before it is received"
     )
 
 
-def _name(code: int, text: bytes) -> str:
+def dtype_name(code: int, text: bytes) -> str:
     """Return the name of the dtype that a header holds."""
     return BY_CODE[code].name if code in BY_CODE else text.rstrip(b"\0").decode(errors="replace")
 

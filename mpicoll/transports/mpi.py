@@ -31,12 +31,14 @@ class MpiTransport(SendsMessages):
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Intracomm, tuning: Tuning) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, tuning: Tuning, messages: Messages | None = None
+    ) -> None:
         self.comm = comm
         self._most = tuning.mpi_elements
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
-        self.messages = Messages(comm, tuning)
+        self.messages = messages or Messages(comm, tuning)
 
     # ---- what reduces ----
 

@@ -36,7 +36,9 @@ from .cuda.nccl import Nccl, NcclTransport, Turns
 from .cuda.staged import StagedTransport
 from .hierarchical import HierarchicalTransport
 from .mpi import MpiTransport
+from .shm import rings
 from .shm.inline import Inline
+from .shm.rings import RingMemory
 from .shm.transport import ShmTransport
 from .tuning import Tuning
 
@@ -141,6 +143,7 @@ class Resources:
     Attributes:
         comm: the group's private communicator.
         shared: the memory of this rank's node, where it is used.
+        rings: that of its messages, where they don't go by MPI.
         nodes: who is on which node, where there are several and their memory is used.
         near, across: then, the communicators of this node and of this rank's stripe.
         neighbours: ranks that are watched by their pids, those of this node and pid namespace.
@@ -151,6 +154,7 @@ class Resources:
 
     comm: MPI.Intracomm
     shared: memory.NodeMemory | None = None
+    rings: RingMemory | None = None
     nodes: Nodes | None = None
     near: MPI.Intracomm | None = None
     across: MPI.Intracomm | None = None
@@ -344,7 +348,8 @@ def _share(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepa
     locked = spaces != {mine} or mine == NOBODY
     if len(nodes.members) == 1:
         shared = yield from memory.share(comm, locked=locked)
-        return Resources(comm, shared, neighbours=neighbours)
+        messages = None if shared is None else (yield from rings.share(comm))
+        return Resources(comm, shared, messages, neighbours=neighbours)
     node, place = nodes.locate(comm.Get_rank())
     near = yield from communicators.split(comm, node, place, deadline)
     assert near is not None
@@ -355,7 +360,7 @@ def _share(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepa
         return Resources(comm, neighbours=neighbours)
     stripe = place if place < nodes.stripes else None
     across = yield from communicators.split(comm, stripe, node, deadline)
-    return Resources(comm, shared, nodes, near, across, neighbours)
+    return Resources(comm, shared, None, nodes, near, across, neighbours)
 
 
 def prepare_survivors(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
@@ -393,7 +398,7 @@ def _host_transport(resources: Resources) -> Transport:
     if resources.shared is None:
         return MpiTransport(resources.comm, tuning)
     if resources.nodes is None:
-        return ShmTransport(resources.comm, resources.shared, tuning)
+        return ShmTransport(resources.comm, resources.shared, tuning, resources.rings)
     assert resources.near is not None
     return HierarchicalTransport(
         resources.comm, resources.nodes, resources.near, resources.shared, resources.across, tuning

@@ -136,7 +136,7 @@ def test_what_messages_cost_does_not_grow_with_their_number(fresh):
         works = [fresh.recv(into[i : i + 1], left) for i in range(many)]
         works += [fresh.send(source[i : i + 1], right) for i in range(many)]
         launched = engine()._steps - before
-        assert launched == 2 * many, "a launch takes a step of its own, and of no other"
+        assert launched <= 2 * many, "a launch takes a step of its own at most, and of no other"
         mc.wait_all(works)
         assert (into == source).all()
 

@@ -12,6 +12,7 @@ from mpicoll.cli.facts import SHM, Facts, Gpu, Sight, Token
 from mpicoll.cli.findings import GROUPS, OK, OLDEST, WARNING, WRONG, Job, examine
 from mpicoll.runtime.memory import bytes_per_rank
 from mpicoll.runtime.settings import launchers
+from mpicoll.transports.shm.rings import nbytes
 from tests.harness import ROOT
 from tests.unit.test_launch import BATCH, HYDRA, PMI2, PRTE, SHELL, STEP
 
@@ -32,6 +33,7 @@ GOOD = Facts(
     tokens={SHM: Token("/dev/shm/mpicoll-doctor-x", 1), "/store": Token("/store/x", 1)},
 )
 SEEN = Sight(reads=True)
+GROUP = 4 * bytes_per_rank() + nbytes(4)  # what a group of them takes
 
 
 def job(*changes, sights=None, **rest):
@@ -127,11 +129,11 @@ FULL = Token("/dev/shm/x", 0, "No space left on device")
             *(WRONG, SHM, "rank 3 can't write there: No space left", "--shm-size"),
         ),
         (
-            everywhere(room=4 * bytes_per_rank() - 1),
+            everywhere(room=GROUP - 1),
             *(WRONG, SHM, "MiB free on n1", "mount -o remount,size="),
         ),
         (
-            everywhere(room=GROUPS * 4 * bytes_per_rank() - 1),
+            everywhere(room=GROUPS * GROUP - 1),
             *(WARNING, SHM, "MiB free on n1", "mount -o remount,size="),
         ),
         (

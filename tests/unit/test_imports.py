@@ -45,7 +45,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "transports",
         [
             *("tuning", "base", "kernels", "messages", "mpi"),
-            *("shm.symmetric", "shm.cma", "shm.inline", "shm.core", "shm.transport"),
+            *("shm.symmetric", "shm.cma", "shm.inline", "shm.core", "shm.rings", "shm.transport"),
             "hierarchical",
             *("cuda.gpu", "cuda.binding", "cuda.probe", "cuda.staged", "cuda.aware", "cuda.nccl"),
             "select",

@@ -26,7 +26,7 @@ from ..base import Transport
 from ..tuning import Tuning
 
 if TYPE_CHECKING:
-    from ..shm._native import Core
+    from ..shm._native import Core, Rings
 
 Array = np.ndarray[Any, Any]
 Done = Callable[[], bool]
@@ -140,6 +140,9 @@ class StagedTransport(Transport):
 
     def core(self, arrival: Arrival, group_state: GroupState, recorder: Recorder) -> Core | None:
         return self._host.core(arrival, group_state, recorder)
+
+    def rings(self, state: GroupState, recorder: Recorder) -> Rings | None:
+        return self._host.rings(state, recorder)
 
     def empty(self, call: Call) -> Steps:
         return self._host.empty(call)

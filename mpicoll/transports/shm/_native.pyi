@@ -1,15 +1,18 @@
 """What core.py and transport.py see of the compiled core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...arrays.dtypes import Array
 from ...engine.call import Call, Pieces
 from ...engine.kinds import Kind
+from ...engine.tasks import GroupState
 from ...engine.work import Work
+from ...runtime.library import Steps
 
 def cease() -> None: ...
 def configure(**shared: Any) -> None: ...
+def configure_messages(**shared: Any) -> None: ...
 
 class Node:
     def __init__(
@@ -66,3 +69,51 @@ class Core(Node):
         input_sizes: object,
         timeout: object,
     ) -> Work | None: ...
+
+class Posted:
+    rings: Rings
+    kind: int
+    peer: int
+    tag: int
+    source: int
+    called: float
+    timeout: float
+    given: object
+    entry: list[Any]
+    filled: bool
+    begun: bool
+    wrong: tuple[int, int, bytes] | None
+    failed: int
+    def advance(self) -> bool: ...
+    def cancel(self) -> bool: ...
+    def abandon(self) -> None: ...
+    def complete(self) -> None: ...
+    def adopt(self) -> bool: ...
+    def wait(self) -> bool: ...
+    def look(self) -> bool: ...
+
+class Rings(Node):
+    group_state: GroupState
+    append: Callable[[list[Any]], None]
+    steps: Callable[[Call, Posted], Steps]
+    limit: float
+    sent: list[int]
+    received: list[int]
+    def __init__(
+        self, memory: object, layout: Sequence[int], crowded: bool, **sizes: Any
+    ) -> None: ...
+    def send(self, tensor: object, dst: object, tag: object, timeout: object) -> Work | None: ...
+    def recv(self, tensor: object, src: object, tag: object, timeout: object) -> Work | None: ...
+    def message(
+        self,
+        kind: int,
+        array: Array,
+        dtype: int,
+        count: int,
+        text: bytes,
+        peer: int,
+        tag: int,
+    ) -> Posted: ...
+    def advance(self) -> None: ...
+    def probe(self, peer: int, tag: int) -> tuple[int, int, int, bytes] | None: ...
+    def drop(self) -> tuple[int, int, int, int] | None: ...

@@ -22,8 +22,8 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
-from libc.stdint cimport int64_t
-from libc.stdlib cimport free, malloc
+from libc.stdint cimport int16_t, int32_t, int64_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
 cdef extern from "kernels.h" nogil:
@@ -159,6 +159,7 @@ cdef class Node:
     cdef int _rank, _size
     cdef Py_ssize_t _stride, _page, _record, _payload, _slot, _flag, _left, _finished
     cdef double _patience  # seconds for which a peer is waited for here
+    cdef object _code  # the user's code that called last
 
     def __cinit__(self, memory, layout, crowded, *args, **kwargs):
         self._mapped = False
@@ -183,6 +184,58 @@ cdef class Node:
     def close(self):
         """Let go of the memory: no call goes this way any more."""
         self._let_go()
+
+    cdef object _view(self, object given, bint write, Given *found):
+        """Look at a plain array or tensor; return it, or an array over it, or None if it is not plain."""
+        cdef object array = given
+        cdef int64_t dtype = 0
+        if type(given) is not cnp.ndarray:
+            if tensor_class is None:
+                _look_for_torch()
+            if tensor_class is None or type(given) is not tensor_class:
+                return None
+            if exchange is not NULL:
+                return given if _borrow(given, found) else None
+            try:  # what is wrong with it is the general way's to say
+                if given.dtype is torch.bfloat16:
+                    array, dtype = given.view(torch.int16).numpy(), BFLOAT16
+                else:
+                    array = given.numpy()
+            except Exception:
+                return None
+            if type(array) is not cnp.ndarray:
+                return None
+        if not cnp.PyArray_ISCARRAY_RO(array) or (write and not cnp.PyArray_ISWRITEABLE(array)):
+            return None
+        if not dtype:
+            if cnp.PyArray_TYPE(array) >= NUMBERS:
+                return None
+            dtype = codes[cnp.PyArray_TYPE(array)]
+        found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
+        found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
+        found.rows = cnp.PyArray_DIM(array, 0) if cnp.PyArray_NDIM(array) else 0
+        return None if dtype < 0 or found.count == 0 else array
+
+    cdef object _placed(self, int *at):
+        """Return the code of the user's that called the group's method, and where in it; else None."""
+        cdef PyFrameObject *frame = PyEval_GetFrame()  # the group's method
+        cdef PyFrameObject *back
+        cdef PyCodeObject *code
+        if frame is not NULL:
+            frame = PyFrame_GetBack(frame)
+        while frame is not NULL:
+            code = PyFrame_GetCode(frame)
+            if <PyObject *>code is <PyObject *>self._code or not is_ours(<object>filename_of(code)):
+                at[0] = last_instruction(frame)
+                self._code = <object>code
+                Py_DECREF(code)
+                Py_DECREF(frame)
+                return self._code
+            Py_DECREF(code)
+            back = PyFrame_GetBack(frame)
+            Py_DECREF(frame)
+            frame = back
+        return None
 
     cdef inline bint _reaches(self, int64_t *word, int64_t value, double *until) noexcept nogil:
         """Wait until a word is at least a value, and return whether it is; for a moment in all."""
@@ -373,7 +426,7 @@ cdef inline Py_ssize_t part_begin(Py_ssize_t n, int rank, int size) noexcept nog
 
 # What is the same for all groups of a process.
 cdef object engine, poll, work_class, digest_of, pickled
-cdef dict active, listed
+cdef dict active, light, listed
 cdef tuple kinds, ops, checks
 cdef str library, commands  # where the library's code lies, and the part of it that uses it as anybody does
 
@@ -403,9 +456,10 @@ def configure(
         digest: condenses the counts of all ranks.
         pieces: the class of pickled objects.
     """
-    global engine, poll, active, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most, pickled
+    global engine, poll, active, light, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    global pickled
     cdef int number
-    engine, poll, active = the_engine, the_engine._poll, the_engine._active
+    engine, poll, active, light = the_engine, the_engine._poll, the_engine._active, the_engine.light
     work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
     library, commands = places
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
@@ -483,7 +537,6 @@ cdef class Core(Node):
     cdef Py_ssize_t _most
     cdef object _group_state, _arrival, _append
     cdef int64_t _counted, _counts
-    cdef object _code  # the user's code that called last
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
     cdef bint _stale
     cdef char *_spare
@@ -934,37 +987,6 @@ cdef class Core(Node):
 
     # ---- what they have in common ----
 
-    cdef object _view(self, object given, bint write, Given *found):
-        """Look at a plain array or tensor; return it, or an array over it, or None if it is not plain."""
-        cdef object array = given
-        cdef int64_t dtype = 0
-        if type(given) is not cnp.ndarray:
-            if tensor_class is None:
-                _look_for_torch()
-            if tensor_class is None or type(given) is not tensor_class:
-                return None
-            if exchange is not NULL:
-                return given if _borrow(given, found) else None
-            try:  # what is wrong with it is the general way's to say
-                if given.dtype is torch.bfloat16:
-                    array, dtype = given.view(torch.int16).numpy(), BFLOAT16
-                else:
-                    array = given.numpy()
-            except Exception:
-                return None
-            if type(array) is not cnp.ndarray:
-                return None
-        if not cnp.PyArray_ISCARRAY_RO(array) or (write and not cnp.PyArray_ISWRITEABLE(array)):
-            return None
-        if not dtype:
-            if cnp.PyArray_TYPE(array) >= NUMBERS:
-                return None
-            dtype = codes[cnp.PyArray_TYPE(array)]
-        found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
-        found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
-        found.rows = cnp.PyArray_DIM(array, 0) if cnp.PyArray_NDIM(array) else 0
-        return None if dtype < 0 or found.count == 0 else array
-
     cdef list _views(self, object given, Given *like, bint write, Given *parts):
         """View the arrays of a list, one per rank: alike, and apart from each other if written."""
         cdef list found = []
@@ -1030,7 +1052,7 @@ cdef class Core(Node):
     cdef double _open(self, object timeout) except -1:
         """Return the time if the group takes calls, and nothing is under way; else 0."""
         cdef double now, due
-        if over or not self._mapped or active:
+        if over or not self._mapped or active or light:
             return 0
         if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
             return 0
@@ -1088,32 +1110,15 @@ cdef class Core(Node):
         tuple given, tuple outputs,
     ):
         """Note that a call is over, and return its Work."""
-        cdef PyFrameObject *frame
-        cdef PyFrameObject *back
-        cdef PyCodeObject *code
         cdef int at = 0
-        cdef object work, place = None
+        cdef object work, place
         cdef object called = now, number = seq
         self._group_state.seq = number
         self._arrival._last = number
         self._owed, self._last, self._kind = 0, seq, kind
         if self._mapped:  # a collection of garbage may have run what closes the group
             store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
-        frame = PyEval_GetFrame()  # the group's method
-        if frame is not NULL:
-            frame = PyFrame_GetBack(frame)
-        while frame is not NULL:
-            code = PyFrame_GetCode(frame)
-            if <PyObject *>code is <PyObject *>self._code or not is_ours(<object>filename_of(code)):
-                at = last_instruction(frame)
-                place = self._code = <object>code
-                Py_DECREF(code)
-                Py_DECREF(frame)
-                break
-            Py_DECREF(code)
-            back = PyFrame_GetBack(frame)
-            Py_DECREF(frame)
-            frame = back
+        place = self._placed(&at)
         self._append([
             number, kinds[kind], None if array is None else listed[dtype], count,
             None if array is None else array.shape, op, root, -1, 0, called, monotonic(), None, place, at,
@@ -1122,3 +1127,6 @@ cdef class Core(Node):
         give_slot(work, at_seq, number)
         give_slot(work, at_given, (self, kind, given, outputs))
         return work
+
+
+include "rings.pxi"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from ...arrays.dtypes import DType, from_numpy
 from ...arrays.ops import BY_NAME
 from ...engine import checks, kinds
 from ...engine.arrival import BoardArrival
-from ...engine.call import Call, Pieces, digest
+from ...engine.call import ANY_SOURCE, Call, Pieces, digest
 from ...engine.kinds import KINDS, Kind
 from ...engine.progress import engine
 from ...engine.recorder import PLACES, Recorder
 from ...engine.tasks import GroupState
-from ...engine.work import DoneWork
+from ...engine.work import DoneWork, MessageWork
 from ...runtime.library import MPI
 from ...runtime.memory import NodeMemory
 from ...runtime.settings import native_wanted
@@ -40,6 +41,10 @@ except ImportError:  # it was not compiled
 if TYPE_CHECKING:
     from ._native import Chunks as Chunks
     from ._native import Core as Core
+    from ._native import Rings as Rings
+
+
+LAYOUT = 10  # numbers that say where things lie in a memory
 
 
 def why_not() -> str:
@@ -106,6 +111,9 @@ def shared() -> dict[str, Any]:
 def _configure() -> None:
     """Tell the core what all groups share, and when this process is a rank no more."""
     _native.configure(**shared())
+    _native.configure_messages(
+        the_engine=engine(), any_source_of=ANY_SOURCE, message_work=MessageWork
+    )
     os.register_at_fork(after_in_child=_native.cease)
     key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _native.cease())
     MPI.COMM_SELF.Set_attr(key, None)  # which MPI_Finalize deletes
@@ -116,6 +124,16 @@ def chunks(memory: NodeMemory) -> Chunks | None:
     if not available():
         return None
     made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
+    return made
+
+
+def rings(
+    mapping: mmap, place: tuple[int, int], crowded: bool, *, processes: Sequence[int], **sizes: int
+) -> Rings:
+    """Return the compiled part of a group's messages; `place`: this rank, and the number of all."""
+    _configure()
+    nothing = (0,) * (LAYOUT - len(place))
+    made: Rings = _native.Rings(mapping, (*place, *nothing), crowded, processes=processes, **sizes)
     return made
 
 

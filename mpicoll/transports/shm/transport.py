@@ -31,6 +31,7 @@ from ..messages import SendsMessages
 from ..mpi import MpiTransport
 from ..tuning import Tuning
 from . import cma, core
+from .rings import RingMemory, RingMessages
 from .symmetric import SharedArrays
 
 if TYPE_CHECKING:
@@ -51,8 +52,15 @@ class ShmTransport(SendsMessages):
 
     name = "shm"
 
-    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, tuning: Tuning) -> None:
-        self._mpi = MpiTransport(comm, tuning)
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        memory: NodeMemory,
+        tuning: Tuning,
+        rings: RingMemory | None = None,
+    ) -> None:
+        messages = None if rings is None else RingMessages(comm, tuning, rings)
+        self._mpi = MpiTransport(comm, tuning, messages)
         self.messages = self._mpi.messages
         self._inline, self._read_above = tuning.inline, tuning.read_above
         self._memory = memory
@@ -67,6 +75,7 @@ class ShmTransport(SendsMessages):
     def release(self, *, together: bool) -> None:
         if self._chunks is not None:
             self._chunks.close()
+        self.messages.close()
         self._memory.close(together=together)
         self._arrays.close()
 
