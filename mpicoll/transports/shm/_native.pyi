@@ -29,6 +29,17 @@ class Chunks(Node):
         self, flag: int, array: Array, dtype: int, op: int, output: Array, c: int
     ) -> int: ...
 
+class Moves(Node):
+    def begin(
+        self,
+        flag: int,
+        gives: Sequence[Array],
+        takes: Sequence[Array | None],
+        parted: bool,
+        only: int,
+    ) -> None: ...
+    def advance(self) -> int: ...
+
 class Core(Node):
     owed: int
     finished: tuple[Kind, int] | None

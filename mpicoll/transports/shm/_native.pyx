@@ -1129,4 +1129,5 @@ cdef class Core(Node):
         return work
 
 
+include "moves.pxi"
 include "rings.pxi"

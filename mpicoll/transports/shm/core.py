@@ -41,6 +41,7 @@ except ImportError:  # it was not compiled
 if TYPE_CHECKING:
     from ._native import Chunks as Chunks
     from ._native import Core as Core
+    from ._native import Moves as Moves
     from ._native import Rings as Rings
 
 
@@ -124,6 +125,12 @@ def chunks(memory: NodeMemory) -> Chunks | None:
     if not available():
         return None
     made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
+    return made
+
+
+def moves(memory: NodeMemory) -> Moves:
+    """Return what moves a group's data on one node in compiled code, which is there."""
+    made: Moves = _native.Moves(memory.mapping, memory.layout, memory.crowded)
     return made
 
 

@@ -24,7 +24,7 @@ from ...engine.arrival import Arrival, BoardArrival
 from ...engine.call import UNEVEN, Call
 from ...engine.recorder import Recorder
 from ...engine.tasks import GroupState
-from ...runtime.library import MPI, PROGRESSED, Steps
+from ...runtime.library import IDLE, MPI, PROGRESSED, Steps
 from ...runtime.memory import SLOT, NodeMemory
 from ..kernels import combine, decode, encode, encode_and_fold, fold, late, reducing, spans
 from ..messages import SendsMessages
@@ -71,8 +71,11 @@ class ShmTransport(SendsMessages):
         self._comm = comm
         self._arrays = SharedArrays()
         self._chunks = core.chunks(memory)
+        self._moves = None if rings is None else core.moves(memory)  # if all ranks are compiled
 
     def release(self, *, together: bool) -> None:
+        if self._moves is not None:
+            self._moves.close()
         if self._chunks is not None:
             self._chunks.close()
         self.messages.close()
@@ -295,6 +298,10 @@ class ShmTransport(SendsMessages):
             return
         array = blocks.flat().view(np.uint8)
         yield from self._begin()
+        if self._moves is not None:
+            own = self.rank == call.root
+            yield from self._move([array] if own else [], {} if own else {call.root: array})
+            return
         for c, (start, end) in enumerate(spans(array.size, SLOT)):
             slot = self._memory.slots(c, array.dtype)[call.root][: end - start]
             if self.rank == call.root:
@@ -314,6 +321,11 @@ class ShmTransport(SendsMessages):
             return
         mine, blocks = _octets(call.send)[0], _octets(call.recv)
         yield from self._begin()
+        if self._moves is not None:
+            yield from self._move([mine], dict(enumerate(blocks)))
+            if not call.in_place:
+                blocks[self.rank][...] = mine
+            return
         for c in range(_rounds(max(b.size for b in blocks), SLOT)):
             slots = self._memory.slots(c, mine.dtype)
             piece = mine[c * SLOT : (c + 1) * SLOT]
@@ -334,6 +346,13 @@ class ShmTransport(SendsMessages):
         assert call.send is not None
         mine = _octets(call.send)[0]
         yield from self._begin()
+        if self._moves is not None:
+            blocks = [] if call.recv is None else _octets(call.recv)
+            gives = [mine] if call.recv is None else []
+            yield from self._move(gives, dict(enumerate(blocks)), only=call.root)
+            if blocks and not call.in_place:
+                blocks[self.rank][...] = mine
+            return
         if call.recv is None:
             for c, (start, end) in enumerate(spans(mine.size, SLOT)):
                 if c >= 2:
@@ -362,6 +381,12 @@ class ShmTransport(SendsMessages):
         into = _octets(call.recv)[0]
         room = SLOT // self.size
         yield from self._begin()
+        if self._moves is not None:
+            blocks = [] if call.send is None else _octets(call.send)
+            yield from self._move(blocks, {} if blocks else {call.root: into}, parted=True)
+            if blocks and not call.in_place:
+                into[...] = blocks[self.rank]
+            return
         if call.send is None:
             for c, (start, end) in enumerate(spans(into.size, room)):
                 yield from self._seen(call.root, c + 1)
@@ -389,6 +414,12 @@ class ShmTransport(SendsMessages):
             return
         assert call.send is not None and call.recv is not None
         sends, recvs = _octets(call.send), _octets(call.recv)
+        if self._moves is not None:
+            yield from self._begin()
+            yield from self._move(sends, dict(enumerate(recvs)), parted=True)
+            if not call.in_place:
+                recvs[self.rank][...] = sends[self.rank]
+            return
         room = SLOT // self.size
         longest = max(b.size for r in self._memory.peers for b in (sends[r], recvs[r]))
         if not call.in_place:
@@ -408,6 +439,17 @@ class ShmTransport(SendsMessages):
                 if into.size:
                     yield from self._seen(r, c + 1)
                     into[...] = slots[r][self.rank * room :][: into.size]
+        self._announce(_END)
+
+    def _move(
+        self, gives: list[Array], takes: dict[int, Array], *, parted: bool = False, only: int = -1
+    ) -> Steps:
+        """Move blocks through the slots in compiled code, which all ranks have."""
+        assert self._moves is not None
+        everyone = [takes.get(rank) for rank in range(self.size)]
+        self._moves.begin(self._flag(0), gives, everyone, parted, only)
+        while (found := self._moves.advance()) >= 0:
+            yield PROGRESSED if found else IDLE
         self._announce(_END)
 
     # ---- large moves: each rank reads what it gets from the arrays of the others ----

@@ -1,0 +1,176 @@
+# What only moves, through the slots of a node, a part of _native.pyx.
+#
+# Each rank's two slots are one ring of places.  In round c a rank writes a piece of what it gives into
+# place c, and raises its flag; and it reads the pieces of round c from the places of those that give it
+# something, and raises its second flag.  A place is written again when all that read it have done so.
+# Pieces are small, so they stay in the caches between the cores, and writing, reading and waiting overlap.
+#
+# Only this code goes so: where a rank of the group is not compiled, none of them does.
+
+cdef enum:
+    PLACE = 32768  # bytes of a place, where there are few ranks
+    LEAST = 8192  # bytes of a piece, where what is given has a block for each rank
+    SECOND = 64  # bytes from the one flag to the other
+    TURN_BYTES = 1 << 23  # bytes after which others have their turn
+    ENDED = (1 << 24) - 1  # the last round of all primitives
+
+
+cdef struct Block:
+    char *data
+    Py_ssize_t nbytes
+
+
+@cython.final
+cdef class Moves(Node):
+    """What carries out one move after the other, as far as the peers have come."""
+
+    cdef Block *_gives  # one, or one for each rank
+    cdef Block *_takes  # one from each rank
+    cdef char *_readers  # whether a rank reads what this one gives
+    cdef list _arrays
+    cdef int64_t _number
+    cdef bint _parted
+    cdef Py_ssize_t _place, _depth, _room, _written, _writes, _read, _reads
+    cdef int _next  # of the ranks that are read from in this round, the next
+
+    def __init__(self, memory, layout, crowded):
+        self._gives = <Block *>calloc(self._size, sizeof(Block))
+        self._takes = <Block *>calloc(self._size, sizeof(Block))
+        self._readers = <char *>calloc(self._size, 1)
+        if self._gives is NULL or self._takes is NULL or self._readers is NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self._gives)
+        free(self._takes)
+        free(self._readers)
+
+    def begin(self, int64_t flag, list gives, list takes, bint parted, int only):
+        """Note what this rank gives and takes.
+
+        Args:
+            flag: of the primitive, without rounds.
+            gives: arrays of bytes: none, one for all, or (`parted`) one for each rank.
+            takes: one for each rank; None: nothing comes from there.
+            only: the rank that gets it all, or -1: all do.
+        """
+        cdef int rank
+        cdef cnp.ndarray array
+        self._arrays = [gives, takes]
+        self._number, self._parted = flag, parted
+        self._place = PLACE
+        if parted:
+            while self._place < LEAST * self._size and self._place < self._slot:
+                self._place *= 2
+        self._depth = 2 * self._slot // self._place
+        self._room = self._place // self._size // 64 * 64 if parted else self._place
+        self._written = self._writes = self._read = self._reads = 0
+        self._next = 1
+        for rank in range(self._size):
+            self._gives[rank].nbytes = self._takes[rank].nbytes = 0
+            self._readers[rank] = rank != self._rank and len(gives) > 0 and (only < 0 or only == rank)
+            if rank == self._rank:
+                continue
+            if len(gives):
+                array = gives[rank if parted else 0]
+                self._gives[rank].data, self._gives[rank].nbytes = <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array)
+                if self._readers[rank]:
+                    self._writes = max(self._writes, self._rounds(self._gives[rank].nbytes))
+            if takes[rank] is not None:
+                array = takes[rank]
+                self._takes[rank].data, self._takes[rank].nbytes = <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array)
+                self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
+
+    cdef inline Py_ssize_t _rounds(self, Py_ssize_t nbytes):
+        return (nbytes + self._room - 1) // self._room
+
+    cdef inline char *_at(self, int rank, Py_ssize_t c) noexcept nogil:
+        return self._base + rank * self._stride + self._page + 2 * self._payload + c % self._depth * self._place
+
+    cdef inline int64_t *_word(self, int rank) noexcept nogil:
+        return <int64_t *>(self._base + rank * self._stride + self._flag)
+
+    cdef bint _may_write(self) noexcept nogil:
+        """Return whether all have read what is where the next piece goes."""
+        cdef int64_t wanted = self._number + self._written - self._depth + 1
+        cdef int rank
+        if self._written < self._depth:
+            return True
+        for rank in range(self._size):
+            if self._readers[rank] and load_acquire(self._word(rank) + SECOND // 8) < wanted:
+                return False
+        return True
+
+    cdef void _write(self) noexcept nogil:
+        """Write the next round's pieces."""
+        cdef Py_ssize_t start = self._written * self._room
+        cdef char *place = self._at(self._rank, self._written)
+        cdef Block *block
+        cdef int rank
+        for rank in range(self._size):
+            block = &self._gives[rank]
+            if self._readers[rank] and start < block.nbytes:
+                memcpy(place + (rank * self._room if self._parted else 0), block.data + start, min(self._room, block.nbytes - start))
+                if not self._parted:
+                    break
+        self._written += 1
+        store_release(self._word(self._rank), self._number + self._written)
+
+    cdef bint _take(self) noexcept nogil:
+        """Read the next piece of this round, if it is there; begin with the neighbour's."""
+        cdef Py_ssize_t start = self._read * self._room
+        cdef Block *block
+        cdef char *place
+        cdef int rank
+        cdef bint moved = False
+        while self._next < self._size:
+            rank = (self._rank + self._next) % self._size
+            block = &self._takes[rank]
+            if start < block.nbytes:
+                if load_acquire(self._word(rank)) < self._number + self._read + 1:
+                    return moved
+                place = self._at(rank, self._read) + (self._rank * self._room if self._parted else 0)
+                memcpy(block.data + start, place, min(self._room, block.nbytes - start))
+                moved = True
+            self._next += 1
+        self._next = 1
+        self._read += 1
+        store_release(self._word(self._rank) + SECOND // 8, self._number + self._read)
+        return True
+
+    def advance(self):
+        """Go on as far as the peers let it; return -1 if it is over, else whether anything moved.
+
+        It waits for them for a moment only, and others have their turn where it is long.
+        """
+        cdef Py_ssize_t begin = self._written + self._read, end = begin + TURN_BYTES // self._place
+        cdef double until = 0
+        cdef int looks = 0
+        cdef bint moved
+        if not self._mapped:
+            return -1
+        with nogil:
+            while (self._written < self._writes or self._read < self._reads) and self._written + self._read < end:
+                moved = False
+                if self._written < self._writes and self._may_write():
+                    self._write()
+                    moved = True
+                if self._read < self._reads and self._take():
+                    moved = True
+                if moved:
+                    looks, until = 0, 0
+                    continue
+                looks += 1
+                if looks & 63:
+                    relax()
+                elif until == 0:
+                    until = monotonic() + self._patience
+                elif monotonic() > until:
+                    break
+                elif self._crowded:
+                    sched_yield()
+        if self._written < self._writes or self._read < self._reads:
+            return self._written + self._read > begin
+        store_release(self._word(self._rank) + SECOND // 8, self._number + ENDED)
+        self._arrays = None
+        return -1
