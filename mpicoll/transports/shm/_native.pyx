@@ -35,7 +35,7 @@ cdef extern from "kernels.h" nogil:
     void lay_plans()
     const plan *plan_of(int64_t dtype, int op)
     void encode(const plan *p, char *out, const void *src, size_t n)
-    int fold(const plan *p, char *out, const char *first, size_t stride, int arrays, size_t n, int ranks, int encoded)
+    int fold(const plan *p, char *out, const char *first, size_t stride, int arrays, size_t n, int ranks, int encoded, int own)
     int64_t load_acquire(const int64_t *word)
     void store_release(int64_t *word, int64_t value)
     void relax()
@@ -312,7 +312,7 @@ cdef class Chunks(Node):
                     if p.wire != p.width:
                         kept = self._scratch
                         memcpy(kept, here, n * p.width)
-                    if fold(p, here, self._of(0, c), self._stride, upto, n, self._size, True):
+                    if fold(p, here, self._of(0, c), self._stride, upto, n, self._size, True, self._rank):
                         memcpy(here, kept, n * p.width)
                         break
                 c += 1
@@ -346,7 +346,7 @@ cdef class Chunks(Node):
                     low, high = part_begin(n, self._rank, self._size), part_begin(n, self._rank + 1, self._size)
                     if fold(
                         p, self._scratch, self._of(0, c) + low * width, self._stride, self._size, high - low,
-                        self._size, False,
+                        self._size, False, -1,
                     ):
                         break
                     memcpy(mine + low * width, self._scratch, (high - low) * width)
@@ -379,7 +379,7 @@ cdef class Chunks(Node):
                     if not self._others_reach(flag + c + 1):
                         break
                     memcpy(self._scratch, here, n * p.width)
-                    if fold(p, here, self._of(0, c), self._stride, self._size, n, self._size, True):
+                    if fold(p, here, self._of(0, c), self._stride, self._size, n, self._size, True, self._rank):
                         memcpy(here, self._scratch, n * p.width)
                         break
                 store_release(self._word(self._rank), flag + c + 1)
@@ -412,7 +412,7 @@ cdef class Chunks(Node):
                     break
                 if fold(
                     p, self._scratch, self._of(0, c) + self._rank * room * width, self._stride, self._size, n,
-                    self._size, False,
+                    self._size, False, -1,
                 ):
                     break
                 memcpy(out + c * room * width, self._scratch, n * width)
@@ -626,7 +626,7 @@ cdef class Core(Node):
             return None
         if lands and upto:
             kept = self._keep(p, &a, mine)
-            if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True):
+            if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True, self._rank):
                 memcpy(a.data, kept, a.nbytes)
                 return None  # the general way makes the NaN
         return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
@@ -672,7 +672,7 @@ cdef class Core(Node):
     cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
         """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
         cdef char *first = self._room(0, seq) + self._rank * out.count * p.wire
-        return fold(p, out.data, first, self._stride, self._size, out.count, self._size, True)
+        return fold(p, out.data, first, self._stride, self._size, out.count, self._size, True, -1)
 
     def reduce_scatter(self, output, input, op, timeout):
         cdef Given out
