@@ -15,8 +15,8 @@ def test_rings_shrink_with_the_number_of_ranks(ranks):
     assert ring & (ring - 1) == 0, "lines are counted modulo a power of two"
     assert rings.LEAST <= ring <= rings.LARGEST and 8 <= slots <= 64
     assert ring // rings.LINE >= 16, "a packed payload, its dtype's name, and one line more"
-    assert rings.nbytes(ranks) <= max(2 * rings.ALL, ranks**2 * 1200)
+    assert rings.nbytes(ranks) <= max(1.1 * rings.ALL, ranks**2 * 1200)
 
 
 def test_sixty_four_ranks_take_a_few_mebibytes():
-    assert rings.nbytes(2) < 0.3 * MIB and rings.nbytes(64) < 5 * MIB
+    assert rings.nbytes(2) < 2.1 * MIB and rings.nbytes(64) < 5 * MIB

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-LARGEST, LEAST = 2**16, 2**10  # bytes of a ring
-ALL = 2**21  # bytes of all of a group's, unless they would be smaller than the least
+LARGEST, LEAST = 2**19, 2**10  # bytes of a ring
+ALL = 2**22  # bytes of all of a group's, unless they would be smaller than the least
 LINE = 64  # bytes of the unit in which rings are written
 PER_SLOT = 1024  # bytes of a ring for each larger message that may be under way in it, from 8 to 64
 
@@ -106,7 +106,7 @@ class RingMessages(Messages):
             not has_cores_for(self.size),
             ring=shared.ring,
             slots=shared.slots,
-            packed=min(tuning.packed, shared.ring // 4),
+            packed=shared.ring // 4,
             processes=shared.processes,
             highest_tag=highest_tag(),
         )
