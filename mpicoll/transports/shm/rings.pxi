@@ -88,12 +88,16 @@ cdef class Posted:
     cdef int64_t dtype, serial
     cdef uint64_t address
     cdef char *data
+    cdef char *copy  # of what the receiver could not read
     cdef Py_ssize_t count, nbytes, got
     cdef object array  # which the memory belongs to
     cdef bytes text
     cdef Posted next, before  # among the receives that wait for a message
     cdef tuple found  # what has come in place of what is wanted: dtype, count and the dtype's name
     cdef int error
+
+    def __dealloc__(self):
+        free(self.copy)
 
     # ---- the general way ----
 
@@ -532,6 +536,8 @@ cdef class Rings(Node):
         if not packed:
             if link.slots == 0:
                 return False
+            if posted.address == 0:
+                posted.address = self._readable(posted)
             slot = 0
             while not link.slots >> slot & 1:
                 slot += 1
@@ -544,7 +550,6 @@ cdef class Rings(Node):
         if packed:
             self._put(ring, link.written, text, posted.data, posted.nbytes)
         else:
-            posted.address = <uint64_t>posted.data
             self._put(ring, link.written, text, <char *>&posted.address, 8)
         following = link.written + lines
         (<int64_t *>(ring + (following & (self._lines - 1)) * LINE))[0] = 0
@@ -558,6 +563,22 @@ cdef class Rings(Node):
             posted.state = WAITING
             self._offers.append(posted)
         return True
+
+    cdef uint64_t _readable(self, Posted posted) except 0:
+        """Return where the receiver can read a payload: if need be, in a copy.
+
+        No process may read what drivers have mapped, as CUDA's pinned memory, nor its own this way.
+        """
+        cdef char byte
+        cdef int64_t own = self._links[self._rank].process
+        cdef uint64_t first = <uint64_t>posted.data, last = first + posted.nbytes - 1
+        if read_memory(own, &byte, first, 1) == 1 and read_memory(own, &byte, last, 1) == 1:
+            return first
+        posted.copy = <char *>malloc(posted.nbytes)
+        if posted.copy is NULL:
+            raise MemoryError()
+        memcpy(posted.copy, posted.data, posted.nbytes)
+        return <uint64_t>posted.copy
 
     cdef void _put(self, char *ring, int64_t line, Py_ssize_t at, const char *data, Py_ssize_t n) noexcept:
         """Write what follows a header, from byte `at` on."""
@@ -648,7 +669,8 @@ cdef class Rings(Node):
         """Leave the lines of a message to the next ones."""
         cdef Link *link = &self._links[source]
         link.read += lines_of(head.text + (head.nbytes if head.slot < 0 else 8))
-        store_release(<int64_t *>self._pair_at(source, self._rank), link.read)
+        if self._mapped:  # a collection of garbage may have run what closes the group
+            store_release(<int64_t *>self._pair_at(source, self._rank), link.read)
 
     cdef void _get(self, char *ring, int64_t line, Py_ssize_t at, char *into, Py_ssize_t n) noexcept:
         """Read what follows a header, from byte `at` on."""
@@ -715,7 +737,8 @@ cdef class Rings(Node):
 
     cdef void _acknowledge(self, int source, Head *head) noexcept:
         """Let the sender know that its payload was read, or is not wanted."""
-        store_release(self._slot_at(source, self._rank, head.slot), head.serial)
+        if self._mapped:
+            store_release(self._slot_at(source, self._rank, head.slot), head.serial)
 
     cdef void _end_receive(self, Posted posted, int state):
         self._links[posted.source].received += 1
