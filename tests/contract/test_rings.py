@@ -44,9 +44,16 @@ def direct(fresh):
     return fresh
 
 
-@pytest.fixture(params=["direct", "general", "some direct"])
-def any_way(direct, request):
-    """The same, some or all of whose ranks leave messages to the general way."""
+@pytest.fixture(params=["direct", "general", "some direct", "without reading"])
+def any_way(direct, request, monkeypatch, world):
+    """The same, where some or all ranks leave messages to the general way, or to MPI if large."""
+    if request.param == "without reading":
+        with monkeypatch.context() as patched:
+            if world.rank == world.size - 1:
+                patched.setattr(cma, "can_read", lambda *_: False)
+            pg = mc.new_group(timeout=GROUP_TIMEOUT)
+        request.addfinalizer(pg.shutdown)
+        return pg
     if request.param == "general" or (request.param == "some direct" and direct.rank() % 2):
         direct._rings = None
     return direct
@@ -430,10 +437,10 @@ def test_threads_have_messages_of_their_own(direct):
 
 
 def test_ranks_have_rings_all_or_none(monkeypatch, world):
-    """Where one of them may not read the others' memory, messages go by MPI."""
+    """Where one of them has no compiled core, messages go by MPI."""
     with monkeypatch.context() as patched:
         if world.rank == world.size - 1:
-            patched.setattr(cma, "can_read", lambda *_: False)
+            patched.setenv("MPICOLL_NATIVE", "0")
         pg = mc.new_group(timeout=GROUP_TIMEOUT)
     assert pg._rings is None
     left, right = neighbours(pg)

@@ -43,10 +43,11 @@ def own():
         packed=256,
         processes=(os.getpid(),),
         highest_tag=100,
+        reads=True,
     )
 
     def message(kind, array, tag=5):
-        return made.message(kind.code, array, 1, array.size, b"", 0, tag)
+        return made.message(kind.code, array, 1, array.size, b"", 0, tag, 0)
 
     yield message
     made.close()
