@@ -409,6 +409,11 @@ class SendsMessages(Transport):
         return self.messages.clear(state)
 
 
+def packed_header(code: int, count: int, nbytes: int, tag: int, text: bytes) -> bytes:
+    """Return the header of a message whose payload comes apart."""
+    return _HEADER.pack(_MAGIC, code, count, nbytes, tag, text)
+
+
 def _opened(data: bytearray | Array) -> _Header:
     """Return a message's header; of one that is not ours, none that is known."""
     if len(data) < _HEADER.size:

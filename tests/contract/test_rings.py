@@ -32,7 +32,8 @@ pytestmark = [
 ]
 
 RING, SLOTS = rings.sizes(MPI.COMM_WORLD.size)
-PACKED = min(4096, RING // 4) // 4  # float32: the most that goes through a ring
+PACKED = RING // 4 // 4  # float32: the most that goes through a ring
+LARGE = 100_000  # elements that never do
 
 
 @pytest.fixture
@@ -43,9 +44,16 @@ def direct(fresh):
     return fresh
 
 
-@pytest.fixture(params=["direct", "general", "some direct"])
-def any_way(direct, request):
-    """The same, some or all of whose ranks leave messages to the general way."""
+@pytest.fixture(params=["direct", "general", "some direct", "without reading"])
+def any_way(direct, request, monkeypatch, world):
+    """The same, where some or all ranks leave messages to the general way, or to MPI if large."""
+    if request.param == "without reading":
+        with monkeypatch.context() as patched:
+            if world.rank == world.size - 1:
+                patched.setattr(cma, "can_read", lambda *_: False)
+            pg = mc.new_group(timeout=GROUP_TIMEOUT)
+        request.addfinalizer(pg.shutdown)
+        return pg
     if request.param == "general" or (request.param == "some direct" and direct.rank() % 2):
         direct._rings = None
     return direct
@@ -94,7 +102,7 @@ def test_sends_that_wait_for_room_go_on_while_the_receiver_is_in_a_collective(an
 
 def test_more_large_messages_than_there_are_slots(any_way):
     left, right = neighbours(any_way)
-    sent = data(any_way.rank(), (3 * SLOTS, 3000))
+    sent = data(any_way.rank(), (3 * SLOTS, PACKED + 1))
     came = np.zeros_like(sent)
     sends = [any_way.send(row, right, tag=i % 3) for i, row in enumerate(sent)]
     works = [any_way.recv(row, left, tag=i % 3) for i, row in enumerate(came)]
@@ -209,7 +217,7 @@ def test_random_messages(any_way, world, seed):
 
 
 @pytest.mark.parametrize("array", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("size", [3, 30_000])
+@pytest.mark.parametrize("size", [3, LARGE])
 def test_works_answer_as_any_other(direct, array, size):
     array.require()
     left, right = neighbours(direct)
@@ -248,7 +256,7 @@ def test_a_future_of_a_receive_that_waits(direct):
 
 def test_polling_ends(direct):
     left, right = neighbours(direct)
-    for size in (3, 30_000):
+    for size in (3, LARGE):
         y = np.zeros(size)
         receiving = direct.recv(y, left)
         assert receiving.is_completed() in (True, False)
@@ -276,7 +284,7 @@ def test_the_recorder_shows_messages_where_they_were_called(direct):
 
 def test_works_that_are_dropped_go_on(any_way):
     left, right = neighbours(any_way)
-    for size in (3, 30_000):
+    for size in (3, LARGE):
         y = np.zeros(size)
         any_way.recv(y, left)
         any_way.send(np.full(size, 5.0), right)
@@ -293,7 +301,7 @@ def test_works_that_are_dropped_go_on(any_way):
 
 def test_memory_of_a_message_under_way_is_refused(any_way):
     left, right = neighbours(any_way)
-    x, big = np.zeros(8), np.ones(30_000)
+    x, big = np.zeros(8), np.ones(LARGE)
     receiving = any_way.recv(x[:4], left)
     with pytest.raises(InvalidCallError, match="overlaps one that an unfinished Work"):
         any_way.recv(x[3:], left)
@@ -309,8 +317,8 @@ def test_memory_of_a_message_under_way_is_refused(any_way):
         any_way.recv(big[9:], left)
     any_way.send(np.ones(4), right, tag=1).wait()
     mc.wait_all([any_way.recv(np.zeros(4), left, tag=1)])
-    y, z = np.zeros(30_000), np.zeros(29_995)
-    with pytest.raises(CollectiveMismatchError, match=r"sent float64\[30000\]"):
+    y, z = np.zeros(LARGE), np.zeros(LARGE - 5)
+    with pytest.raises(CollectiveMismatchError, match=rf"sent float64\[{LARGE}\]"):
         receiving.wait()
     mc.wait_all([any_way.recv(z, left), sending, again])
     assert (z == 1).all() and (x == 0).all() and (y == 0).all()
@@ -331,7 +339,7 @@ def test_memory_of_a_message_that_is_over_is_free(direct):
 # ---- what goes wrong ----
 
 
-@pytest.mark.parametrize("size", [5, 30_000])
+@pytest.mark.parametrize("size", [5, LARGE])
 def test_a_message_of_another_size_is_an_error_whenever_it_is_seen(direct, size):
     left, right = neighbours(direct)
     for late in (False, True):
@@ -429,15 +437,15 @@ def test_threads_have_messages_of_their_own(direct):
 
 
 def test_ranks_have_rings_all_or_none(monkeypatch, world):
-    """Where one of them may not read the others' memory, messages go by MPI."""
+    """Where one of them has no compiled core, messages go by MPI."""
     with monkeypatch.context() as patched:
         if world.rank == world.size - 1:
-            patched.setattr(cma, "can_read", lambda *_: False)
+            patched.setenv("MPICOLL_NATIVE", "0")
         pg = mc.new_group(timeout=GROUP_TIMEOUT)
     assert pg._rings is None
     left, right = neighbours(pg)
-    x = np.zeros(30_000)
-    mc.wait_all([pg.recv(x, left), pg.send(np.ones(30_000), right)])
+    x = np.zeros(LARGE)
+    mc.wait_all([pg.recv(x, left), pg.send(np.ones(LARGE), right)])
     assert (x == 1).all()
     pg.shutdown()
 
@@ -457,7 +465,7 @@ def test_a_group_that_is_closed_has_no_rings(direct):
 def test_what_is_under_way_when_a_group_is_aborted_is_over(world):
     pg = mc.new_group(timeout=GROUP_TIMEOUT)
     left, right = neighbours(pg)
-    works = [pg.recv(np.zeros(3), left), pg.send(np.ones(30_000), right, tag=1)]
+    works = [pg.recv(np.zeros(3), left), pg.send(np.ones(LARGE), right, tag=1)]
     pg.abort()
     for work in works:
         with pytest.raises(mc.GroupBrokenError, match="given up, because: rank . aborted"):

@@ -6,7 +6,8 @@
 # line behind the message is cleared, so nothing that was there before can be taken for a header.
 #
 # A larger payload stays where it is: the receiver reads it from the sender's memory, and writes the
-# message's first word into the pair's slot that the header names.  Then the send is over.
+# message's first word into the pair's slot that the header names.  Then the send is over.  Where ranks
+# may not read one another's memory, the header names the tag under which MPI brings the payload.
 #
 # A receive is matched here, in the order in which receives were posted, whoever looks.  One that was
 # posted the direct way is `light`: the engine does not know it until something but `wait` and another
@@ -46,12 +47,16 @@ cdef enum:
     BRIEF = 1 << 16  # bytes for the reading of which the interpreter's lock is kept
 
 cdef enum:  # the states of a message, in their order
-    NEW, WAITING, COMING, OVER, WRONG, FAILED, DROPPED
+    NEW, WAITING, COMING, OVER, WRONG, FAILED, DROPPED, APART
+
+cdef enum:  # what stands in place of a slot
+    BEHIND = -1  # the payload is behind the header
+    BY_MPI = -2
 
 cdef struct Head:
     int64_t serial
     int32_t tag
-    int16_t slot  # -1: the payload is behind the header
+    int16_t slot
     int16_t text  # bytes of the dtype's name
     int64_t dtype, count, nbytes
 
@@ -59,7 +64,7 @@ cdef struct Kept:  # a message that no receive was posted for
     Kept *next
     Head head
     int source
-    uint64_t address
+    uint64_t address  # or the tag of MPI
     char *payload  # NULL: it is still where its sender has it
     char[132] text
 
@@ -86,14 +91,19 @@ cdef class Posted:
     cdef int state, slot
     cdef bint light, adopted, busy
     cdef int64_t dtype, serial
-    cdef uint64_t address
+    cdef uint64_t address  # of a payload that is read, or its tag
+    cdef Py_ssize_t comes  # bytes of the payload that MPI brings
     cdef char *data
+    cdef char *copy  # of what the receiver could not read
     cdef Py_ssize_t count, nbytes, got
     cdef object array  # which the memory belongs to
     cdef bytes text
     cdef Posted next, before  # among the receives that wait for a message
     cdef tuple found  # what has come in place of what is wanted: dtype, count and the dtype's name
     cdef int error
+
+    def __dealloc__(self):
+        free(self.copy)
 
     # ---- the general way ----
 
@@ -120,7 +130,7 @@ cdef class Posted:
             return False
         if self.kind == RECV:
             rings._unlink(self)
-        elif self.slot < 0:
+        elif self.slot == BEHIND:
             (<list>rings._queues[self.peer]).remove(self)
             rings._queued -= 1
         else:
@@ -148,6 +158,11 @@ cdef class Posted:
     def wrong(self):
         """Code, count and name of the dtype that has come in place of what is wanted; or None."""
         return self.found
+
+    @property
+    def apart(self):
+        """Tag and bytes of the payload that MPI is to bring; or None."""
+        return (self.address, self.comes) if self.slot == BY_MPI else None
 
     @property
     def failed(self):
@@ -217,6 +232,7 @@ cdef class Rings(Node):
         packed: bytes of a payload that goes through the ring, at most.
         processes: of the ranks, by the system's numbers.
         highest_tag: of messages.
+        reads: they may read one another's memory.
     """
 
     cdef public object group_state, steps, append
@@ -232,9 +248,11 @@ cdef class Rings(Node):
     cdef Py_ssize_t _ring, _pair, _lines, _packed
     cdef int _slots
     cdef int64_t _highest_tag
+    cdef bint _reads
 
-    def __init__(self, memory, layout, crowded, *, ring, slots, packed, processes, highest_tag):
+    def __init__(self, memory, layout, crowded, *, ring, slots, packed, processes, highest_tag, reads):
         cdef int rank
+        self._reads = reads
         self._ring, self._slots, self._packed, self._highest_tag = ring, slots, packed, highest_tag
         self._lines = ring // LINE
         self._pair = LINE + (slots * 8 + LINE - 1) // LINE * LINE + ring
@@ -279,7 +297,7 @@ cdef class Rings(Node):
 
     @property
     def received(self):
-        """How many messages were received, or dropped, by sender."""
+        """How many messages were received, or dropped, by sender; but for what is left to MPI."""
         return [self._links[rank].received for rank in range(self._size)]
 
     # ---- the direct way: None where a message is not for it ----
@@ -293,6 +311,8 @@ cdef class Rings(Node):
             return None
         now = self._open(tag, timeout)
         if now == 0 or (light and not self._is_free(&a, False)) or self._queues[dst]:
+            return None
+        if not self._reads and a.nbytes > self._packed:
             return None
         posted = self._new(SEND, &a, dst, tag)
         posted.array, posted.given = array, tensor
@@ -373,24 +393,30 @@ cdef class Rings(Node):
     cdef Posted _new(self, int kind, Given *a, int peer, int64_t tag):
         cdef Posted posted = Posted.__new__(Posted)
         posted.rings, posted.kind, posted.peer, posted.tag = self, kind, peer, tag
-        posted.source, posted.slot = peer, -1
+        posted.source, posted.slot = peer, BEHIND
         posted.data, posted.dtype, posted.count, posted.nbytes = a.data, a.dtype, a.count, a.nbytes
         return posted
 
     # ---- the general way ----
 
-    def message(self, int kind, cnp.ndarray array, int64_t dtype, Py_ssize_t count, bytes text, int peer, int64_t tag):
+    def message(
+        self, int kind, cnp.ndarray array, int64_t dtype, Py_ssize_t count, bytes text, int peer, int64_t tag,
+        int64_t apart,
+    ):
         """Return a send, or a receive from a rank or (-1) from any, that is yet to begin.
 
         Args:
             array: the memory, contiguous.
             dtype, count, text: code, elements, and the name of the dtype where the code is not known everywhere.
+            apart: the tag under which MPI brings the payload, if it is large and can't be read.
         """
         cdef Given a
         cdef Posted posted
         a.data, a.dtype, a.count, a.nbytes = <char *>cnp.PyArray_DATA(array), dtype, count, cnp.PyArray_NBYTES(array)
         posted = self._new(kind, &a, peer, tag)
         posted.array, posted.text = array, text[:TEXT] or None
+        if kind == SEND and not self._reads:
+            posted.address = apart
         return posted
 
     def advance(self):
@@ -401,7 +427,7 @@ cdef class Rings(Node):
     def probe(self, int peer, int64_t tag):
         """Return source, dtype's code, count and name of the message that a receive would take, or None.
 
-        The message is taken whole: its sender needs to wait no longer.
+        The message is taken whole, unless MPI brings it: its sender needs to wait no longer.
         """
         cdef Kept *kept
         if not self._mapped:
@@ -413,7 +439,10 @@ cdef class Rings(Node):
         return kept.source, kept.head.dtype, kept.head.count, kept.text[:kept.head.text]
 
     def drop(self):
-        """Drop the oldest message that no receive waits for; return source, tag, dtype's code and count, or None."""
+        """Drop the oldest message that no receive waits for; return what it was, or None.
+
+        That is source, tag, dtype's code, count; and tag and bytes of the payload that MPI brings, or 0 and 0.
+        """
         cdef Kept *kept
         if not self._mapped:
             return None
@@ -425,7 +454,9 @@ cdef class Rings(Node):
         if kept.payload is NULL and kept.head.slot >= 0:
             self._acknowledge(kept.source, &kept.head)
         self._links[kept.source].received += 1
-        told = kept.source, kept.head.tag, kept.head.dtype, kept.head.count
+        told = kept.source, kept.head.tag, kept.head.dtype, kept.head.count, 0, 0
+        if kept.head.slot == BY_MPI:
+            told = told[:4] + (kept.address, kept.head.nbytes)
         free(kept.payload)
         free(kept)
         return told
@@ -465,8 +496,12 @@ cdef class Rings(Node):
             if kept.payload is not NULL:
                 memcpy(posted.data, kept.payload, posted.nbytes)
                 self._end_receive(posted, OVER)
+            elif kept.head.slot == BY_MPI:
+                self._leave_to_mpi(posted, &kept.head, kept.address, APART)
             else:
                 self._read_from(posted, &kept.head, kept.address)
+        elif kept.head.slot == BY_MPI:
+            self._leave_to_mpi(posted, &kept.head, kept.address, WRONG)
         else:
             if kept.payload is NULL and kept.head.slot >= 0:
                 self._acknowledge(kept.source, &kept.head)
@@ -522,16 +557,18 @@ cdef class Rings(Node):
         cdef Py_ssize_t text = 0 if posted.text is None else len(posted.text)
         cdef Py_ssize_t behind = text + (posted.nbytes if packed else 8)
         cdef int64_t lines = lines_of(behind), following
-        cdef int slot = -1
+        cdef int slot = BEHIND if packed else BY_MPI
         if not self._mapped:
             return False
         if link.written + lines + 1 - link.taken > self._lines:
             link.taken = load_acquire(<int64_t *>self._pair_at(self._rank, posted.peer))
             if link.written + lines + 1 - link.taken > self._lines:
                 return False
-        if not packed:
+        if not packed and self._reads:
             if link.slots == 0:
                 return False
+            if posted.address == 0:
+                posted.address = self._readable(posted)
             slot = 0
             while not link.slots >> slot & 1:
                 slot += 1
@@ -544,20 +581,35 @@ cdef class Rings(Node):
         if packed:
             self._put(ring, link.written, text, posted.data, posted.nbytes)
         else:
-            posted.address = <uint64_t>posted.data
             self._put(ring, link.written, text, <char *>&posted.address, 8)
         following = link.written + lines
         (<int64_t *>(ring + (following & (self._lines - 1)) * LINE))[0] = 0
         store_release(&head.serial, posted.serial)
         link.written = following
         prefetch_to_write(ring + ((following + 1) & (self._lines - 1)) * LINE)
-        if packed:
+        if slot < 0:
             posted.state = OVER
             self._settle(posted)
         else:
             posted.state = WAITING
             self._offers.append(posted)
         return True
+
+    cdef uint64_t _readable(self, Posted posted) except 0:
+        """Return where the receiver can read a payload: if need be, in a copy.
+
+        No process may read what drivers have mapped, as CUDA's pinned memory, nor its own this way.
+        """
+        cdef char byte
+        cdef int64_t own = self._links[self._rank].process
+        cdef uint64_t first = <uint64_t>posted.data, last = first + posted.nbytes - 1
+        if read_memory(own, &byte, first, 1) == 1 and read_memory(own, &byte, last, 1) == 1:
+            return first
+        posted.copy = <char *>malloc(posted.nbytes)
+        if posted.copy is NULL:
+            raise MemoryError()
+        memcpy(posted.copy, posted.data, posted.nbytes)
+        return <uint64_t>posted.copy
 
     cdef void _put(self, char *ring, int64_t line, Py_ssize_t at, const char *data, Py_ssize_t n) noexcept:
         """Write what follows a header, from byte `at` on."""
@@ -608,7 +660,7 @@ cdef class Rings(Node):
             posted = posted.next
         if head.text:
             self._get(ring, line, 0, text, head.text)
-        if head.slot >= 0:
+        if head.slot != BEHIND:
             self._get(ring, line, head.text, <char *>&address, 8)
         if posted is None:
             kept = <Kept *>malloc(sizeof(Kept))
@@ -616,7 +668,7 @@ cdef class Rings(Node):
                 return False
             kept.next, kept.head, kept.source, kept.address, kept.payload = NULL, head, source, address, NULL
             memcpy(kept.text, text, head.text)
-            if head.slot < 0:
+            if head.slot == BEHIND:
                 kept.payload = <char *>malloc(head.nbytes + 1)
                 if kept.payload is NULL:
                     free(kept)
@@ -630,12 +682,17 @@ cdef class Rings(Node):
             self._has_taken(source, &head)
             return True
         self._unlink(posted)
-        if not self._matches(posted, source, &head, text):
+        if head.slot == BY_MPI:
+            self._has_taken(source, &head)
+            self._leave_to_mpi(
+                posted, &head, address, APART if self._matches(posted, source, &head, text) else WRONG
+            )
+        elif not self._matches(posted, source, &head, text):
             self._has_taken(source, &head)
             if head.slot >= 0:
                 self._acknowledge(source, &head)
             self._end_receive(posted, WRONG)
-        elif head.slot < 0:
+        elif head.slot == BEHIND:
             self._get(ring, line, head.text, posted.data, posted.nbytes)
             self._has_taken(source, &head)
             self._end_receive(posted, OVER)
@@ -647,8 +704,9 @@ cdef class Rings(Node):
     cdef void _has_taken(self, int source, Head *head) noexcept:
         """Leave the lines of a message to the next ones."""
         cdef Link *link = &self._links[source]
-        link.read += lines_of(head.text + (head.nbytes if head.slot < 0 else 8))
-        store_release(<int64_t *>self._pair_at(source, self._rank), link.read)
+        link.read += lines_of(head.text + (head.nbytes if head.slot == BEHIND else 8))
+        if self._mapped:  # a collection of garbage may have run what closes the group
+            store_release(<int64_t *>self._pair_at(source, self._rank), link.read)
 
     cdef void _get(self, char *ring, int64_t line, Py_ssize_t at, char *into, Py_ssize_t n) noexcept:
         """Read what follows a header, from byte `at` on."""
@@ -678,6 +736,10 @@ cdef class Rings(Node):
         """
         posted.address, posted.slot, posted.serial, posted.state = address, head.slot, head.serial, COMING
         self._coming.append(posted)
+
+    cdef void _leave_to_mpi(self, Posted posted, Head *head, uint64_t tag, int state):
+        """Have a payload received by MPI, where it is wanted and where it is not."""
+        posted.address, posted.comes, posted.slot, posted.state = tag, head.nbytes, BY_MPI, state
 
     cdef void _fetch(self, Posted posted):
         """Read a piece of a payload."""
@@ -715,7 +777,8 @@ cdef class Rings(Node):
 
     cdef void _acknowledge(self, int source, Head *head) noexcept:
         """Let the sender know that its payload was read, or is not wanted."""
-        store_release(self._slot_at(source, self._rank, head.slot), head.serial)
+        if self._mapped:
+            store_release(self._slot_at(source, self._rank, head.slot), head.serial)
 
     cdef void _end_receive(self, Posted posted, int state):
         self._links[posted.source].received += 1
@@ -753,7 +816,7 @@ cdef class Rings(Node):
     cdef bint _hold(self, Kept *kept):
         """Have a payload here, and return whether that could be."""
         cdef Py_ssize_t got = 0, done
-        if kept.payload is not NULL:
+        if kept.payload is not NULL or kept.head.slot == BY_MPI:
             return True
         kept.payload = <char *>malloc(kept.head.nbytes + 1)
         if kept.payload is NULL:
