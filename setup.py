@@ -7,11 +7,7 @@ from setuptools import Extension, setup
 core = Extension(
     "mpicoll.transports.shm._native",
     ["mpicoll/transports/shm/_native.pyx"],
-    depends=[
-        "mpicoll/transports/shm/kernels.h",
-        "mpicoll/transports/shm/moves.pxi",
-        "mpicoll/transports/shm/rings.pxi",
-    ],
+    depends=[f"mpicoll/transports/shm/{name}" for name in ("kernels.h", "moves.pxi", "rings.pxi")],
     include_dirs=[numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     extra_compile_args=["-O3"],
