@@ -80,6 +80,7 @@ cdef class Moves(Node):
                 array = takes[rank]
                 self._takes[rank].data, self._takes[rank].nbytes = <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array)
                 self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
+        self._tell_read()
 
     cdef inline Py_ssize_t _rounds(self, Py_ssize_t nbytes):
         return (nbytes + self._room - 1) // self._room
@@ -135,8 +136,14 @@ cdef class Moves(Node):
             self._next += 1
         self._next = 1
         self._read += 1
-        store_release(self._word(self._rank) + SECOND // 8, self._number + self._read)
+        self._tell_read()
         return True
+
+    cdef inline void _tell_read(self) noexcept nogil:
+        """Raise the second flag: at the end of the reading for good, whatever is still to be written."""
+        store_release(
+            self._word(self._rank) + SECOND // 8, self._number + (self._read if self._read < self._reads else ENDED)
+        )
 
     def advance(self):
         """Go on as far as the peers let it; return -1 if it is over, else whether anything moved.
@@ -171,6 +178,5 @@ cdef class Moves(Node):
                     sched_yield()
         if self._written < self._writes or self._read < self._reads:
             return self._written + self._read > begin
-        store_release(self._word(self._rank) + SECOND // 8, self._number + ENDED)
         self._arrays = None
         return -1

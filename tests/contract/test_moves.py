@@ -1,0 +1,93 @@
+"""What only moves goes through small places in the slots, in compiled code, whoever is late."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from mpicoll.transports.shm import core
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(not core.available(), reason="there is no compiled core here"),
+]
+
+PLACE = 32 * 1024  # as in moves.pxi
+SIZES = (0, 1, PLACE - 1, PLACE, PLACE + 1, 16 * PLACE, 17 * PLACE + 5, 3_000_001)
+
+
+class Late:
+    """The same moves; this rank comes late to them, and again and again in between."""
+
+    def __init__(self, moves):
+        self.moves = moves
+        self.begin = moves.begin
+        self.close = moves.close
+
+    def advance(self):
+        time.sleep(0.002)
+        return self.moves.advance()
+
+
+@pytest.fixture(params=["all at once", "one late", "another late"])
+def moving(fresh, request):
+    """A group whose moves are the compiled ones, on every rank."""
+    transport = fresh._caller.transport
+    if getattr(transport, "_moves", None) is None:
+        pytest.skip("the group's ranks don't all share memory")
+    late = {"one late": 0, "another late": fresh.size() - 1}.get(request.param)
+    if fresh.rank() == late:
+        transport._moves = Late(transport._moves)
+    return fresh
+
+
+def block(source, target, size):
+    """What one rank gives another."""
+    return np.random.default_rng([source, target, size]).integers(0, 256, size, np.uint8)
+
+
+def lengths(n, size):
+    """Blocks of all sorts: the last is the longest, the first is empty."""
+    return [size * r // max(n - 1, 1) for r in range(n)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_broadcast_and_gather(moving, size):
+    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size)
+    for root in range(n):
+        x = block(root, 0, size) if me == root else np.zeros(size, np.uint8)
+        moving.broadcast(x, root).wait()
+        assert np.array_equal(x, block(root, 0, size))
+        outputs = [np.zeros(count, np.uint8) for count in counts] if me == root else []
+        moving.gather(outputs, block(me, root, counts[me]), root).wait()
+        assert all(np.array_equal(o, block(r, root, counts[r])) for r, o in enumerate(outputs))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_allgather_scatter_and_alltoall(moving, size):
+    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size)
+    outputs = [np.zeros(count, np.uint8) for count in counts]
+    moving.allgather(outputs, block(me, 0, counts[me])).wait()
+    assert all(np.array_equal(o, block(r, 0, counts[r])) for r, o in enumerate(outputs))
+    for root in range(n):
+        inputs = [block(root, r, counts[r]) for r in range(n)] if me == root else []
+        into = np.zeros(counts[me], np.uint8)
+        moving.scatter(into, inputs, root).wait()
+        assert np.array_equal(into, block(root, me, counts[me]))
+    inputs = [block(me, r, counts[r]) for r in range(n)]
+    outputs = [np.zeros(counts[me], np.uint8) for _ in range(n)]
+    moving.alltoall(outputs, inputs).wait()
+    assert all(np.array_equal(o, block(r, me, counts[me])) for r, o in enumerate(outputs))
+
+
+def test_one_after_the_other_in_one_call(moving):
+    """Large objects are several moves in one call, without an arrival between them."""
+    n, me = moving.size(), moving.rank()
+    for size in (300_000, 1_000_001):
+        objects = [(r, bytes([r % 256]) * (size + r)) for r in range(n)]
+        for root in range(n):
+            assert moving.broadcast_object(objects[me], root) == objects[root]
+        assert moving.allgather_object(objects[me]) == objects
+        assert moving.scatter_object(objects if me == 0 else None, 0) == objects[me]
