@@ -46,7 +46,7 @@ install() { # WORDS OF PIP INSTALL
 
 depends_on() {
     echo "$root"
-    cat "$root"/{pyproject.toml,setup.py} "$root"/mpicoll/transports/shm/{_native.pyx,kernels.h}
+    cat "$root"/{pyproject.toml,setup.py} "$root"/mpicoll/transports/shm/{*.pyx,*.pxi,kernels.h}
 }
 
 make_environment() { # MPI EXTRAS

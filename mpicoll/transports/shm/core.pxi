@@ -1,0 +1,614 @@
+# Small calls of a group on one node, whole, in one go, a part of _native.pyx.
+#
+# It does the same as the general way, in the same memory and with the same bits, so the two can meet
+# in one call.  It checks the arguments, writes the record and what travels beside it, looks at the
+# peers' records, reads what they gave, and enters the call in the flight recorder.  A call that is
+# not for it, or whose peers are late, is the general way's: then it returns None, and a record that
+# was posted stays posted.
+#
+# It runs under the interpreter's lock from end to end, runs no bytecode once anything is posted, and
+# looks at no signals: so nothing can strike in the middle, and no other thread is in the engine unless
+# it was before.
+
+@cython.final
+cdef class Core(Node):
+    """What carries out the small calls of one group.
+
+    Args:
+        most: bytes that travel beside a record, at most.
+        group_state, arrival, ring: what is looked at and kept up to date.
+    """
+
+    cdef Py_ssize_t _most
+    cdef object _group_state, _arrival, _append
+    cdef int64_t _counted, _counts
+    cdef int64_t _next, _owed, _owed_kind, _last, _kind
+    cdef bint _stale
+    cdef char *_spare
+
+    def __dealloc__(self):
+        free(self._spare)
+
+    def __init__(self, memory, layout, crowded, *, most, group_state, arrival, ring):
+        self._most = min(most, self._payload)
+        self._group_state, self._arrival, self._append = group_state, arrival, ring.append
+        self._counted = -1
+
+    def checked(self, kind, arguments):
+        """Return the call of some arguments, as the general way makes it."""
+        return checks[kind](self._rank, self._size, *arguments)
+
+    @property
+    def owed(self):
+        """The number of a call that was posted and left to the general way; 0: none."""
+        return self._owed
+
+    @property
+    def finished(self):
+        """Kind and number of the last call that went this way, or None."""
+        return (kinds[self._kind], self._last) if self._last else None
+
+    def take_over(self, kind):
+        """Return the number of the call that was posted; 0 if that call came to nothing.
+
+        An exception struck before the general way had it, and this is another call.
+        """
+        seq = self._owed
+        self._owed = 0
+        stale = self._stale or kinds[self._owed_kind] != kind
+        self._stale = False
+        return 0 if stale else seq
+
+    # ---- the calls: None where one is not for this way ----
+
+    def allreduce(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
+        return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size, (tensor, op))
+
+    def reduce(self, tensor, root, op, timeout):
+        if self._is_indebted() or not self._is_rank(root):
+            return None
+        return self._reducing(REDUCE, tensor, op, timeout, root, self._size, (tensor, root, op))
+
+    def scan(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
+        return self._reducing(SCAN, tensor, op, timeout, -1, self._rank + 1, (tensor, op))
+
+    def exscan(self, tensor, op, timeout):
+        if self._is_indebted():
+            return None
+        return self._reducing(EXSCAN, tensor, op, timeout, -1, self._rank, (tensor, op))
+
+    cdef object _reducing(self, int kind, object tensor, object op, object timeout, int root, int upto, tuple given):
+        """Reduce what the first ranks give, into the array itself."""
+        cdef Given a
+        cdef bint lands = root < 0 or root == self._rank
+        cdef object array = self._view(tensor, lands, &a)
+        cdef int code = self._op(op)
+        cdef const plan *p
+        cdef int64_t seq
+        cdef char *mine
+        cdef char *kept
+        cdef double now
+        if array is None:
+            return None
+        p = plan_of(a.dtype, code)
+        if p is NULL or not self._fits(a.count * p.wire, True) or (code == AVG_OP and kind >= SCAN):
+            return None
+        if p.wire != p.width and self._spare is NULL:
+            self._spare = <char *>malloc(self._payload)
+            if self._spare is NULL:
+                return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        mine = self._room(self._rank, seq)
+        encode(p, mine, a.data, a.count)
+        if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
+            return None
+        if lands and upto:
+            kept = self._keep(p, &a, mine)
+            if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True, self._rank):
+                memcpy(a.data, kept, a.nbytes)
+                return None  # the general way makes the NaN
+        return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
+
+    cdef inline char *_keep(self, const plan *p, Given *a, char *mine):
+        """Return where an array still is as it was, in case that a result is NaN.
+
+        Which NaN it is must be the same on all ranks: the general way makes it, on each of them.
+        """
+        if p.wire == p.width:
+            return mine
+        memcpy(self._spare, a.data, a.nbytes)
+        return self._spare
+
+    def reduce_scatter_single(self, output, input, op, timeout):
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
+        cdef int code = self._op(op)
+        cdef const plan *p
+        cdef int64_t seq
+        cdef char *mine
+        cdef double now
+        if self._is_indebted():
+            return None
+        if into is None or source is None or a.dtype != out.dtype or a.count != out.count * self._size:
+            return None
+        p = plan_of(a.dtype, code)
+        if p is NULL or not self._fits(a.count * p.wire, True) or not self._apart(&out, &a):
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        mine = self._room(self._rank, seq)
+        encode(p, mine, a.data, a.count)
+        if not self._meet(seq, REDUCE_SCATTER_SINGLE, a.dtype, code, -1, out.count, 0, a.count):
+            return None
+        if self._own_part(p, seq, &out):
+            return None  # the general way makes the NaN
+        return self._done(seq, REDUCE_SCATTER_SINGLE, source, a.dtype, out.count, op, -1, now, (output, input, op), (output,))
+
+    cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
+        """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
+        cdef char *first = self._room(0, seq) + self._rank * out.count * p.wire
+        return fold(p, out.data, first, self._stride, self._size, out.count, self._size, True, -1)
+
+    def reduce_scatter(self, output, input, op, timeout):
+        cdef Given out
+        cdef Given[16] parts
+        cdef object into = self._view(output, True, &out)
+        cdef int code = self._op(op), rank
+        cdef const plan *p
+        cdef int64_t seq, digest
+        cdef char *mine
+        cdef list sources
+        cdef double now
+        if self._is_indebted() or into is None:
+            return None
+        p = plan_of(out.dtype, code)
+        if p is NULL or not self._fits(out.count * self._size * p.wire, True):
+            return None
+        sources = self._views(input, &out, False, parts)
+        if sources is None:
+            return None
+        digest = self._digest(out.count)  # which runs bytecode: before the group is looked at
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        mine = self._room(self._rank, seq)
+        for rank in range(self._size):
+            encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
+        if not self._meet(
+            seq, REDUCE_SCATTER, out.dtype, code, -1, out.count, digest, out.count * self._size
+        ):
+            return None
+        if self._own_part(p, seq, &out):
+            return None  # the general way makes the NaN
+        return self._done(seq, REDUCE_SCATTER, sources[0], out.dtype, out.count, op, -1, now, (output, list(input), op), (output,))
+
+    def barrier(self, timeout):
+        cdef double now
+        cdef int64_t seq
+        if self._is_indebted():
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        if not self._meet(seq, BARRIER, -1, -1, -1, 0, 0, 0):
+            return None
+        return self._done(seq, BARRIER, None, -1, 0, None, -1, now, (), ())
+
+    def broadcast(self, tensor, root, timeout):
+        cdef Given a
+        cdef object array
+        cdef int64_t seq
+        cdef bint gives
+        cdef double now
+        if self._is_indebted() or not self._is_rank(root):
+            return None
+        gives = root == self._rank
+        array = self._view(tensor, not gives, &a)
+        if array is None or not self._fits(a.nbytes, False):
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        if gives:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, BROADCAST, a.dtype, -1, root, a.count, 0, a.count):
+            return None
+        if not gives:
+            memcpy(a.data, self._room(root, seq), a.nbytes)
+        return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root), (tensor,))
+
+    def all_gather_single(self, output, input, timeout):
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
+        cdef int64_t seq
+        cdef int rank
+        cdef double now
+        if self._is_indebted():
+            return None
+        if into is None or source is None or a.dtype != out.dtype or out.count != a.count * self._size:
+            return None
+        if not self._fits(out.nbytes, False):
+            return None
+        if not self._apart(&out, &a) and a.data != out.data + self._rank * a.nbytes:
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, ALL_GATHER_SINGLE, a.dtype, -1, -1, a.count, 0, out.count):
+            return None
+        for rank in range(self._size):
+            memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
+        return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
+
+    def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
+        """Where the rows are shared equally."""
+        cdef Given out, a
+        cdef object into = self._view(output, True, &out)
+        cdef object source = self._view(input, False, &a)
+        cdef Py_ssize_t nbytes
+        cdef int64_t seq
+        cdef int rank
+        cdef double now
+        if self._is_indebted():
+            return None
+        if into is None or source is None or a.dtype != out.dtype or a.count != out.count:
+            return None
+        if not (self._even(output_sizes, &out) and self._even(input_sizes, &a)) or out.rows != a.rows:
+            return None
+        if not self._fits(a.nbytes, False) or not self._apart(&out, &a):
+            return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq, nbytes = self._next, a.nbytes // self._size
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, ALL_TO_ALL_SINGLE, a.dtype, -1, -1, a.count // self._size, 0, a.count):
+            return None
+        for rank in range(self._size):
+            memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
+        return self._done(
+            seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
+            (output,),
+        )
+
+    def allgather(self, outputs, input, timeout):
+        cdef Given a
+        cdef Given[16] parts
+        cdef object source = self._view(input, False, &a)
+        cdef list into
+        cdef int64_t seq, digest
+        cdef int rank
+        cdef double now
+        if self._is_indebted():
+            return None
+        if source is None or not self._fits(a.nbytes * self._size, False):
+            return None
+        into = self._views(outputs, &a, True, parts)
+        if into is None:
+            return None
+        digest = self._digest(a.count)  # which runs bytecode: before the group is looked at
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(
+            seq, ALLGATHER, a.dtype, -1, -1, a.count, digest, a.count * self._size
+        ):
+            return None
+        for rank in range(self._size):
+            memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
+
+    def gather(self, outputs, input, root, timeout):
+        cdef Given a
+        cdef Given[16] parts
+        cdef object source = self._view(input, False, &a)
+        cdef list into
+        cdef int64_t seq
+        cdef int rank
+        cdef bint lands
+        cdef double now
+        if self._is_indebted():
+            return None
+        if source is None or not self._is_rank(root) or not self._fits(a.nbytes * self._size, False):
+            return None
+        lands = root == self._rank
+        if lands:
+            into = self._views(outputs, &a, True, parts)
+            if into is None:
+                return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not self._meet(seq, GATHER, a.dtype, -1, root, a.count, 0, a.count * self._size if lands else a.count):
+            return None
+        if lands:
+            for rank in range(self._size):
+                memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
+            (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
+
+    def scatter(self, output, inputs, root, timeout):
+        cdef Given out
+        cdef Given[16] parts
+        cdef object into = self._view(output, True, &out)
+        cdef list sources
+        cdef int64_t seq
+        cdef int rank
+        cdef bint gives
+        cdef double now
+        if self._is_indebted():
+            return None
+        if into is None or not self._is_rank(root) or not self._fits(out.nbytes * self._size, False):
+            return None
+        gives = root == self._rank
+        if gives:
+            sources = self._views(inputs, &out, False, parts)
+            if sources is None:
+                return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        if gives:
+            for rank in range(self._size):
+                memcpy(self._room(self._rank, seq) + rank * out.nbytes, parts[rank].data, out.nbytes)
+        if not self._meet(
+            seq, SCATTER, out.dtype, -1, root, out.count, 0, out.count * self._size if gives else out.count
+        ):
+            return None
+        memcpy(out.data, self._room(root, seq) + self._rank * out.nbytes, out.nbytes)
+        return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
+            (output, list(inputs) if gives else [], root), (output,))
+
+    def alltoall(self, outputs, inputs, timeout):
+        cdef Given first
+        cdef Given[16] parts, ins
+        cdef list into, sources
+        cdef int64_t seq
+        cdef int rank, other
+        cdef double now
+        if self._is_indebted():
+            return None
+        into = self._views(outputs, NULL, True, parts)
+        if into is None:
+            return None
+        first = parts[0]
+        if not self._fits(first.nbytes * self._size, False):
+            return None
+        sources = self._views(inputs, &first, False, ins)
+        if sources is None:
+            return None
+        for rank in range(self._size):
+            for other in range(self._size):
+                if not self._apart(&ins[rank], &parts[other]):
+                    return None
+        now = self._open(timeout)
+        if now == 0:
+            return None
+        seq = self._next
+        for rank in range(self._size):
+            memcpy(self._room(self._rank, seq) + rank * first.nbytes, ins[rank].data, first.nbytes)
+        if not self._meet(seq, ALLTOALL, first.dtype, -1, -1, first.count, 0, first.count * self._size):
+            return None
+        for rank in range(self._size):
+            memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
+        return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
+
+    def objects(self, int kind, object obj, object root, object timeout):
+        """Exchange objects; return the pickles that this rank gets, as a list.
+
+        Else return `Pieces`, what this rank gives, or None: it is for the general way, which need
+        not pickle once more.
+        """
+        cdef bint parted = kind == SCATTER_OBJECT
+        cdef bint from_root = parted or kind == BROADCAST_OBJECT
+        cdef Py_ssize_t total = 0
+        cdef int64_t seq
+        cdef int64_t *lengths
+        cdef char *at
+        cdef int rank, i, own = self._rank, to = -1
+        cdef double now
+        cdef list given = []
+        cdef list got = []
+        if self._is_indebted():
+            return None
+        if kind != ALLGATHER_OBJECT:
+            if not self._is_rank(root):
+                return None
+            to = root
+        if not from_root or own == to:
+            if parted and not (isinstance(obj, (list, tuple)) and len(obj) == self._size):
+                return None
+            try:
+                given = [dumps(x, -1) for x in (obj if parted else (obj,))]
+            except Exception:
+                return None  # the general way says what is wrong
+        for piece in given:
+            total += 8 + len(<bytes>piece)
+        left = pickled(given) if given else None
+        if not self._fits(total, False):
+            return left
+        now = self._open(timeout)
+        if now == 0:
+            return left
+        seq = self._next
+        lengths = <int64_t *>self._room(own, seq)
+        at = <char *>lengths + 8 * len(given)
+        for rank in range(len(given)):
+            lengths[rank] = len(<bytes>given[rank])
+            memcpy(at, <char *><bytes>given[rank], lengths[rank])
+            at += lengths[rank]
+        if not self._meet(seq, kind, -1, -1, to, 0, 0, total) or self._widest(seq) > self._most:
+            return left
+        if kind != GATHER_OBJECT or own == to:
+            for rank in range(to if from_root else 0, to + 1 if from_root else self._size):
+                lengths = <int64_t *>self._room(rank, seq)
+                at = <char *>lengths + 8 * (self._size if parted else 1)
+                for i in range(own if parted else 0):
+                    at += lengths[i]
+                got.append(at[:lengths[own if parted else 0]])
+        self._done(seq, kind, None, -1, 0, None, to, now, (), ())
+        return got
+
+    # ---- what they have in common ----
+
+    cdef list _views(self, object given, Given *like, bint write, Given *parts):
+        """View the arrays of a list, one per rank: alike, and apart from each other if written."""
+        cdef list found = []
+        cdef object array
+        cdef tuple items
+        cdef int rank, other
+        if type(given) is not list or self._size > LISTED:
+            return None
+        items = tuple(given)  # a view may run bytecode, which may change the list
+        if len(items) != self._size:
+            return None
+        for rank in range(self._size):
+            array = self._view(items[rank], write, &parts[rank])
+            if array is None or parts[rank].dtype != parts[0].dtype or parts[rank].count != parts[0].count:
+                return None
+            if write:
+                for other in range(rank):
+                    if not self._apart(&parts[rank], &parts[other]):
+                        return None
+            if like is not NULL:
+                if parts[0].dtype != like.dtype or parts[0].count != like.count:
+                    return None
+                if not self._apart(&parts[rank], like):
+                    return None
+            found.append(array)
+        return found
+
+    cdef inline bint _apart(self, Given *a, Given *b):
+        return a.data + a.nbytes <= b.data or b.data + b.nbytes <= a.data
+
+    cdef inline bint _even(self, object sizes, Given *a):
+        """Return whether an array's rows are shared equally."""
+        if sizes is not None and (type(sizes) is not list or sizes):
+            return False
+        return a.rows > 0 and a.rows % self._size == 0
+
+    cdef inline bint _fits(self, Py_ssize_t nbytes, bint reduces):
+        """The rule of inline.py: what is decided here must be decided alike there."""
+        return nbytes <= self._most and (not reduces or nbytes * self._size <= read_most)
+
+    cdef inline bint _is_rank(self, object root):
+        return type(root) is int and 0 <= root < self._size
+
+    cdef int64_t _digest(self, Py_ssize_t count):
+        """Return the digest of the same count for each rank."""
+        if count != self._counted:
+            self._counted, self._counts = count, digest_of(*((count,) * self._size))
+        return self._counts
+
+    cdef inline int _op(self, object op):
+        cdef int code
+        for code in range(8):
+            if op is ops[code]:
+                return code
+        return -1
+
+    cdef inline bint _is_indebted(self):
+        """Return whether a call was posted that came to nothing: this one is not its continuation."""
+        if self._owed:
+            self._stale = True
+        return self._owed != 0
+
+    cdef double _open(self, object timeout) except -1:
+        """Return the time if the group takes calls, and nothing is under way; else 0."""
+        cdef double now, due
+        if over or not self._mapped or active or light:
+            return 0
+        if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
+            return 0
+        if engine._struck or self._group_state.broken is not None or self._group_state.closed or self._group_state.failures:
+            return 0
+        self._next = self._group_state.seq + 1
+        if self._next <= <int64_t>self._arrival._last:
+            return 0  # the board would show what the others said the first time
+        now, due = monotonic(), poll.next
+        return 0 if now >= due else now  # peers' questions are to be answered
+
+    cdef inline char *_room(self, int rank, int64_t seq):
+        return self._base + rank * self._stride + self._page + (seq & 1) * self._payload
+
+    cdef bint _meet(
+        self, int64_t seq, int kind, int64_t dtype, int64_t op, int64_t root, int64_t count, int64_t digest, int64_t extent
+    ):
+        """Post this rank's record, and return whether all others' are there soon and the same.
+
+        From here to `_done` the call is owed: the general way goes on with it.
+        """
+        cdef char *own = self._base + self._rank * self._stride
+        cdef Py_ssize_t at = (seq & 1) * self._record
+        cdef Record *mine = <Record *>(own + at)
+        cdef Record *theirs
+        cdef int64_t left
+        cdef int rank
+        cdef double until = 0
+        mine.fields[1], mine.fields[2], mine.fields[3], mine.fields[4] = kind, dtype, op, root
+        mine.fields[5], mine.fields[6], mine.fields[7], mine.fields[8] = count, digest, 0, extent
+        store_release(&mine.fields[0], seq)
+        self._owed, self._owed_kind = seq, kind  # until it is done
+        for rank in range(self._size):
+            theirs = <Record *>(self._base + rank * self._stride + at)
+            if not self._reaches(&theirs.fields[0], seq, &until) or theirs.fields[0] != seq:
+                return False
+            if memcmp(&theirs.fields[1], &mine.fields[1], 56):  # all but the extent, which follows from it
+                return False
+        for rank in range(self._size):
+            left = load_acquire(<int64_t *>(self._base + rank * self._stride + self._left))
+            if 0 < left <= seq:
+                return False
+        return True
+
+    cdef Py_ssize_t _widest(self, int64_t seq):
+        """Return the largest extent of all ranks, which have met."""
+        cdef Py_ssize_t found = 0
+        cdef int rank
+        for rank in range(self._size):
+            found = max(found, (<Record *>(self._base + rank * self._stride + (seq & 1) * self._record)).fields[8])
+        return found
+
+    cdef object _done(
+        self, int64_t seq, int kind, object array, int64_t dtype, int64_t count, object op, int root, double now,
+        tuple given, tuple outputs,
+    ):
+        """Note that a call is over, and return its Work."""
+        cdef int at = 0
+        cdef object work, place
+        cdef object called = now, number = seq
+        self._group_state.seq = number
+        self._arrival._last = number
+        self._owed, self._last, self._kind = 0, seq, kind
+        if self._mapped:  # a collection of garbage may have run what closes the group
+            store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
+        place = self._placed(&at)
+        self._append([
+            number, kinds[kind], None if array is None else listed[dtype], count,
+            None if array is None else array.shape, op, root, -1, 0, called, monotonic(), None, place, at,
+        ])
+        work = new_instance(work_class)
+        give_slot(work, at_seq, number)
+        give_slot(work, at_given, (self, kind, given, outputs))
+        return work
