@@ -246,7 +246,7 @@ def shared_memory(job: Job) -> Iterator[Finding]:
             )
     for host, members in job.nodes().items():
         room = min(facts.room for facts in members)
-        group = len(members) * bytes_per_rank() + nbytes(len(members))
+        group = len(members) * bytes_per_rank(len(members)) + nbytes(len(members))
         if fine and room < GROUPS * group:
             fine = False
             what = f"{room / MIB:.1f} MiB free on {host}, and a group takes {group / MIB:.1f} MiB"

@@ -9,7 +9,7 @@ Each rank owns a page of control words and two each of two kinds of room for dat
     page      two records that alternate (arrival.py), a flag, the call that the rank left, the
               last call that it finished, a notice about a call; on rank 0's two outcomes of
               arrivals across nodes
-    payloads  `PAYLOAD` bytes each, one per record: data that is there when the record is
+    payloads  one per record, of `payload` bytes: data that are there when the record is
     slots     `SLOT` bytes each, in turn written by the owner and read by the others
 
 A rank writes only in its own page and slots.  What a flag announces is written before the flag.
@@ -38,10 +38,10 @@ from .settings import has_cores_for
 Array = np.ndarray[Any, Any]
 
 SLOT = 256 * 1024  # bytes: what stays in the cache between being written and being read
-PAYLOAD = 256 * 1024  # bytes that ride along with a record
+LARGEST, LEAST = 2**20, 2**13  # bytes of a room for what travels beside a record
+_TOGETHER = 2**22  # bytes of all of a group's, but for the least
 SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
-_STRIDE = _PAGE + 2 * PAYLOAD + 2 * SLOT
 _RECORD = 128  # bytes from one record to the other; the flag comes after both
 _BODY = struct.Struct("8q")  # a record after its number, and the extent
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
@@ -77,6 +77,8 @@ class NodeMemory:
 
     def __init__(self, room: mmap.mmap, rank: int, size: int, file: int | None = None) -> None:
         self.rank, self.size = rank, size
+        self.payload = payload_room(size)
+        self._stride = bytes_per_rank(size)
         self._map = room
         self._file = None if file is None else os.fdopen(file, "r+b", buffering=0)
         self.words = memoryview(self._map).cast("q")
@@ -85,9 +87,10 @@ class NodeMemory:
         self.peers = [r for r in range(size) if r != rank]
         self._whole = np.frombuffer(self._map, dtype=np.uint8)
         self._views: dict[np.dtype[Any], tuple[list[list[Array]], list[list[Array]]]] = {}
-        self._left = [(r * _STRIDE + 2 * _RECORD) // 8 + 1 for r in range(size)]
-        self._flags = [(r * _STRIDE + 2 * _RECORD) // 8 for r in range(size)]
-        self.finished = [(r * _STRIDE + 2 * _RECORD) // 8 + 2 for r in range(size)]  # words
+        self._starts = starts = range(0, size * self._stride, self._stride)
+        self._flags = [(at + 2 * _RECORD) // 8 for at in starts]
+        self._left = [(at + 2 * _RECORD) // 8 + 1 for at in starts]
+        self.finished = [(at + 2 * _RECORD) // 8 + 2 for at in starts]  # words
         self.fence = _fence()
 
     @property
@@ -104,7 +107,7 @@ class NodeMemory:
     def layout(self) -> tuple[int, ...]:
         """Return where in the mapping things lie, in bytes, as the compiled code wants it."""
         words = 8 * self._flags[0], 8 * self._left[0], 8 * self.finished[0]
-        return self.rank, self.size, _STRIDE, _PAGE, _RECORD, PAYLOAD, SLOT, *words
+        return self.rank, self.size, self._stride, _PAGE, _RECORD, self.payload, SLOT, *words
 
     def post(self, record: tuple[int, ...], extent: int) -> int:
         """Publish this rank's record of a call, and the extent of its data.
@@ -114,15 +117,15 @@ class NodeMemory:
         The others look at that, so it is written last.
         """
         seq, body = record[0], _BODY.pack(*record[1:], extent)
-        words, whole = self.words, self._map
+        words, whole, stride = self.words, self._map, self._stride
         first = (seq & 1) * _RECORD
-        at = self.rank * _STRIDE + first
+        at = self.rank * stride + first
         whole[at + 8 : at + 72] = body
         self.fence()
         words[at >> 3] = seq
         largest = extent
         for rank in self.peers:
-            at = rank * _STRIDE + first
+            at = rank * stride + first
             word = at >> 3
             if words[word] != seq:
                 for _ in self._spins:
@@ -158,9 +161,8 @@ class NodeMemory:
         starts = [self._record_at(r, seq) >> 3 for r in range(self.size)]
         return [self.words[at : at + 9].tolist() for at in starts]
 
-    @staticmethod
-    def _record_at(rank: int, seq: int) -> int:
-        return rank * _STRIDE + (seq & 1) * _RECORD
+    def _record_at(self, rank: int, seq: int) -> int:
+        return rank * self._stride + (seq & 1) * _RECORD
 
     def outcome(self, seq: int) -> memoryview:
         """Return the room, after its number, for the outcome of call `seq` that rank 0 gets."""
@@ -192,11 +194,11 @@ class NodeMemory:
         def rooms(first: int, room: int) -> list[list[Array]]:
             length = room - room % dtype.itemsize
             return [
-                [self._whole[r * _STRIDE + at :][:length].view(dtype) for r in range(self.size)]
+                [self._whole[start + at :][:length].view(dtype) for start in self._starts]
                 for at in (first, first + room)
             ]
 
-        views = rooms(_PAGE, PAYLOAD), rooms(_PAGE + 2 * PAYLOAD, SLOT)
+        views = rooms(_PAGE, self.payload), rooms(_PAGE + 2 * self.payload, SLOT)
         self._views[dtype] = views
         return views
 
@@ -246,7 +248,7 @@ class NodeMemory:
         """Leave a notice about a call; return whether there was room for it."""
         if len(text) > _NOTICE:
             return False
-        at = self.rank * _STRIDE + _NOTICE_AT
+        at = self.rank * self._stride + _NOTICE_AT
         words = self.words
         words[at >> 3] = 0
         self.fence()
@@ -258,7 +260,7 @@ class NodeMemory:
 
     def notice(self, rank: int, seq: int) -> bytes:
         """Return a rank's notice about a call; nothing if there is none."""
-        at = rank * _STRIDE + _NOTICE_AT
+        at = rank * self._stride + _NOTICE_AT
         if self.words[at >> 3] != seq:
             return b""
         self.fence()
@@ -300,7 +302,7 @@ def share(comm: MPI.Intracomm, *, locked: bool = False) -> Shares:
     With `locked`, each rank holds a lock, which the system takes from it when it dies.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
-    room, file = yield from _map(comm, size * _STRIDE, rank if locked else None)
+    room, file = yield from _map(comm, size * bytes_per_rank(size), rank if locked else None)
     return None if room is None else NodeMemory(room, rank, size, file)
 
 
@@ -367,9 +369,17 @@ def unlink_segments() -> None:
                     os.unlink(path)
 
 
-def bytes_per_rank() -> int:
-    """Return how much of /dev/shm a group takes for each of its ranks on a node."""
-    return _STRIDE
+def payload_room(size: int) -> int:
+    """Return how many bytes may travel beside a record, where so many ranks share the memory.
+
+    Each rank reads what all the others give: the more there are, the less may it be.
+    """
+    return max(min(LARGEST, _TOGETHER // (2 * size) // _PAGE * _PAGE), LEAST)
+
+
+def bytes_per_rank(size: int) -> int:
+    """Return how much of /dev/shm a group takes for each rank of a node that has so many."""
+    return _PAGE + 2 * payload_room(size) + 2 * SLOT
 
 
 def whereabouts() -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..runtime.memory import PAYLOAD
-
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
@@ -20,7 +18,8 @@ class Tuning:
         mpi_elements: elements that one call of MPI is given at most; its counts are C ints.
         packed: a message of this size at most is one message of MPI, its payload copied behind its
             header; a larger one is two.
-        inline: bytes of one rank that travel beside its record, `PAYLOAD` at most.
+        inline: bytes of one rank that travel beside its record, if there is room for them; where
+            arrays are reduced, four times as many.
         read_above: where a call that only moves is larger, each rank of a node reads straight from
             the arrays of its peers.
         nodes_from: where a call is smaller, MPI over the whole group is as fast as or faster than
@@ -34,7 +33,7 @@ class Tuning:
 
     mpi_elements: int = 2**30
     packed: int = 4096
-    inline: int = PAYLOAD
+    inline: int = 256 * 1024
     read_above: int = 4 * 2**20
     nodes_from: int = 2**20
     nodes_piece: int = 512 * 1024

@@ -33,7 +33,7 @@ GOOD = Facts(
     tokens={SHM: Token("/dev/shm/mpicoll-doctor-x", 1), "/store": Token("/store/x", 1)},
 )
 SEEN = Sight(reads=True)
-GROUP = 4 * bytes_per_rank() + nbytes(4)  # what a group of them takes
+GROUP = 4 * bytes_per_rank(4) + nbytes(4)  # what a group of them takes
 
 
 def job(*changes, sights=None, **rest):

@@ -11,7 +11,7 @@ from mpicoll.runtime.memory import NodeMemory, bytes_per_rank
 
 @pytest.fixture
 def ranks():
-    room = mmap.mmap(-1, 3 * bytes_per_rank())
+    room = mmap.mmap(-1, 3 * bytes_per_rank(3))
     return [NodeMemory(room, rank, 3) for rank in range(3)]
 
 

@@ -233,7 +233,7 @@ cdef inline bint is_ours(str file):
 
 
 cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
-cdef Py_ssize_t at_seq, at_given, read_most
+cdef Py_ssize_t at_seq, at_given, read_most, read_from
 
 
 def configure(
@@ -242,7 +242,7 @@ def configure(
     """Tell the core, once, what it shares with the general way.
 
     Args:
-        read: bytes that a rank reduces alone, at most.
+        read: bytes that a rank reduces alone, at most, and the number of ranks from which that holds.
         all_kinds: what calls there are, in the order of their codes; checkers: their checkers, likewise.
         dtypes: ours, by NumPy's number; all_dtypes: by their codes.
         all_ops: the operators, in the order of their codes.
@@ -253,12 +253,13 @@ def configure(
         pieces: the class of pickled objects.
     """
     global engine, poll, active, light, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
-    global pickled
+    global pickled, read_from
     cdef int number
     engine, poll, active, light = the_engine, the_engine._poll, the_engine._active, the_engine.light
     work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
     library, commands = places
-    kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read
+    kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read[0]
+    read_from = read[1]
     for number in range(NUMBERS):
         codes[number] = dtypes[number].code if number in dtypes else -1
     for number in range(40):

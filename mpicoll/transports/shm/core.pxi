@@ -19,7 +19,7 @@ cdef class Core(Node):
         group_state, arrival, ring: what is looked at and kept up to date.
     """
 
-    cdef Py_ssize_t _most
+    cdef Py_ssize_t _most, _most_reduced
     cdef object _group_state, _arrival, _append
     cdef int64_t _counted, _counts
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
@@ -30,7 +30,7 @@ cdef class Core(Node):
         free(self._spare)
 
     def __init__(self, memory, layout, crowded, *, most, group_state, arrival, ring):
-        self._most = min(most, self._payload)
+        self._most, self._most_reduced = min(most, self._payload), min(4 * most, self._payload)
         self._group_state, self._arrival, self._append = group_state, arrival, ring.append
         self._counted = -1
 
@@ -510,7 +510,9 @@ cdef class Core(Node):
 
     cdef inline bint _fits(self, Py_ssize_t nbytes, bint reduces):
         """The rule of inline.py: what is decided here must be decided alike there."""
-        return nbytes <= self._most and (not reduces or nbytes * self._size <= read_most)
+        if not reduces:
+            return nbytes <= self._most
+        return nbytes <= self._most_reduced and (self._size < read_from or nbytes * self._size <= read_most)
 
     cdef inline bint _is_rank(self, object root):
         return type(root) is int and 0 <= root < self._size

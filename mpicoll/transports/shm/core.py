@@ -29,7 +29,7 @@ from ...engine.work import DoneWork, MessageWork
 from ...runtime.library import MPI
 from ...runtime.memory import NodeMemory
 from ...runtime.settings import native_wanted
-from .inline import READ
+from .inline import READ, SHARED_WORK
 
 _native: Any
 try:
@@ -94,7 +94,7 @@ _CHECKS: dict[Kind, Callable[..., Call]] = {  # of the calls that it knows
 def shared() -> dict[str, Any]:
     """Return what is the same for all groups, as the core is told."""
     return {
-        "read": READ,
+        "read": (READ, SHARED_WORK),
         "all_kinds": KINDS,
         "dtypes": _dtypes(),
         "all_dtypes": {dtype.code: dtype for dtype in DTYPES.values()},

@@ -20,7 +20,8 @@ Array = np.ndarray[Any, Any]
 
 _BYTE = np.dtype(np.uint8)
 
-READ = 2**20  # bytes that one rank reads at most to reduce alone; beyond, sharing the work pays
+READ = 2**20  # bytes that one of several ranks reads at most to reduce alone
+SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything, beyond that
 
 
 class Inline:
@@ -33,7 +34,8 @@ class Inline:
 
     def __init__(self, memory: NodeMemory, most: int) -> None:
         self._memory = memory
-        self._most = most
+        self._most = min(most, memory.payload)
+        self._most_reduced = min(4 * most, memory.payload)
 
     def give(self, call: Call, seq: int) -> bool:
         """Write what this rank gives, before it arrives; return whether it may travel so."""
@@ -56,7 +58,8 @@ class Inline:
             return False
         if call.reduction is not None:
             nbytes = extent * call.reduction.wire.itemsize
-            return nbytes <= self._most and nbytes * self._memory.size <= READ
+            size = self._memory.size
+            return nbytes <= self._most_reduced and (size < SHARED_WORK or nbytes * size <= READ)
         if kind.pickles:
             return extent <= self._most
         blocks = call.send or call.recv

@@ -31,6 +31,7 @@ from ..messages import SendsMessages
 from ..mpi import MpiTransport
 from ..tuning import Tuning
 from . import cma, core
+from .inline import SHARED_WORK
 from .rings import RingMemory, RingMessages
 from .symmetric import SharedArrays
 
@@ -41,7 +42,6 @@ Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
 
 READ = 2**26  # bytes of one such read: others get their turn in between
-SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything
 
 _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
