@@ -67,7 +67,10 @@ ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
 REFUSED, STAND_INS = ("test_bad_input", "test_remedies"), ("test_aware", "test_nccl", "test_staged")
 ENDLESS = ("test_load",)  # many calls, the slower the more ranks share a core: by 1 and 3
 LEFT_OUT = {2: (*STAND_INS, *ENDLESS), 3: REFUSED, 4: (*REFUSED, *STAND_INS, *ENDLESS)}  # by ranks
-IN_PYTHON = _contract("collectives", "dtypes", "in_place", "mismatch", "work")
+IN_PYTHON = _contract(
+    *("collectives", "delays", "dtypes", "in_place", "mismatch", "objects", "p2p", "unmatched"),
+    "work",
+)
 
 
 def stages(soak: bool) -> list[Stage]:

@@ -5,7 +5,7 @@
 
 An allreduce is called as it is, and without one guard after the other, in turns, so that all see
 the same machine.  A guard's price is how much faster the call is without it: the median over the
-rounds.  Over shared memory the comparison of the ranks can't be left out, since small data ride
+rounds.  Over shared memory the comparison of the ranks can't be left out, since small data travel
 along with it; what its parts take there is measured by themselves.
 
 All calls take the general way.  In the compiled core, which carries out small calls of a node, none

@@ -182,7 +182,7 @@ class NodeMemory:
         return (_OUTCOME_AT + (seq & 1) * _OUTCOME) // 8
 
     def payloads(self, seq: int, dtype: np.dtype[Any]) -> list[Array]:
-        """Return what rides along with the records of call `seq`, by rank."""
+        """Return what travels beside the records of call `seq`, by rank."""
         return (self._views.get(dtype) or self._view(dtype))[0][seq & 1]
 
     def slots(self, chunk: int, dtype: np.dtype[Any]) -> list[Array]:

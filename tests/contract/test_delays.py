@@ -14,13 +14,13 @@ from tests.soak import soak
 @pytest.fixture
 def tuning(way):
     """Have a call of any size go this way."""
-    if way == "ride":
+    if way == "inline":
         return select.tuning
     limit = 0 if way in ("read", "MPI") else select.tuning.read_above
     return replace(select.tuning, inline=-1, read_above=limit)
 
 
-@pytest.mark.parametrize("way", ["ride", "slots", "read", "MPI"])
+@pytest.mark.parametrize("way", ["inline", "slots", "read", "MPI"])
 @pytest.mark.parametrize("count", [5, 20_000, 200_000])
 def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypatch):
     fresh._core = None  # in C nothing can be delayed

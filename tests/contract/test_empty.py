@@ -5,7 +5,7 @@ import pytest
 
 import mpicoll as mc
 
-LARGE = 300_000  # elements: beyond what rides on a record
+LARGE = 300_000  # elements: beyond what travels beside a record
 
 
 def test_it_is_an_array(pg):
