@@ -203,6 +203,10 @@ cdef class Node:
             frame = back
         return None
 
+    cdef inline int64_t *_word(self, int rank) noexcept nogil:
+        """The flag of a rank."""
+        return <int64_t *>(self._base + rank * self._stride + self._flag)
+
     cdef inline bint _reaches(self, int64_t *word, int64_t value, double *until) noexcept nogil:
         """Wait until a word is at least a value, and return whether it is; for a moment in all."""
         cdef int looks = 0

@@ -23,9 +23,6 @@ cdef class Chunks(Node):
     cdef inline char *_of(self, int rank, Py_ssize_t c) noexcept nogil:
         return self._base + rank * self._stride + self._page + 2 * self._payload + (c & 1) * self._slot
 
-    cdef inline int64_t *_word(self, int rank) noexcept nogil:
-        return <int64_t *>(self._base + rank * self._stride + self._flag)
-
     cdef inline bint _others_reach(self, int64_t value) noexcept nogil:
         cdef double until = 0
         cdef int rank

@@ -88,9 +88,6 @@ cdef class Moves(Node):
     cdef inline char *_at(self, int rank, Py_ssize_t c) noexcept nogil:
         return self._base + rank * self._stride + self._page + 2 * self._payload + c % self._depth * self._place
 
-    cdef inline int64_t *_word(self, int rank) noexcept nogil:
-        return <int64_t *>(self._base + rank * self._stride + self._flag)
-
     cdef bint _may_write(self) noexcept nogil:
         """Return whether all have read what is where the next piece goes."""
         cdef int64_t wanted = self._number + self._written - self._depth + 1

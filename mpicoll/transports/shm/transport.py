@@ -12,7 +12,7 @@ round c - 1.  Arrival separates the calls; inside a call a primitive waits for t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,9 @@ class ShmTransport(SendsMessages):
         self.rank, self.size = memory.rank, memory.size
         self._epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
-        self._reads: bool | None = None  # whether all may read their peers' memory; not known yet
+        # Whether all may read their peers' memory, and whose it is; None: it is not known yet.
+        self._reads = None if rings is None else rings.reads
+        self._processes: Sequence[int] = () if rings is None else rings.processes
         self._comm = comm
         self._arrays = SharedArrays()
         self._chunks = core.chunks(memory)
@@ -296,12 +298,11 @@ class ShmTransport(SendsMessages):
         if blocks.nbytes > self._read_above:
             yield from self._move_large(call, self._mpi.broadcast)
             return
+        if self._moves is not None:
+            yield from self._move(call)
+            return
         array = blocks.flat().view(np.uint8)
         yield from self._begin()
-        if self._moves is not None:
-            own = self.rank == call.root
-            yield from self._move([array] if own else [], {} if own else {call.root: array})
-            return
         for c, (start, end) in enumerate(spans(array.size, SLOT)):
             slot = self._memory.slots(c, array.dtype)[call.root][: end - start]
             if self.rank == call.root:
@@ -319,13 +320,11 @@ class ShmTransport(SendsMessages):
         if self._large(call):
             yield from self._move_large(call, self._mpi.allgather)
             return
+        if self._moves is not None:
+            yield from self._move(call)
+            return
         mine, blocks = _octets(call.send)[0], _octets(call.recv)
         yield from self._begin()
-        if self._moves is not None:
-            yield from self._move([mine], dict(enumerate(blocks)))
-            if not call.in_place:
-                blocks[self.rank][...] = mine
-            return
         for c in range(_rounds(max(b.size for b in blocks), SLOT)):
             slots = self._memory.slots(c, mine.dtype)
             piece = mine[c * SLOT : (c + 1) * SLOT]
@@ -343,16 +342,12 @@ class ShmTransport(SendsMessages):
         if self._large(call):
             yield from self._move_large(call, self._mpi.gather)
             return
+        if self._moves is not None:
+            yield from self._move(call)
+            return
         assert call.send is not None
         mine = _octets(call.send)[0]
         yield from self._begin()
-        if self._moves is not None:
-            blocks = [] if call.recv is None else _octets(call.recv)
-            gives = [mine] if call.recv is None else []
-            yield from self._move(gives, dict(enumerate(blocks)), only=call.root)
-            if blocks and not call.in_place:
-                blocks[self.rank][...] = mine
-            return
         if call.recv is None:
             for c, (start, end) in enumerate(spans(mine.size, SLOT)):
                 if c >= 2:
@@ -377,16 +372,13 @@ class ShmTransport(SendsMessages):
         if self._large(call):
             yield from self._move_large(call, self._mpi.scatter)
             return
+        if self._moves is not None:
+            yield from self._move(call)
+            return
         assert call.recv is not None
         into = _octets(call.recv)[0]
         room = SLOT // self.size
         yield from self._begin()
-        if self._moves is not None:
-            blocks = [] if call.send is None else _octets(call.send)
-            yield from self._move(blocks, {} if blocks else {call.root: into}, parted=True)
-            if blocks and not call.in_place:
-                into[...] = blocks[self.rank]
-            return
         if call.send is None:
             for c, (start, end) in enumerate(spans(into.size, room)):
                 yield from self._seen(call.root, c + 1)
@@ -412,14 +404,11 @@ class ShmTransport(SendsMessages):
         if self._large(call):
             yield from self._move_large(call, self._mpi.alltoall)
             return
+        if self._moves is not None:
+            yield from self._move(call)
+            return
         assert call.send is not None and call.recv is not None
         sends, recvs = _octets(call.send), _octets(call.recv)
-        if self._moves is not None:
-            yield from self._begin()
-            yield from self._move(sends, dict(enumerate(recvs)), parted=True)
-            if not call.in_place:
-                recvs[self.rank][...] = sends[self.rank]
-            return
         room = SLOT // self.size
         longest = max(b.size for r in self._memory.peers for b in (sends[r], recvs[r]))
         if not call.in_place:
@@ -441,16 +430,25 @@ class ShmTransport(SendsMessages):
                     into[...] = slots[r][self.rank * room :][: into.size]
         self._announce(_END)
 
-    def _move(
-        self, gives: list[Array], takes: dict[int, Array], *, parted: bool = False, only: int = -1
-    ) -> Steps:
+    def _move(self, call: Call) -> Steps:
         """Move blocks through the slots in compiled code, which all ranks have."""
-        assert self._moves is not None
-        everyone = [takes.get(rank) for rank in range(self.size)]
-        self._moves.begin(self._flag(0), gives, everyone, parted, only)
-        while (found := self._moves.advance()) >= 0:
+        moves, kind, own, root = self._moves, call.kind, self.rank, call.root
+        assert moves is not None
+        from_other = kind.from_root and own != root
+        gives = [] if call.send is None or from_other else _octets(call.send)
+        into = [] if call.recv is None else _octets(call.recv)
+        takes: list[Array | None] = [None] * self.size  # by the rank that gives it
+        if from_other:
+            takes[root] = into[0]
+        elif into and not kind.from_root:
+            takes = [*into]
+        yield from self._begin()
+        moves.begin(self._flag(0), gives, takes, kind.parted, root if kind.to_root else -1)
+        while (found := moves.advance()) >= 0:
             yield PROGRESSED if found else IDLE
         self._announce(_END)
+        if gives and into and not call.in_place and (kind.parted or not kind.from_root):
+            into[0 if kind.from_root else own][...] = gives[own if kind.parted else 0]
 
     # ---- large moves: each rank reads what it gets from the arrays of the others ----
 
