@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..runtime.launcher import abortive, pmi_of, remedy, serves, singleton
-from ..runtime.memory import bytes_per_rank
+from ..runtime.memory import bytes_of, slots_of
 from ..runtime.settings import SETTINGS, SLURM_INTERACTIVE
 from ..transports.select import NCCL_SHARES
 from ..transports.shm.rings import nbytes
@@ -246,7 +246,7 @@ def shared_memory(job: Job) -> Iterator[Finding]:
             )
     for host, members in job.nodes().items():
         room = min(facts.room for facts in members)
-        group = len(members) * bytes_per_rank(len(members)) + nbytes(len(members))
+        group = sum(each(len(members)) for each in (bytes_of, slots_of, nbytes))
         if fine and room < GROUPS * group:
             fine = False
             what = f"{room / MIB:.1f} MiB free on {host}, and a group takes {group / MIB:.1f} MiB"

@@ -301,7 +301,7 @@ class BoardArrival(Arrival):
         if inline is None or seq <= self._last or not inline.give(call, seq):
             return False
         call.largest = self._memory.post(record_of(call, seq), call.extent)
-        if call.largest < 0 or self._memory.any_left(seq) or not inline.take(call, seq):
+        if call.largest < 0 or self._memory.leavers(seq) or not inline.take(call, seq):
             return False
         self._last = seq
         return True
@@ -319,13 +319,15 @@ class BoardArrival(Arrival):
             raise _lost(seq, self._near[memory.rank], f"has made a call #{self._last} already")
         self._last = seq
         largest = memory.post(record, extent)
+        if largest < 0:
+            for rank in memory.missing(seq):
+                for found in memory.arrived(rank, seq):
+                    if memory.has_skipped(rank, seq):
+                        raise _lost(seq, self._near[rank], f"is in call #{seq + 1} without it")
+                    yield found
+            largest = memory.agreed(seq)
         if largest >= 0:
             return record, record, largest
-        for rank in memory.peers:
-            for found in memory.arrived(rank, seq):
-                if memory.has_skipped(rank, seq):
-                    raise _lost(seq, self._near[rank], f"is in call #{seq + 1} without it")
-                yield found
         rows = memory.records(seq)
         for rank, row in enumerate(rows):
             if row[SEQ] != seq:
@@ -338,16 +340,15 @@ class BoardArrival(Arrival):
         pass  # nothing is pending in MPI after an arrival on the board
 
     def check_left(self, seq: int) -> None:
-        for place in self._memory.peers:
-            if self._memory.has_left(place, seq):
-                rank = self._near[place]
-                # It has sent its reasons before it left the mark; they need a moment.
-                until = time.monotonic() + _NEWS
-                while rank not in self._peers.left and time.monotonic() < until:
-                    self._peers.poll()
-                notice = self._peers.left.get(rank)
-                text = "left the group" if notice is None else notice.text
-                raise RemoteRankError(f"rank {rank} {text}", rank=rank)
+        for place in self._memory.leavers(seq):
+            rank = self._near[place]
+            # It has sent its reasons before it left the mark; they need a moment.
+            until = time.monotonic() + _NEWS
+            while rank not in self._peers.left and time.monotonic() < until:
+                self._peers.poll()
+            notice = self._peers.left.get(rank)
+            text = "left the group" if notice is None else notice.text
+            raise RemoteRankError(f"rank {rank} {text}", rank=rank)
 
 
 class NodesArrival(BoardArrival):

@@ -4,15 +4,20 @@ Not an MPI window: windows are freed collectively, run out, and die of SIGBUS wh
 full.  The file is reserved when it is made and unlinked as soon as all have opened it, so nothing
 stays behind, whatever becomes of the processes.
 
-Each rank owns a page of control words and two each of two kinds of room for data:
+Each rank owns
 
-    page      two records that alternate (arrival.py), a flag, the call that the rank left, the
-              last call that it finished, a notice about a call; on rank 0's two outcomes of
-              arrivals across nodes
-    payloads  one per record, of `payload` bytes: data that are there when the record is
-    slots     `SLOT` bytes each, in turn written by the owner and read by the others
+    lines     two that alternate, which all others look at in each call: its number, a digest of
+              its record, the extent of the data, the call that the rank left, and up to `IN_LINE`
+              bytes of data; and one for each of two flags
+    page      the two records themselves (arrival.py), the last call that it finished, a notice
+              about a call; on rank 0's two outcomes of arrivals across nodes
+    rooms     one per record, of `payload` bytes: data that are there when the record is
+    slots     `SLOT` bytes each, in turn written by the owner and read by the others; in a file of
+              their own, made when they are first needed
 
-A rank writes only in its own page and slots.  What a flag announces is written before the flag.
+A rank writes only in what it owns, and reserves it, so that it lies near its own cores.  What a
+line or a flag announces is written before its number.  All lines are next to each other: of many
+ranks what is looked at most is one cache line of each.
 """
 
 from __future__ import annotations
@@ -21,12 +26,14 @@ import contextlib
 import fcntl
 import functools
 import mmap
+import operator
 import os
 import platform
 import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -39,13 +46,22 @@ Array = np.ndarray[Any, Any]
 
 SLOT = 256 * 1024  # bytes: what stays in the cache between being written and being read
 LARGEST, LEAST = 2**20, 2**13  # bytes of a room for what travels beside a record
-_TOGETHER = 2**22  # bytes of all of a group's, but for the least
+READ = 2**20  # bytes of such that a rank reads of all others, at most, but for the least
+IN_LINE = 32  # bytes that a line has for data
+FEW = 24  # ranks up to which it is faster to look at each than at an array of all
 SPINS = 400  # looks at a flag before the engine gets to see to other things
 _PAGE = 4096
-_RECORD = 128  # bytes from one record to the other; the flag comes after both
-_BODY = struct.Struct("8q")  # a record after its number, and the extent
+_LINE = 64  # bytes of a cache line
+_BLOCK = 4 * _LINE  # a rank's lines, and those of its flags
+_DIGEST, _EXTENT, _LEFT, _DATA = range(1, 5)  # the words of a line after its number
+_BETWEEN = 128  # bytes from one record to the other
+_FINISHED = 2 * _BETWEEN  # where in a page the last call that was finished is
+_RECORD = struct.Struct("9q")  # a record and the extent
+# A record's digest is the sum of its fields after the number, each times one of these odd numbers.
+MIX = tuple((0x9E3779B97F4A7C15 * k**5 | 1) % 2**64 for k in range(1, 8))
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
+_NO_FILE, _FULL = -1, -2  # instead of the number of a file
 _FOLDER = "/dev/shm"
 _NAME = 256  # bytes of the name of a file there, at most
 _SEGMENTS = (f"{_FOLDER}/mpich_shm_", f"{_FOLDER}/sm_segment.")  # MPICH's, Open MPI's
@@ -78,24 +94,32 @@ class NodeMemory:
     def __init__(self, room: mmap.mmap, rank: int, size: int, file: int | None = None) -> None:
         self.rank, self.size = rank, size
         self.payload = payload_room(size)
-        self._stride = bytes_per_rank(size)
+        self._stride = _per_rank(size)
         self._map = room
+        self.slots_mapping: mmap.mmap | None = None
         self._file = None if file is None else os.fdopen(file, "r+b", buffering=0)
         self.words = memoryview(self._map).cast("q")
         # A peer on a core of its own is there in a moment; one that shares our core needs it first.
         self._spins = range(SPINS if has_cores_for(size) else 0)
         self.peers = [r for r in range(size) if r != rank]
         self._whole = np.frombuffer(self._map, dtype=np.uint8)
-        self._views: dict[np.dtype[Any], tuple[list[list[Array]], list[list[Array]]]] = {}
-        self._starts = starts = range(0, size * self._stride, self._stride)
-        self._flags = [(at + 2 * _RECORD) // 8 for at in starts]
-        self._left = [(at + 2 * _RECORD) // 8 + 1 for at in starts]
-        self.finished = [(at + 2 * _RECORD) // 8 + 2 for at in starts]  # words
+        self._views: dict[tuple[str, np.dtype[Any]], list[list[Array]]] = {}
+        self._pages = [_head(size) + r * self._stride for r in range(size)]
+        blocks = self._whole[: size * _BLOCK].view(np.int64).reshape(size, _BLOCK // 8)
+        self._lines = [  # by parity, where the ranks' are, in words; and the same as arrays
+            [(r * _BLOCK + k * _LINE) // 8 for r in range(size)] for k in (0, 1)
+        ]
+        self._others = [[lines[r] for r in self.peers] for lines in self._lines]
+        self._columns = [blocks[:, k * _LINE // 8 :][:, :_DATA].T for k in (0, 1)]
+        self._flags = [(r * _BLOCK + 2 * _LINE) // 8 for r in range(size)]
+        self.finished = [(at + _FINISHED) // 8 for at in self._pages]  # words
+        self._said: tuple[int, ...] = ()  # what this rank's last record said, and its digest
+        self._digest = 0
         self.fence = _fence()
 
     @property
     def mapping(self) -> mmap.mmap:
-        """The memory itself."""
+        """The memory itself, without the slots."""
         return self._map
 
     @property
@@ -105,9 +129,10 @@ class NodeMemory:
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """Return where in the mapping things lie, in bytes, as the compiled code wants it."""
-        words = 8 * self._flags[0], 8 * self._left[0], 8 * self.finished[0]
-        return self.rank, self.size, self._stride, _PAGE, _RECORD, self.payload, SLOT, *words
+        """Return where things lie, in bytes, as the compiled code wants it."""
+        lines = _BLOCK, _head(self.size)
+        pages = self._stride, _PAGE, _BETWEEN, _FINISHED, self.payload
+        return self.rank, self.size, *lines, *pages, SLOT
 
     def post(self, record: tuple[int, ...], extent: int) -> int:
         """Publish this rank's record of a call, and the extent of its data.
@@ -116,53 +141,80 @@ class NodeMemory:
         else -1; it waits for them for a moment only.  A record begins with the number of the call.
         The others look at that, so it is written last.
         """
-        seq, body = record[0], _BODY.pack(*record[1:], extent)
-        words, whole, stride = self.words, self._map, self._stride
-        first = (seq & 1) * _RECORD
-        at = self.rank * stride + first
-        whole[at + 8 : at + 72] = body
+        seq, said, words = record[0], record[1:], self.words
+        if said != self._said:
+            self._said, self._digest = said, digest_of(said)
+        odd, digest = seq & 1, self._digest
+        _RECORD.pack_into(self._map, self._pages[self.rank] + odd * _BETWEEN, *record, extent)
+        line = self._lines[odd][self.rank]
+        words[line + _DIGEST], words[line + _EXTENT] = digest, extent
         self.fence()
-        words[at >> 3] = seq
+        words[line] = seq
+        if self.size > FEW:
+            late = any(map(self._is_late, self.missing(seq), repeat(seq)))
+            return -1 if late else self.agreed(seq)
         largest = extent
-        for rank in self.peers:
-            at = rank * stride + first
-            word = at >> 3
-            if words[word] != seq:
+        for line in self._others[odd]:  # the same without a step too many
+            if words[line] != seq:
                 for _ in self._spins:
-                    if words[word] == seq:
+                    if words[line] == seq:
                         break
                 else:
                     return -1
             self.fence()
-            theirs = whole[at + 8 : at + 72]
-            if theirs != body:
-                if theirs[:-8] != body[:-8]:
-                    largest = -1
-                elif largest >= 0:
-                    largest = max(largest, words[word + 8])
+            if words[line + _DIGEST] != digest:
+                return -1
+            if words[line + _EXTENT] > largest:
+                largest = words[line + _EXTENT]
+        return largest
+
+    def _is_late(self, rank: int, seq: int) -> bool:
+        """Wait a moment for a rank's record; return whether it is not there."""
+        words, line = self.words, self._lines[seq & 1][rank]
+        return not any(words[line] == seq for _ in self._spins)
+
+    def missing(self, seq: int) -> list[int]:
+        """Return the ranks whose records of call `seq` are not there."""
+        odd = seq & 1
+        if self.size > FEW:
+            found: list[int] = np.flatnonzero(self._columns[odd][0] != seq).tolist()
+            return found
+        words = self.words
+        return [r for r, line in enumerate(self._lines[odd]) if words[line] != seq]
+
+    def agreed(self, seq: int) -> int:
+        """Return the largest extent if all say of call `seq` what this rank does, else -1."""
+        self.fence()
+        odd, digest = seq & 1, self._digest
+        if self.size > FEW:
+            numbers, digests, extents, _ = self._columns[odd]
+            same = (digests == digest).all() and (numbers == seq).all()
+            return int(extents.max()) if same else -1
+        words, largest = self.words, 0
+        for line in self._lines[odd]:
+            if words[line + _DIGEST] != digest or words[line] != seq:
+                return -1
+            largest = max(largest, words[line + _EXTENT])
         return largest
 
     def has_posted(self, rank: int, seq: int) -> bool:
         """Return whether a rank's record of call `seq` is there."""
-        return self.words[self._record_at(rank, seq) >> 3] >= seq
+        return self.words[self._lines[seq & 1][rank]] >= seq
 
     def has_skipped(self, rank: int, seq: int) -> bool:
         """Return whether a rank has gone on to a later call without call `seq`."""
-        beyond = self.words[self._record_at(rank, seq + 1) >> 3] > seq
+        beyond = self.words[self._lines[(seq + 1) & 1][rank]] > seq
         self.fence()  # a rank writes its record of `seq` first
-        return beyond and self.words[self._record_at(rank, seq) >> 3] < seq
+        return beyond and not self.has_posted(rank, seq)
 
     def arrived(self, rank: int, seq: int) -> Steps:
         """Wait until a rank's record of call `seq` is there."""
-        return self.reached(self._record_at(rank, seq) >> 3, seq)
+        return self.reached(self._lines[seq & 1][rank], seq)
 
     def records(self, seq: int) -> list[list[int]]:
         """Return the records of call `seq`, by rank, each with the extent behind it."""
-        starts = [self._record_at(r, seq) >> 3 for r in range(self.size)]
+        starts = [(at + (seq & 1) * _BETWEEN) >> 3 for at in self._pages]
         return [self.words[at : at + 9].tolist() for at in starts]
-
-    def _record_at(self, rank: int, seq: int) -> int:
-        return rank * self._stride + (seq & 1) * _RECORD
 
     def outcome(self, seq: int) -> memoryview:
         """Return the room, after its number, for the outcome of call `seq` that rank 0 gets."""
@@ -177,30 +229,45 @@ class NodeMemory:
         """Wait until the outcome of a call is there."""
         return self.reached(self._outcome_at(seq), seq)
 
-    @staticmethod
-    def _outcome_at(seq: int) -> int:
-        return (_OUTCOME_AT + (seq & 1) * _OUTCOME) // 8
+    def _outcome_at(self, seq: int) -> int:
+        return (self._pages[0] + _OUTCOME_AT + (seq & 1) * _OUTCOME) // 8
 
     def payloads(self, seq: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return what travels beside the records of call `seq`, by rank."""
-        return (self._views.get(dtype) or self._view(dtype))[0][seq & 1]
+        return (self._views.get(("rooms", dtype)) or self._view("rooms", dtype))[seq & 1]
+
+    def in_lines(self, seq: int, dtype: np.dtype[Any]) -> list[Array]:
+        """Return what travels in the lines of call `seq`, by rank: `IN_LINE` bytes at most."""
+        return (self._views.get(("lines", dtype)) or self._view("lines", dtype))[seq & 1]
 
     def slots(self, chunk: int, dtype: np.dtype[Any]) -> list[Array]:
         """Return the slots that hold a chunk, by rank."""
-        return (self._views.get(dtype) or self._view(dtype))[1][chunk & 1]
+        return (self._views.get(("slots", dtype)) or self._view("slots", dtype))[chunk & 1]
 
-    def _view(self, dtype: np.dtype[Any]) -> tuple[list[list[Array]], list[list[Array]]]:
+    def _view(self, kind: str, dtype: np.dtype[Any]) -> list[list[Array]]:
         # Kept, because slicing and viewing all of them takes longer than a small call.
-        def rooms(first: int, room: int) -> list[list[Array]]:
-            length = room - room % dtype.itemsize
-            return [
-                [self._whole[start + at :][:length].view(dtype) for start in self._starts]
-                for at in (first, first + room)
-            ]
-
-        views = rooms(_PAGE, self.payload), rooms(_PAGE + 2 * self.payload, SLOT)
-        self._views[dtype] = views
+        whole, starts, between = self._whole, self._pages, self.payload
+        first, room = _PAGE, self.payload
+        if kind == "lines":
+            starts, between = list(range(0, self.size * _BLOCK, _BLOCK)), _LINE
+            first, room = 8 * _DATA, IN_LINE
+        elif kind == "slots":
+            assert self.slots_mapping is not None
+            whole = np.frombuffer(self.slots_mapping, dtype=np.uint8)
+            starts, between = list(range(0, slots_of(self.size), 2 * SLOT)), SLOT
+            first, room = 0, SLOT
+        length = room - room % dtype.itemsize
+        views = [
+            [whole[start + first + i * between :][:length].view(dtype) for start in starts]
+            for i in (0, 1)
+        ]
+        self._views[kind, dtype] = views
         return views
+
+    def add_slots(self, comm: MPI.Intracomm) -> Generator[int, None, bool]:
+        """Make the slots, with all other ranks; return whether there is room for them."""
+        self.slots_mapping = yield from map_file(comm, slots_of(self.size))
+        return self.slots_mapping is not None
 
     def close(self, *, together: bool) -> None:
         """Let go of the mapping and of the file, which no step uses any more.
@@ -212,7 +279,7 @@ class NodeMemory:
         if self.locked and not together:
             return
         self._views.clear()
-        del self.words, self._whole, self._map
+        del self.words, self._whole, self._map, self._columns, self.slots_mapping
         if self._file is not None:
             self._file.close()
 
@@ -233,22 +300,26 @@ class NodeMemory:
 
     def leave(self, seq: int) -> None:
         """Mark that this rank takes part in no call from `seq` on."""
-        self.words[self._left[self.rank]] = seq
+        for lines in self._lines:
+            self.words[lines[self.rank] + _LEFT] = seq
 
     def has_left(self, rank: int, seq: int) -> bool:
         """Return whether a rank has marked that it takes no part in call `seq`."""
-        return 0 < self.words[self._left[rank]] <= seq
+        return 0 < self.words[self._lines[seq & 1][rank] + _LEFT] <= seq
 
-    def any_left(self, seq: int) -> bool:
-        """Return whether any rank has marked that it takes no part in call `seq`."""
-        words = self.words
-        return any([0 < words[word] <= seq for word in self._left])  # noqa: C419  (a list is faster)
+    def leavers(self, seq: int) -> list[int]:
+        """Return the other ranks that have marked that they take no part in call `seq`."""
+        words, odd = self.words, seq & 1
+        if self.size > FEW and not self._columns[odd][_LEFT].any():
+            return []
+        lines = self._lines[odd]
+        return [r for r in self.peers if 0 < words[lines[r] + _LEFT] <= seq]
 
     def post_notice(self, seq: int, text: bytes) -> bool:
         """Leave a notice about a call; return whether there was room for it."""
         if len(text) > _NOTICE:
             return False
-        at = self.rank * self._stride + _NOTICE_AT
+        at = self._pages[self.rank] + _NOTICE_AT
         words = self.words
         words[at >> 3] = 0
         self.fence()
@@ -260,7 +331,7 @@ class NodeMemory:
 
     def notice(self, rank: int, seq: int) -> bytes:
         """Return a rank's notice about a call; nothing if there is none."""
-        at = rank * self._stride + _NOTICE_AT
+        at = self._pages[rank] + _NOTICE_AT
         if self.words[at >> 3] != seq:
             return b""
         self.fence()
@@ -302,7 +373,7 @@ def share(comm: MPI.Intracomm, *, locked: bool = False) -> Shares:
     With `locked`, each rank holds a lock, which the system takes from it when it dies.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
-    room, file = yield from _map(comm, size * bytes_per_rank(size), rank if locked else None)
+    room, file = yield from _map(comm, bytes_of(size), rank if locked else None)
     return None if room is None else NodeMemory(room, rank, size, file)
 
 
@@ -318,25 +389,32 @@ def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
 def _map(
     comm: MPI.Intracomm, nbytes: int, lock: int | None
 ) -> Generator[int, None, tuple[mmap.mmap | None, int | None]]:
-    """Map a file; with `lock`, hold a lock on that byte, and return the open file, too."""
-    rank = comm.Get_rank()
-    file, path, full = -1, "", False
+    """Map a file; with `lock`, hold a lock on that byte, and return the open file, too.
+
+    Each rank reserves its share: the last of so many equal ones, the first rank what is before.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    file, path = -1, ""
     if rank == 0:
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="mpicoll-", dir=_FOLDER)
-            try:
-                os.posix_fallocate(file, 0, nbytes)
-            except OSError:
-                full = True
     name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")
     if rank > 0 and name:
         with contextlib.suppress(OSError):
             file = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     if file >= 0 and lock is not None:
         fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
-    # The inode too: another node may hold a file of that name.
-    inode = os.fstat(file).st_ino if file >= 0 else 0
-    mine = inode if file >= 0 and not full else -1, -inode
+    # The inode: another node may hold a file of that name.
+    found = os.fstat(file).st_ino if file >= 0 else _NO_FILE
+    share = nbytes // size // _PAGE * _PAGE
+    end = nbytes - (size - 1 - rank) * share
+    start = end - share if rank else 0
+    try:
+        if file >= 0 and end > start:
+            os.posix_fallocate(file, start, end - start)
+    except OSError:
+        found = _FULL
+    mine = found, -os.fstat(file).st_ino if file >= 0 else 0
     lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
     if path:
         with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
@@ -344,7 +422,7 @@ def _map(
     room = None
     if lowest > 0 and lowest == -minus_highest:
         room = mmap.mmap(file, nbytes)
-    elif full:
+    elif lowest == _FULL and rank == 0:
         warnings.warn(
             f"{_FOLDER} has no room for {nbytes / 2**20:.1f} MiB: these ranks go without shared "
             "memory, which is slower inside a node",
@@ -374,12 +452,36 @@ def payload_room(size: int) -> int:
 
     Each rank reads what all the others give: the more there are, the less may it be.
     """
-    return max(min(LARGEST, _TOGETHER // (2 * size) // _PAGE * _PAGE), LEAST)
+    return LARGEST if size <= 2 else max(READ // size // _PAGE * _PAGE, LEAST)
 
 
-def bytes_per_rank(size: int) -> int:
-    """Return how much of /dev/shm a group takes for each rank of a node that has so many."""
-    return _PAGE + 2 * payload_room(size) + 2 * SLOT
+def digest_of(said: Sequence[int]) -> int:
+    """Return the digest of a record's fields after the number."""
+    mixed: int = sum(map(operator.mul, said, MIX))
+    return (mixed + 2**63) % 2**64 - 2**63
+
+
+def _head(size: int) -> int:
+    """Return the bytes of all ranks' lines, in whole pages."""
+    return -(-size * _BLOCK // _PAGE) * _PAGE
+
+
+def _per_rank(size: int) -> int:
+    """Return the bytes of a rank's page and rooms, where so many share the memory of a node."""
+    return _PAGE + 2 * payload_room(size)
+
+
+def bytes_of(size: int) -> int:
+    """Return how much of /dev/shm a group takes on a node that has so many of its ranks.
+
+    The slots come on top of it, once there are data for them.
+    """
+    return _head(size) + size * _per_rank(size)
+
+
+def slots_of(size: int) -> int:
+    """Return how much the slots of so many ranks take."""
+    return 2 * SLOT * size
 
 
 def whereabouts() -> int:

@@ -23,6 +23,7 @@ from mpicoll.errors import (
     MpicollError,
     RemoteRankError,
 )
+from mpicoll.runtime.memory import digest_of
 from mpicoll.transports import select
 from mpicoll.transports.shm import core
 from tests.contract.arrays import DTYPES, KINDS, data
@@ -59,7 +60,7 @@ def strange(rng, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", "?bBhHiIqQefd")
-@pytest.mark.parametrize("size", [1, 2, 5, 17, 1000, 60_000])
+@pytest.mark.parametrize("size", [1, 4, 5, 17, 1000, 60_000])  # 4 doubles fill a line
 def test_the_same_bits_with_and_without(direct, world, dtype, size):
     compiled, rng = direct._core, np.random.default_rng(size + 7 * direct.rank())
     for op in map(mc.ReduceOp.__dict__.get, OPS):
@@ -357,7 +358,10 @@ def test_records_are_in_the_same_words(direct, kind):
     def record(way, move):
         direct._core = way
         move().wait()
-        return memory.records(state.seq)[direct.rank()][1:]
+        said = memory.records(state.seq)[direct.rank()][1:]
+        line = memory._lines[state.seq & 1][direct.rank()]
+        assert memory.words[line : line + 3].tolist() == [state.seq, digest_of(said[:-1]), said[-1]]
+        return said
 
     for dtype in (*DTYPES, "longdouble", "clongdouble"):
         if not kind.holds(dtype):

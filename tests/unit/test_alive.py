@@ -97,10 +97,10 @@ def test_a_stopped_process_lives(child):
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):
-    from mpicoll.runtime.memory import NodeMemory, bytes_per_rank
+    from mpicoll.runtime.memory import NodeMemory, bytes_of
 
     path = tmp_path / "room"
-    path.write_bytes(bytes(2 * bytes_per_rank(2)))
+    path.write_bytes(bytes(bytes_of(2)))
     held = (
         f"import fcntl; f = open({str(path)!r}, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 1); "
         "print('held', flush=True); input()"
@@ -110,7 +110,7 @@ def test_a_lock_dies_with_its_holder(tmp_path):
     )
     assert holder.stdout.readline() == b"held\n"
     file = os.open(path, os.O_RDWR)
-    memory = NodeMemory(mmap.mmap(file, 2 * bytes_per_rank(2)), 0, 2, file)
+    memory = NodeMemory(mmap.mmap(file, bytes_of(2)), 0, 2, file)
     assert memory.locked and not memory.has_died(1)
     holder.kill()
     holder.wait()

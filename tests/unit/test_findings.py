@@ -10,7 +10,7 @@ import pytest
 from mpicoll.cli import findings
 from mpicoll.cli.facts import SHM, Facts, Gpu, Sight, Token
 from mpicoll.cli.findings import GROUPS, OK, OLDEST, WARNING, WRONG, Job, examine
-from mpicoll.runtime.memory import bytes_per_rank
+from mpicoll.runtime.memory import bytes_of, slots_of
 from mpicoll.runtime.settings import launchers
 from mpicoll.transports.shm.rings import nbytes
 from tests.harness import ROOT
@@ -33,7 +33,7 @@ GOOD = Facts(
     tokens={SHM: Token("/dev/shm/mpicoll-doctor-x", 1), "/store": Token("/store/x", 1)},
 )
 SEEN = Sight(reads=True)
-GROUP = 4 * bytes_per_rank(4) + nbytes(4)  # what a group of them takes
+GROUP = bytes_of(4) + slots_of(4) + nbytes(4)  # what a group of them takes
 
 
 def job(*changes, sights=None, **rest):

@@ -82,6 +82,8 @@ cdef enum:
     ON_CPU = 1  # DLPack's numbers
     BFLOAT = 4
     COMPLEX = 5
+    LINE = 64  # bytes of a cache line
+    FIELDS = 7  # of a record, after its number
     TURN = 16  # chunks after which others have their turn
     LISTED = 16  # ranks up to which lists of arrays are looked through here
     # The codes of the calls, as in the records.
@@ -99,7 +101,14 @@ def cease():
 
 
 cdef struct Record:
-    int64_t[9] fields  # number, kind, dtype, op, root, count, digest, state, extent
+    int64_t number
+    int64_t[FIELDS] fields  # kind, dtype, op, root, count, digest, state
+    int64_t extent
+
+
+cdef struct Line:  # of a rank, in every other call
+    int64_t number, digest, extent, left
+    char[32] data
 
 
 cdef struct Given:  # a plain array of the user's
@@ -113,28 +122,34 @@ cdef class Node:
 
     Args:
         memory: the mapping.
-        layout: rank, size; bytes per rank, of its page, of a record, of room for a payload, of a
-            slot; where in a rank's part lie its flag, what it has left and what it has finished.
+        layout: rank, size; bytes of a rank's lines, of all ranks'; of what else a rank has there,
+            of its page, from one record to the other, in a page before the last call that was
+            finished, of room for a payload; of a slot.
         crowded: the ranks share cores: a peer needs this one.
+        slot_memory: the mapping of the slots, for what goes through them.
     """
 
     cdef object __weakref__
     cdef char *_base
-    cdef Py_buffer _buffer
+    cdef char *_slots
+    cdef Py_buffer _buffer, _slots_buffer
     cdef bint _mapped, _crowded
     cdef int _rank, _size
-    cdef Py_ssize_t _stride, _page, _record, _payload, _slot, _flag, _left, _finished
+    cdef Py_ssize_t _block, _head, _stride, _page, _record, _finished, _payload, _slot
     cdef double _patience  # seconds for which a peer is waited for here
     cdef object _code  # the user's code that called last
 
-    def __cinit__(self, memory, layout, crowded, *args, **kwargs):
+    def __cinit__(self, memory, layout, crowded, slot_memory=None, **kwargs):
         self._mapped = False
         PyObject_GetBuffer(memory, &self._buffer, PyBUF_WRITABLE)
         self._mapped = True
-        self._base = <char *>self._buffer.buf
+        self._base, self._slots = <char *>self._buffer.buf, NULL
+        if slot_memory is not None:
+            PyObject_GetBuffer(slot_memory, &self._slots_buffer, PyBUF_WRITABLE)
+            self._slots = <char *>self._slots_buffer.buf
         (
-            self._rank, self._size, self._stride, self._page, self._record, self._payload, self._slot, self._flag,
-            self._left, self._finished,
+            self._rank, self._size, self._block, self._head, self._stride, self._page, self._record, self._finished,
+            self._payload, self._slot,
         ) = layout
         self._crowded = crowded
         self._patience = 100e-6 if crowded else 30e-6
@@ -146,6 +161,8 @@ cdef class Node:
         if self._mapped:
             self._mapped = False
             PyBuffer_Release(&self._buffer)
+            if self._slots is not NULL:
+                PyBuffer_Release(&self._slots_buffer)
 
     def close(self):
         """Let go of the memory: no call goes this way any more."""
@@ -205,7 +222,14 @@ cdef class Node:
 
     cdef inline int64_t *_word(self, int rank) noexcept nogil:
         """The flag of a rank."""
-        return <int64_t *>(self._base + rank * self._stride + self._flag)
+        return <int64_t *>(self._base + rank * self._block + 2 * LINE)
+
+    cdef inline char *_own_slots(self, int rank) noexcept nogil:
+        """The two slots of a rank."""
+        return self._slots + 2 * rank * self._slot
+
+    cdef inline char *_page_of(self, int rank) noexcept nogil:
+        return self._base + self._head + rank * self._stride
 
     cdef inline bint _reaches(self, int64_t *word, int64_t value, double *until) noexcept nogil:
         """Wait until a word is at least a value, and return whether it is; for a moment in all."""
@@ -237,11 +261,12 @@ cdef inline bint is_ours(str file):
 
 
 cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
-cdef Py_ssize_t at_seq, at_given, read_most, read_from
+cdef uint64_t[FIELDS] mixers  # of a record's digest
+cdef Py_ssize_t at_seq, at_given, read_most, read_from, room_in_line
 
 
 def configure(
-    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest, pieces,
+    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest, pieces, mix, in_line,
 ):
     """Tell the core, once, what it shares with the general way.
 
@@ -255,15 +280,19 @@ def configure(
         places: where the library's code lies, and that of its commands, which use it as anybody does.
         digest: condenses the counts of all ranks.
         pieces: the class of pickled objects.
+        mix: by what the fields of a record are multiplied for its digest.
+        in_line: bytes of data that a line has room for.
     """
     global engine, poll, active, light, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
-    global pickled, read_from
+    global pickled, read_from, room_in_line
     cdef int number
     engine, poll, active, light = the_engine, the_engine._poll, the_engine._active, the_engine.light
     work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
     library, commands = places
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read[0]
-    read_from = read[1]
+    read_from, room_in_line = read[1], in_line
+    for number in range(FIELDS):
+        mixers[number] = mix[number]
     for number in range(NUMBERS):
         codes[number] = dtypes[number].code if number in dtypes else -1
     for number in range(40):

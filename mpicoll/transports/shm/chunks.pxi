@@ -6,7 +6,7 @@ cdef class Chunks(Node):
 
     cdef char *_scratch
 
-    def __init__(self, memory, layout, crowded):
+    def __init__(self, memory, layout, crowded, slot_memory):
         self._scratch = NULL  # until an array is reduced
 
     def __dealloc__(self):
@@ -21,7 +21,7 @@ cdef class Chunks(Node):
         return self._scratch is not NULL
 
     cdef inline char *_of(self, int rank, Py_ssize_t c) noexcept nogil:
-        return self._base + rank * self._stride + self._page + 2 * self._payload + (c & 1) * self._slot
+        return self._own_slots(rank) + (c & 1) * self._slot
 
     cdef inline bint _others_reach(self, int64_t value) noexcept nogil:
         cdef double until = 0
@@ -55,7 +55,7 @@ cdef class Chunks(Node):
                     if p.wire != p.width:
                         kept = self._scratch
                         memcpy(kept, here, n * p.width)
-                    if fold(p, here, self._of(0, c), self._stride, upto, n, self._size, True, self._rank):
+                    if fold(p, here, self._of(0, c), 2 * self._slot, upto, n, self._size, True, self._rank):
                         memcpy(here, kept, n * p.width)
                         break
                 c += 1
@@ -88,7 +88,7 @@ cdef class Chunks(Node):
                         break
                     low, high = part_begin(n, self._rank, self._size), part_begin(n, self._rank + 1, self._size)
                     if fold(
-                        p, self._scratch, self._of(0, c) + low * width, self._stride, self._size, high - low,
+                        p, self._scratch, self._of(0, c) + low * width, 2 * self._slot, self._size, high - low,
                         self._size, False, -1,
                     ):
                         break
@@ -122,7 +122,7 @@ cdef class Chunks(Node):
                     if not self._others_reach(flag + c + 1):
                         break
                     memcpy(self._scratch, here, n * p.width)
-                    if fold(p, here, self._of(0, c), self._stride, self._size, n, self._size, True, self._rank):
+                    if fold(p, here, self._of(0, c), 2 * self._slot, self._size, n, self._size, True, self._rank):
                         memcpy(here, self._scratch, n * p.width)
                         break
                 store_release(self._word(self._rank), flag + c + 1)
@@ -154,7 +154,7 @@ cdef class Chunks(Node):
                 if not self._others_reach(flag + c + 1):
                     break
                 if fold(
-                    p, self._scratch, self._of(0, c) + self._rank * room * width, self._stride, self._size, n,
+                    p, self._scratch, self._of(0, c) + self._rank * room * width, 2 * self._slot, self._size, n,
                     self._size, False, -1,
                 ):
                     break

@@ -91,6 +91,8 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef char *mine
         cdef char *kept
+        cdef char *first
+        cdef Py_ssize_t between
         cdef double now
         if array is None:
             return None
@@ -105,13 +107,14 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        mine = self._room(self._rank, seq)
+        mine = self._given_by(self._rank, seq, a.count * p.wire)
         encode(p, mine, a.data, a.count)
         if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
             return None
         if lands and upto:
             kept = self._keep(p, &a, mine)
-            if fold(p, a.data, self._room(0, seq), self._stride, upto, a.count, self._size, True, self._rank):
+            first, between = self._given_by(0, seq, a.count * p.wire), self._between(a.count * p.wire)
+            if fold(p, a.data, first, between, upto, a.count, self._size, True, self._rank):
                 memcpy(a.data, kept, a.nbytes)
                 return None  # the general way makes the NaN
         return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
@@ -146,7 +149,7 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        mine = self._room(self._rank, seq)
+        mine = self._given_by(self._rank, seq, a.count * p.wire)
         encode(p, mine, a.data, a.count)
         if not self._meet(seq, REDUCE_SCATTER_SINGLE, a.dtype, code, -1, out.count, 0, a.count):
             return None
@@ -156,8 +159,9 @@ cdef class Core(Node):
 
     cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
         """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
-        cdef char *first = self._room(0, seq) + self._rank * out.count * p.wire
-        return fold(p, out.data, first, self._stride, self._size, out.count, self._size, True, -1)
+        cdef Py_ssize_t part = out.count * p.wire, given = part * self._size
+        cdef char *first = self._given_by(0, seq, given) + self._rank * part
+        return fold(p, out.data, first, self._between(given), self._size, out.count, self._size, True, -1)
 
     def reduce_scatter(self, output, input, op, timeout):
         cdef Given out
@@ -182,7 +186,7 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        mine = self._room(self._rank, seq)
+        mine = self._given_by(self._rank, seq, out.count * self._size * p.wire)
         for rank in range(self._size):
             encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
         if not self._meet(
@@ -552,7 +556,18 @@ cdef class Core(Node):
         return 0 if now >= due else now  # peers' questions are to be answered
 
     cdef inline char *_room(self, int rank, int64_t seq):
-        return self._base + rank * self._stride + self._page + (seq & 1) * self._payload
+        return self._page_of(rank) + self._page + (seq & 1) * self._payload
+
+    cdef inline Line *_line(self, int rank, int64_t seq):
+        return <Line *>(self._base + rank * self._block + (seq & 1) * LINE)
+
+    cdef inline char *_given_by(self, int rank, int64_t seq, Py_ssize_t nbytes):
+        """Return where a rank gives so many bytes that are reduced."""
+        return &self._line(rank, seq).data[0] if nbytes <= room_in_line else self._room(rank, seq)
+
+    cdef inline Py_ssize_t _between(self, Py_ssize_t nbytes):
+        """Return how far it is from there to the next rank's."""
+        return self._block if nbytes <= room_in_line else self._stride
 
     cdef bint _meet(
         self, int64_t seq, int kind, int64_t dtype, int64_t op, int64_t root, int64_t count, int64_t digest, int64_t extent
@@ -561,26 +576,26 @@ cdef class Core(Node):
 
         From here to `_done` the call is owed: the general way goes on with it.
         """
-        cdef char *own = self._base + self._rank * self._stride
-        cdef Py_ssize_t at = (seq & 1) * self._record
-        cdef Record *mine = <Record *>(own + at)
-        cdef Record *theirs
-        cdef int64_t left
+        cdef Record *record = <Record *>(self._page_of(self._rank) + (seq & 1) * self._record)
+        cdef Line *mine = self._line(self._rank, seq)
+        cdef Line *line
+        cdef uint64_t mixed = 0
         cdef int rank
         cdef double until = 0
-        mine.fields[1], mine.fields[2], mine.fields[3], mine.fields[4] = kind, dtype, op, root
-        mine.fields[5], mine.fields[6], mine.fields[7], mine.fields[8] = count, digest, 0, extent
-        store_release(&mine.fields[0], seq)
+        record.fields[0], record.fields[1], record.fields[2], record.fields[3] = kind, dtype, op, root
+        record.fields[4], record.fields[5], record.fields[6], record.extent = count, digest, 0, extent
+        store_release(&record.number, seq)
+        for rank in range(FIELDS):
+            mixed += <uint64_t>record.fields[rank] * mixers[rank]
+        mine.digest, mine.extent = <int64_t>mixed, extent
+        store_release(&mine.number, seq)
         self._owed, self._owed_kind = seq, kind  # until it is done
         for rank in range(self._size):
-            theirs = <Record *>(self._base + rank * self._stride + at)
-            if not self._reaches(&theirs.fields[0], seq, &until) or theirs.fields[0] != seq:
-                return False
-            if memcmp(&theirs.fields[1], &mine.fields[1], 56):  # all but the extent, which follows from it
+            line = self._line(rank, seq)
+            if not self._reaches(&line.number, seq, &until) or line.number != seq or line.digest != mine.digest:
                 return False
         for rank in range(self._size):
-            left = load_acquire(<int64_t *>(self._base + rank * self._stride + self._left))
-            if 0 < left <= seq:
+            if 0 < load_acquire(&self._line(rank, seq).left) <= seq:
                 return False
         return True
 
@@ -589,7 +604,7 @@ cdef class Core(Node):
         cdef Py_ssize_t found = 0
         cdef int rank
         for rank in range(self._size):
-            found = max(found, (<Record *>(self._base + rank * self._stride + (seq & 1) * self._record)).fields[8])
+            found = max(found, self._line(rank, seq).extent)
         return found
 
     cdef object _done(
@@ -604,7 +619,7 @@ cdef class Core(Node):
         self._arrival._last = number
         self._owed, self._last, self._kind = 0, seq, kind
         if self._mapped:  # a collection of garbage may have run what closes the group
-            store_release(<int64_t *>(self._base + self._rank * self._stride + self._finished), seq)
+            store_release(<int64_t *>(self._page_of(self._rank) + self._finished), seq)
         place = self._placed(&at)
         self._append([
             number, kinds[kind], None if array is None else listed[dtype], count,

@@ -27,9 +27,9 @@ from ...engine.recorder import PLACES, Recorder
 from ...engine.tasks import GroupState
 from ...engine.work import DoneWork, MessageWork
 from ...runtime.library import MPI
-from ...runtime.memory import NodeMemory
+from ...runtime.memory import IN_LINE, MIX, READ, NodeMemory
 from ...runtime.settings import native_wanted
-from .inline import READ, SHARED_WORK
+from .inline import SHARED_WORK
 
 _native: Any
 try:
@@ -105,6 +105,8 @@ def shared() -> dict[str, Any]:
         "places": PLACES,
         "digest": digest,
         "pieces": Pieces,
+        "mix": MIX,
+        "in_line": IN_LINE,
     }
 
 
@@ -120,17 +122,21 @@ def _configure() -> None:
     MPI.COMM_SELF.Set_attr(key, None)  # which MPI_Finalize deletes
 
 
+def _where(memory: NodeMemory) -> tuple[mmap, tuple[int, ...], bool]:
+    return memory.mapping, memory.layout, memory.crowded
+
+
 def chunks(memory: NodeMemory) -> Chunks | None:
     """Return what reduces a group's large arrays on one node in compiled code, or None."""
     if not available():
         return None
-    made: Chunks = _native.Chunks(memory.mapping, memory.layout, memory.crowded)
+    made: Chunks = _native.Chunks(*_where(memory), memory.slots_mapping)
     return made
 
 
 def moves(memory: NodeMemory) -> Moves:
     """Return what moves a group's data on one node in compiled code, which is there."""
-    made: Moves = _native.Moves(memory.mapping, memory.layout, memory.crowded)
+    made: Moves = _native.Moves(*_where(memory), memory.slots_mapping)
     return made
 
 
@@ -160,7 +166,7 @@ def make(
         return None
     _configure()
     made: Core = _native.Core(
-        *(memory.mapping, memory.layout, memory.crowded),
+        *_where(memory),
         most=most,
         group_state=group_state,
         arrival=arrival,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.call import UNEVEN, Call
-from ...runtime.memory import NodeMemory
+from ...runtime.memory import IN_LINE, READ, NodeMemory
 from ..base import pickles
 from ..kernels import fold
 
@@ -20,8 +20,7 @@ Array = np.ndarray[Any, Any]
 
 _BYTE = np.dtype(np.uint8)
 
-READ = 2**20  # bytes that one of several ranks reads at most to reduce alone
-SHARED_WORK = 3  # ranks from which each reduces its part, instead of everything, beyond that
+SHARED_WORK = 3  # ranks from which each reduces its part, where all would be more than READ
 
 
 class Inline:
@@ -69,11 +68,11 @@ class Inline:
 def _give(call: Call, seq: int, memory: NodeMemory) -> None:
     send, plan = call.send, call.reduction
     if call.kind.pickles:
-        _give_objects(pickles(call), memory.payloads(seq, _BYTE)[memory.rank])
+        _give_objects(pickles(call), _rooms(call, seq, memory)[memory.rank])
         return
     if send is None or (call.kind.from_root and memory.rank != call.root):
         return
-    mine = memory.payloads(seq, send.dtype.storage if plan is None else plan.wire)[memory.rank]
+    mine = _rooms(call, seq, memory)[memory.rank]
     if plan is not None and not plan.direct:
         mine[: send.total] = plan.encode(send.flat())
     elif len(send.buffers) == 1:
@@ -86,11 +85,11 @@ def _give(call: Call, seq: int, memory: NodeMemory) -> None:
 def _take(call: Call, seq: int, memory: NodeMemory) -> None:
     kind, recv, plan, own = call.kind, call.recv, call.reduction, memory.rank
     if kind.pickles:
-        call.result = _take_objects(call, own, memory.payloads(seq, _BYTE))
+        call.result = _take_objects(call, own, _rooms(call, seq, memory))
         return
     if recv is None:
         return
-    there = memory.payloads(seq, recv.dtype.storage if plan is None else plan.wire)
+    there = _rooms(call, seq, memory)
     if plan is not None:
         start, end = 0, recv.total
         if kind.prefix is not None:
@@ -108,6 +107,16 @@ def _take(call: Call, seq: int, memory: NodeMemory) -> None:
         start = own * recv.counts[own] if kind.parted else 0
         for r, count in enumerate(recv.counts):
             recv.block(r)[...] = there[r][start : start + count]
+
+
+def _rooms(call: Call, seq: int, memory: NodeMemory) -> list[Array]:
+    """Return where what the ranks give lies: what is reduced, if it fits, in their lines."""
+    plan, blocks = call.reduction, call.send or call.recv
+    if plan is None:
+        return memory.payloads(seq, _BYTE if blocks is None else blocks.dtype.storage)
+    assert blocks is not None
+    in_line = blocks.total * plan.wire.itemsize <= IN_LINE
+    return (memory.in_lines if in_line else memory.payloads)(seq, plan.wire)
 
 
 def _give_objects(given: list[bytes], room: Array) -> None:

@@ -10,7 +10,6 @@
 cdef enum:
     PLACE = 32768  # bytes of a place, where there are few ranks
     LEAST = 8192  # bytes of a piece, where what is given has a block for each rank
-    SECOND = 64  # bytes from the one flag to the other
     TURN_BYTES = 1 << 23  # bytes after which others have their turn
     ENDED = (1 << 24) - 1  # the last round of all primitives
 
@@ -33,7 +32,7 @@ cdef class Moves(Node):
     cdef Py_ssize_t _place, _depth, _room, _written, _writes, _read, _reads
     cdef int _next  # of the ranks that are read from in this round, the next
 
-    def __init__(self, memory, layout, crowded):
+    def __init__(self, memory, layout, crowded, slot_memory):
         self._gives = <Block *>calloc(self._size, sizeof(Block))
         self._takes = <Block *>calloc(self._size, sizeof(Block))
         self._readers = <char *>calloc(self._size, 1)
@@ -86,7 +85,7 @@ cdef class Moves(Node):
         return (nbytes + self._room - 1) // self._room
 
     cdef inline char *_at(self, int rank, Py_ssize_t c) noexcept nogil:
-        return self._base + rank * self._stride + self._page + 2 * self._payload + c % self._depth * self._place
+        return self._own_slots(rank) + c % self._depth * self._place
 
     cdef bint _may_write(self) noexcept nogil:
         """Return whether all have read what is where the next piece goes."""
@@ -95,7 +94,7 @@ cdef class Moves(Node):
         if self._written < self._depth:
             return True
         for rank in range(self._size):
-            if self._readers[rank] and load_acquire(self._word(rank) + SECOND // 8) < wanted:
+            if self._readers[rank] and load_acquire(self._word(rank) + LINE // 8) < wanted:
                 return False
         return True
 
@@ -139,7 +138,7 @@ cdef class Moves(Node):
     cdef inline void _tell_read(self) noexcept nogil:
         """Raise the second flag: at the end of the reading for good, whatever is still to be written."""
         store_release(
-            self._word(self._rank) + SECOND // 8, self._number + (self._read if self._read < self._reads else ENDED)
+            self._word(self._rank) + LINE // 8, self._number + (self._read if self._read < self._reads else ENDED)
         )
 
     def advance(self):

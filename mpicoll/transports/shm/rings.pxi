@@ -36,7 +36,6 @@ cdef extern from *:
     int PyDict_Next(dict d, Py_ssize_t *at, PyObject **key, PyObject **value)
 
 cdef enum:
-    LINE = 64  # bytes
     HEAD = 40  # of them a header
     SEND = 30, RECV  # the codes of the calls
     ANYONE = -1

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Wrong = TransportError | CollectiveMismatchError | None
 
+MOST = 64  # ranks that have rings: of more they would take too much, as one lies between any two
 LARGEST, LEAST = 2**19, 2**10  # bytes of a ring
 ALL = 2**22  # bytes of all of a group's, unless they would be smaller than the least
 LINE = 64  # bytes of the unit in which rings are written
@@ -59,16 +60,17 @@ PER_SLOT = 1024  # bytes of a ring for each larger message that may be under way
 
 @dataclass(frozen=True, slots=True)
 class RingMemory:
-    """The mapped file of a group's rings, and who its ranks are.
+    """What the ranks of a group that are all compiled have for their messages, and who they are.
 
     Attributes:
+        mapping: the mapped file of the rings; None: there are none, so messages go by MPI.
         ring: bytes of one ring.
         slots: larger messages that may be under way at a time between two ranks.
         processes: the system's numbers of all ranks.
         reads: they may read one another's memory.
     """
 
-    mapping: mmap
+    mapping: mmap | None
     ring: int
     slots: int
     processes: tuple[int, ...]
@@ -84,13 +86,15 @@ def sizes(ranks: int) -> tuple[int, int]:
 
 
 def nbytes(ranks: int) -> int:
-    """Return the bytes of all of a group's rings."""
+    """Return the bytes of all of a group's rings; of none, where it has too many ranks."""
+    if ranks > MOST:
+        return 0
     ring, slots = sizes(ranks)
     return ranks**2 * (LINE + -(-8 * slots // LINE) * LINE + ring)
 
 
 def share(comm: MPI.Intracomm) -> Generator[int, None, RingMemory | None]:
-    """Make the rings of a communicator whose ranks share memory, or None on all of them."""
+    """Make the rings of a communicator whose ranks share memory; None: not all are compiled."""
     word = np.frombuffer(os.urandom(8), dtype=np.int64)
     known = core.available(), os.getpid(), word.ctypes.data, word[0]
     table = (yield from agreement.rows(comm, *map(int, known))).tolist()
@@ -99,9 +103,9 @@ def share(comm: MPI.Intracomm) -> Generator[int, None, RingMemory | None]:
     reads = all(cma.can_read(*where) for _, *where in table)
     (reads,) = yield from agreement.unanimous(comm, reads)  # until then the others read `word`
     ring, slots = sizes(len(table))
-    mapping = yield from memory.map_file(comm, nbytes(len(table)))
-    if mapping is None:
-        return None
+    mapping = None
+    if len(table) <= MOST:
+        mapping = yield from memory.map_file(comm, nbytes(len(table)))
     return RingMemory(mapping, ring, slots, tuple(process for _, process, *_ in table), reads)
 
 
@@ -110,6 +114,7 @@ class RingMessages(Messages):
 
     def __init__(self, comm: MPI.Intracomm, tuning: Tuning, shared: RingMemory) -> None:
         super().__init__(comm, tuning)
+        assert shared.mapping is not None
         self._mapping = shared.mapping
         self._aside = 0 if shared.reads else shared.ring // 4  # what is larger goes by MPI
         self._rings = core.rings(

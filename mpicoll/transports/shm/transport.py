@@ -2,7 +2,8 @@
 
 What reduces is reduced from the slots, in rank order, so that all ranks and all runs get the same
 bits.  What only moves goes through the slots while it is small; larger, one copy straight from the
-peer's array beats two.
+peer's array beats two.  The slots are made in the first such call; where there is no room for them,
+MPI carries out all of them.
 
 A flag counts the rounds of one primitive; `epoch` numbers the primitives, alike on all ranks.
 Slots alternate: round c writes where round c - 2 was, which all have read once they have announced
@@ -11,9 +12,9 @@ round c - 1.  Arrival separates the calls; inside a call a primitive waits for t
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,10 +42,27 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
 
+Method = Callable[["ShmTransport", Call], Steps]
+
 READ = 2**26  # bytes of one such read: others get their turn in between
 
 _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
+
+
+def through_slots(method: Method) -> Method:
+    """Carry out a call so if there are slots, and else by MPI."""
+
+    @functools.wraps(method)
+    def steps(self: ShmTransport, call: Call) -> Steps:
+        if self._slots is None:
+            self._slots = yield from self._memory.add_slots(self._comm)
+            if self._slots:
+                self._chunks = core.chunks(self._memory)
+                self._moves = core.moves(self._memory) if self._all_compiled else None
+        yield from method(self, call) if self._slots else getattr(self._mpi, method.__name__)(call)
+
+    return steps
 
 
 class ShmTransport(SendsMessages):
@@ -59,7 +77,9 @@ class ShmTransport(SendsMessages):
         tuning: Tuning,
         rings: RingMemory | None = None,
     ) -> None:
-        messages = None if rings is None else RingMessages(comm, tuning, rings)
+        messages = None
+        if rings is not None and rings.mapping is not None:
+            messages = RingMessages(comm, tuning, rings)
         self._mpi = MpiTransport(comm, tuning, messages)
         self.messages = self._mpi.messages
         self._inline, self._read_above = tuning.inline, tuning.read_above
@@ -72,8 +92,10 @@ class ShmTransport(SendsMessages):
         self._processes: Sequence[int] = () if rings is None else rings.processes
         self._comm = comm
         self._arrays = SharedArrays()
-        self._chunks = core.chunks(memory)
-        self._moves = None if rings is None else core.moves(memory)  # if all ranks are compiled
+        self._slots: bool | None = None  # whether there are; None: they were not needed yet
+        self._all_compiled = rings is not None
+        self._chunks: core.Chunks | None = None
+        self._moves: core.Moves | None = None
 
     def release(self, *, together: bool) -> None:
         if self._moves is not None:
@@ -114,6 +136,7 @@ class ShmTransport(SendsMessages):
 
     # ---- what reduces ----
 
+    @through_slots
     def allreduce(self, call: Call) -> Steps:
         plan, array = reducing(call)
         arrays = yield from self._in_place(plan, array)
@@ -139,7 +162,7 @@ class ShmTransport(SendsMessages):
         what = array, call.dtype.code, op
         if self._chunks is None or not self._chunks.knows(*what):
             return None
-        return partial(getattr(self._chunks, method), self._flag(0), *what, *more)
+        return functools.partial(getattr(self._chunks, method), self._flag(0), *what, *more)
 
     def _in_chunks(self, call: Call, plan: Reduction, array: Array, upto: int) -> Steps:
         """Reduce the first `upto` ranks' arrays, chunk by chunk, in place; of none: leave it."""
@@ -187,6 +210,7 @@ class ShmTransport(SendsMessages):
                     decode(plan, slots[r][low:high], into)
         self._announce(_END)
 
+    @through_slots
     def reduce(self, call: Call) -> Steps:
         plan, array = reducing(call)
         arrays = yield from self._in_place(plan, array)
@@ -217,6 +241,7 @@ class ShmTransport(SendsMessages):
             self._announce(c + 1)
         self._announce(_END)
 
+    @through_slots
     def reduce_scatter(self, call: Call) -> Steps:
         plan = call.reduction
         assert plan is not None and call.send is not None and call.recv is not None
@@ -280,11 +305,13 @@ class ShmTransport(SendsMessages):
         self._announce(_END)
         yield from self._all_seen(_END)  # until then the peers use our array
 
+    @through_slots
     def scan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
         yield from self._in_chunks(call, plan, array, self.rank + 1)
 
+    @through_slots
     def exscan(self, call: Call) -> Steps:
         plan, array = reducing(call)
         yield from self._begin()
@@ -292,6 +319,7 @@ class ShmTransport(SendsMessages):
 
     # ---- what only moves ----
 
+    @through_slots
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
@@ -315,6 +343,7 @@ class ShmTransport(SendsMessages):
             self._announce(c + 1)
         self._announce(_END)
 
+    @through_slots
     def allgather(self, call: Call) -> Steps:
         assert call.send is not None and call.recv is not None
         if self._large(call):
@@ -338,6 +367,7 @@ class ShmTransport(SendsMessages):
                 into[...] = slots[r][: into.size]
         self._announce(_END)
 
+    @through_slots
     def gather(self, call: Call) -> Steps:
         if self._large(call):
             yield from self._move_large(call, self._mpi.gather)
@@ -368,6 +398,7 @@ class ShmTransport(SendsMessages):
                 self._announce(c + 1)
         self._announce(_END)
 
+    @through_slots
     def scatter(self, call: Call) -> Steps:
         if self._large(call):
             yield from self._move_large(call, self._mpi.scatter)
@@ -400,6 +431,7 @@ class ShmTransport(SendsMessages):
                 self._announce(c + 1)
         self._announce(_END)
 
+    @through_slots
     def alltoall(self, call: Call) -> Steps:
         if self._large(call):
             yield from self._move_large(call, self._mpi.alltoall)
