@@ -155,10 +155,10 @@ class Engine(UnderWay):
                 self._step(task)
                 if task.done:
                     self._rest(task.group_state)
-                if task.called >= self._poll.next:
-                    self._hear(task.called)  # who never waits answers its peers' questions, too
             elif task.group_state.queue[0] is task:
                 self._advance(task.group_state)
+            if task.called >= self._poll.next:
+                self._hear(task.called)  # who never waits answers its peers' questions, too
             self._leave()
         if self._ended:
             self._run_callbacks()

@@ -119,7 +119,7 @@ def test_a_call_that_is_over_answers_as_any_other(direct, kind):
     x = kind.full(3, direct.rank() + 1)
     works = [direct.allreduce(x) for _ in range(300) if mc.wait_all([direct.barrier()])]
     over = [work for work in works if type(work) is not mc.Work]  # whose peers were not late
-    if not over:
+    if not all(direct.allgather_object(bool(over))):
         pytest.skip("on this machine the peers are always late")
     work = over[-1]
     assert isinstance(work, mc.Work)
@@ -299,7 +299,7 @@ def test_what_moves_moves_both_ways(direct, dtype):
     n, me, compiled = direct.size(), direct.rank(), direct._core
     for way in (compiled, None):
         direct._core = way
-        for size in (1, 5, 1000):
+        for size in (1, 5, 1000, 90_001):  # the last ones go through the slots
             parts = [data(r, size, dtype) for r in range(n)]
             outputs = [np.zeros(size, dtype) for _ in range(n)]
             direct.allgather(outputs, parts[me]).wait()

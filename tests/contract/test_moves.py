@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from mpicoll.runtime.memory import SLOT
 from mpicoll.transports.shm import core
 
 pytestmark = [
@@ -23,7 +24,7 @@ class Late:
 
     def __init__(self, moves):
         self.moves = moves
-        self.begin = moves.begin
+        self.begin, self.goes_on = moves.begin, moves.goes_on
         self.close = moves.close
 
     def advance(self):
@@ -33,13 +34,15 @@ class Late:
 
 @pytest.fixture(params=["all at once", "one late", "another late"])
 def moving(fresh, request):
-    """A group whose moves are the compiled ones, on every rank."""
+    """A group whose moves are the compiled ones, on every rank: the core's, but for who is late."""
     transport = fresh._caller.transport
+    fresh.broadcast(np.zeros(2 * SLOT, np.uint8), 0).wait()  # for which the slots are made
     if getattr(transport, "_moves", None) is None:
         pytest.skip("the group's ranks don't all share memory")
     late = {"one late": 0, "another late": fresh.size() - 1}.get(request.param)
     if fresh.rank() == late:
         transport._moves = Late(transport._moves)
+        fresh._core = None
     return fresh
 
 
@@ -48,14 +51,15 @@ def block(source, target, size):
     return np.random.default_rng([source, target, size]).integers(0, 256, size, np.uint8)
 
 
-def lengths(n, size):
-    """Blocks of all sorts: the last is the longest, the first is empty."""
-    return [size * r // max(n - 1, 1) for r in range(n)]
+def lengths(n, size, even):
+    """Blocks all alike, as the core moves them, or of all sorts, of which the first is empty."""
+    return [size if even else size * r // max(n - 1, 1) for r in range(n)]
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_broadcast_and_gather(moving, size):
-    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size)
+def test_broadcast_and_gather(moving, size, even):
+    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size, even)
     for root in range(n):
         x = block(root, 0, size) if me == root else np.zeros(size, np.uint8)
         moving.broadcast(x, root).wait()
@@ -65,9 +69,10 @@ def test_broadcast_and_gather(moving, size):
         assert all(np.array_equal(o, block(r, root, counts[r])) for r, o in enumerate(outputs))
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_allgather_scatter_and_alltoall(moving, size):
-    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size)
+def test_allgather_scatter_and_alltoall(moving, size, even):
+    n, me, counts = moving.size(), moving.rank(), lengths(moving.size(), size, even)
     outputs = [np.zeros(count, np.uint8) for count in counts]
     moving.allgather(outputs, block(me, 0, counts[me])).wait()
     assert all(np.array_equal(o, block(r, 0, counts[r])) for r, o in enumerate(outputs))
@@ -80,6 +85,12 @@ def test_allgather_scatter_and_alltoall(moving, size):
     outputs = [np.zeros(counts[me], np.uint8) for _ in range(n)]
     moving.alltoall(outputs, inputs).wait()
     assert all(np.array_equal(o, block(r, me, counts[me])) for r, o in enumerate(outputs))
+    if even and size:
+        whole = np.zeros(n * size, np.uint8)
+        moving.all_gather_single(whole, block(me, 0, size)).wait()
+        assert np.array_equal(whole, np.concatenate([block(r, 0, size) for r in range(n)]))
+        moving.all_to_all_single(whole, np.concatenate(inputs), None, None).wait()
+        assert np.array_equal(whole, np.concatenate([block(r, me, size) for r in range(n)]))
 
 
 def test_one_after_the_other_in_one_call(moving):

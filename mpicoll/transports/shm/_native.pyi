@@ -38,9 +38,11 @@ class Moves(Node):
         parted: bool,
         only: int,
     ) -> None: ...
+    def goes_on(self) -> bool: ...
     def advance(self) -> int: ...
 
 class Core(Node):
+    moves: Moves | None
     owed: int
     finished: tuple[Kind, int] | None
     def __init__(

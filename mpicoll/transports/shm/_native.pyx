@@ -308,6 +308,6 @@ def configure(
 
 include "tensors.pxi"
 include "chunks.pxi"
-include "core.pxi"
 include "moves.pxi"
+include "core.pxi"
 include "rings.pxi"

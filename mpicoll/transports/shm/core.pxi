@@ -2,9 +2,10 @@
 #
 # It does the same as the general way, in the same memory and with the same bits, so the two can meet
 # in one call.  It checks the arguments, writes the record and what travels beside it, looks at the
-# peers' records, reads what they gave, and enters the call in the flight recorder.  A call that is
-# not for it, or whose peers are late, is the general way's: then it returns None, and a record that
-# was posted stays posted.
+# peers' records, reads what they gave, and enters the call in the flight recorder.  What only moves
+# and is larger goes through the slots (moves.pxi), once there are any.  A call that is not for it, or
+# whose peers are late, is the general way's: then it returns None, a record that was posted stays
+# posted, and a move that was begun goes on there.
 #
 # It runs under the interpreter's lock from end to end, runs no bytecode once anything is posted, and
 # looks at no signals: so nothing can strike in the middle, and no other thread is in the engine unless
@@ -15,12 +16,16 @@ cdef class Core(Node):
     """What carries out the small calls of one group.
 
     Args:
-        most: bytes that travel beside a record, at most.
-        group_state, arrival, ring: what is looked at and kept up to date.
+        most: bytes that travel beside a record, at most; read_above: that go through the slots.
+        group_state, arrival, ring, numbering: what is looked at and kept up to date.
+
+    Attributes:
+        moves: what moves through the slots; None: they are not there, or not for this.
     """
 
-    cdef Py_ssize_t _most, _most_reduced
-    cdef object _group_state, _arrival, _append
+    cdef public Moves moves
+    cdef Py_ssize_t _most, _most_reduced, _read_above
+    cdef object _group_state, _arrival, _append, _numbering
     cdef int64_t _counted, _counts
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
     cdef bint _stale
@@ -29,9 +34,10 @@ cdef class Core(Node):
     def __dealloc__(self):
         free(self._spare)
 
-    def __init__(self, memory, layout, crowded, *, most, group_state, arrival, ring):
+    def __init__(self, memory, layout, crowded, *, most, read_above, group_state, arrival, ring, numbering):
         self._most, self._most_reduced = min(most, self._payload), min(4 * most, self._payload)
         self._group_state, self._arrival, self._append = group_state, arrival, ring.append
+        self._read_above, self._numbering = read_above, numbering
         self._counted = -1
 
     def checked(self, kind, arguments):
@@ -214,23 +220,31 @@ cdef class Core(Node):
         cdef Given a
         cdef object array
         cdef int64_t seq
-        cdef bint gives
+        cdef int rank
+        cdef bint gives, moves
         cdef double now
         if self._is_indebted() or not self._is_rank(root):
             return None
         gives = root == self._rank
         array = self._view(tensor, not gives, &a)
-        if array is None or not self._fits(a.nbytes, False):
+        if array is None or not self._goes(a.nbytes, &moves):
             return None
         now = self._open(timeout)
         if now == 0:
             return None
         seq = self._next
-        if gives:
+        if gives and not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, BROADCAST, a.dtype, -1, root, a.count, 0, a.count):
             return None
-        if not gives:
+        if moves:
+            for rank in range(self._size if gives else 0):
+                self.moves._give(rank, a.data, a.nbytes)
+            if not gives:
+                self.moves._get(root, a.data, a.nbytes)
+            if not self._moved(False, -1):
+                return None
+        elif not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
         return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root), (tensor,))
 
@@ -240,12 +254,13 @@ cdef class Core(Node):
         cdef object source = self._view(input, False, &a)
         cdef int64_t seq
         cdef int rank
+        cdef bint moves
         cdef double now
         if self._is_indebted():
             return None
         if into is None or source is None or a.dtype != out.dtype or out.count != a.count * self._size:
             return None
-        if not self._fits(out.nbytes, False):
+        if not self._goes(out.nbytes, &moves):
             return None
         if not self._apart(&out, &a) and a.data != out.data + self._rank * a.nbytes:
             return None
@@ -253,11 +268,20 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not moves:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, ALL_GATHER_SINGLE, a.dtype, -1, -1, a.count, 0, out.count):
             return None
         for rank in range(self._size):
-            memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
+            if moves:
+                self.moves._give(rank, a.data, a.nbytes)
+                self.moves._get(rank, out.data + rank * a.nbytes, a.nbytes)
+            else:
+                memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
+        if moves and not self._moved(False, -1):
+            return None
+        if moves and a.data != out.data + self._rank * a.nbytes:
+            memcpy(out.data + self._rank * a.nbytes, a.data, a.nbytes)
         return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
 
     def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
@@ -268,6 +292,7 @@ cdef class Core(Node):
         cdef Py_ssize_t nbytes
         cdef int64_t seq
         cdef int rank
+        cdef bint moves
         cdef double now
         if self._is_indebted():
             return None
@@ -275,17 +300,26 @@ cdef class Core(Node):
             return None
         if not (self._even(output_sizes, &out) and self._even(input_sizes, &a)) or out.rows != a.rows:
             return None
-        if not self._fits(a.nbytes, False) or not self._apart(&out, &a):
+        if not self._goes(a.nbytes, &moves) or not self._apart(&out, &a):
             return None
         now = self._open(timeout)
         if now == 0:
             return None
         seq, nbytes = self._next, a.nbytes // self._size
-        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not moves:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, ALL_TO_ALL_SINGLE, a.dtype, -1, -1, a.count // self._size, 0, a.count):
             return None
         for rank in range(self._size):
-            memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
+            if moves:
+                self.moves._give(rank, a.data + rank * nbytes, nbytes)
+                self.moves._get(rank, out.data + rank * nbytes, nbytes)
+            else:
+                memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
+        if moves:
+            if not self._moved(True, -1):
+                return None
+            memcpy(out.data + self._rank * nbytes, a.data + self._rank * nbytes, nbytes)
         return self._done(
             seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
             (output,),
@@ -298,10 +332,11 @@ cdef class Core(Node):
         cdef list into
         cdef int64_t seq, digest
         cdef int rank
+        cdef bint moves
         cdef double now
         if self._is_indebted():
             return None
-        if source is None or not self._fits(a.nbytes * self._size, False):
+        if source is None or not self._goes(a.nbytes * self._size, &moves):
             return None
         into = self._views(outputs, &a, True, parts)
         if into is None:
@@ -311,13 +346,22 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not moves:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(
             seq, ALLGATHER, a.dtype, -1, -1, a.count, digest, a.count * self._size
         ):
             return None
         for rank in range(self._size):
-            memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+            if moves:
+                self.moves._give(rank, a.data, a.nbytes)
+                self.moves._get(rank, parts[rank].data, a.nbytes)
+            else:
+                memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        if moves:
+            if not self._moved(False, -1):
+                return None
+            memcpy(parts[self._rank].data, a.data, a.nbytes)
         return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
 
     def gather(self, outputs, input, root, timeout):
@@ -327,11 +371,11 @@ cdef class Core(Node):
         cdef list into
         cdef int64_t seq
         cdef int rank
-        cdef bint lands
+        cdef bint lands, moves
         cdef double now
         if self._is_indebted():
             return None
-        if source is None or not self._is_rank(root) or not self._fits(a.nbytes * self._size, False):
+        if source is None or not self._is_rank(root) or not self._goes(a.nbytes * self._size, &moves):
             return None
         lands = root == self._rank
         if lands:
@@ -342,12 +386,22 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        memcpy(self._room(self._rank, seq), a.data, a.nbytes)
+        if not moves:
+            memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(seq, GATHER, a.dtype, -1, root, a.count, 0, a.count * self._size if lands else a.count):
             return None
-        if lands:
-            for rank in range(self._size):
+        for rank in range(self._size):
+            if moves:
+                self.moves._give(rank, a.data, a.nbytes)
+                if lands:
+                    self.moves._get(rank, parts[rank].data, a.nbytes)
+            elif lands:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
+        if moves:
+            if not self._moved(False, root):
+                return None
+            if lands:
+                memcpy(parts[self._rank].data, a.data, a.nbytes)
         return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
             (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
 
@@ -358,11 +412,11 @@ cdef class Core(Node):
         cdef list sources
         cdef int64_t seq
         cdef int rank
-        cdef bint gives
+        cdef bint gives, moves
         cdef double now
         if self._is_indebted():
             return None
-        if into is None or not self._is_rank(root) or not self._fits(out.nbytes * self._size, False):
+        if into is None or not self._is_rank(root) or not self._goes(out.nbytes * self._size, &moves):
             return None
         gives = root == self._rank
         if gives:
@@ -373,14 +427,24 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        if gives:
+        if gives and not moves:
             for rank in range(self._size):
                 memcpy(self._room(self._rank, seq) + rank * out.nbytes, parts[rank].data, out.nbytes)
         if not self._meet(
             seq, SCATTER, out.dtype, -1, root, out.count, 0, out.count * self._size if gives else out.count
         ):
             return None
-        memcpy(out.data, self._room(root, seq) + self._rank * out.nbytes, out.nbytes)
+        if not moves:
+            memcpy(out.data, self._room(root, seq) + self._rank * out.nbytes, out.nbytes)
+        else:
+            for rank in range(self._size if gives else 0):
+                self.moves._give(rank, parts[rank].data, out.nbytes)
+            if not gives:
+                self.moves._get(root, out.data, out.nbytes)
+            if not self._moved(True, -1):
+                return None
+            if gives:
+                memcpy(out.data, parts[self._rank].data, out.nbytes)
         return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
             (output, list(inputs) if gives else [], root), (output,))
 
@@ -390,6 +454,7 @@ cdef class Core(Node):
         cdef list into, sources
         cdef int64_t seq
         cdef int rank, other
+        cdef bint moves
         cdef double now
         if self._is_indebted():
             return None
@@ -397,7 +462,7 @@ cdef class Core(Node):
         if into is None:
             return None
         first = parts[0]
-        if not self._fits(first.nbytes * self._size, False):
+        if not self._goes(first.nbytes * self._size, &moves):
             return None
         sources = self._views(inputs, &first, False, ins)
         if sources is None:
@@ -410,12 +475,20 @@ cdef class Core(Node):
         if now == 0:
             return None
         seq = self._next
-        for rank in range(self._size):
+        for rank in range(0 if moves else self._size):
             memcpy(self._room(self._rank, seq) + rank * first.nbytes, ins[rank].data, first.nbytes)
         if not self._meet(seq, ALLTOALL, first.dtype, -1, -1, first.count, 0, first.count * self._size):
             return None
         for rank in range(self._size):
-            memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
+            if moves:
+                self.moves._give(rank, ins[rank].data, first.nbytes)
+                self.moves._get(rank, parts[rank].data, first.nbytes)
+            else:
+                memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
+        if moves:
+            if not self._moved(True, -1):
+                return None
+            memcpy(parts[self._rank].data, ins[self._rank].data, first.nbytes)
         return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
 
     def objects(self, int kind, object obj, object root, object timeout):
@@ -517,6 +590,25 @@ cdef class Core(Node):
         if not reduces:
             return nbytes <= self._most
         return nbytes <= self._most_reduced and (self._size < read_from or nbytes * self._size <= read_most)
+
+    cdef inline bint _goes(self, Py_ssize_t nbytes, bint *moves):
+        """Return whether a call that only moves so much goes this way, and whether through the slots."""
+        moves[0] = not self._fits(nbytes, False)
+        return not moves[0] or (self.moves is not None and nbytes <= self._read_above)
+
+    cdef bint _moved(self, bint parted, int only):
+        """Move what was noted, and return whether that is over: else it goes on the general way.
+
+        Uses of the slots are numbered in the transport, by which the general way knows this one, too.
+        """
+        cdef int64_t number = <int64_t>self._numbering.epoch + 1
+        self._numbering.epoch = number
+        self.moves._prepare(number << ROUNDS, parted, only)
+        self.moves._left = not self.moves._go()
+        if self.moves._left:
+            return False
+        store_release(self._word(self._rank), (number << ROUNDS) + ENDED)
+        return True
 
     cdef inline bint _is_rank(self, object root):
         return type(root) is int and 0 <= root < self._size

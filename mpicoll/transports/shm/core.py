@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from mmap import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from ...engine.work import DoneWork, MessageWork
 from ...runtime.library import MPI
 from ...runtime.memory import IN_LINE, MIX, READ, NodeMemory
 from ...runtime.settings import native_wanted
+from ..tuning import Tuning
 from .inline import SHARED_WORK
 
 _native: Any
@@ -150,24 +151,29 @@ def rings(
     return made
 
 
+class Numbering(Protocol):
+    """What numbers the uses of the slots, alike on all ranks of a group."""
+
+    epoch: int
+
+
 def make(
+    numbering: Numbering,
     memory: NodeMemory,
-    most: int,
+    tuning: Tuning,
     arrival: BoardArrival,
     group_state: GroupState,
     recorder: Recorder,
 ) -> Core | None:
-    """Return the core of a group on one node, or None.
-
-    Args:
-        most: bytes that travel beside a record, at most.
-    """
+    """Return the core of a group on one node, or None."""
     if not available():
         return None
     _configure()
     made: Core = _native.Core(
         *_where(memory),
-        most=most,
+        most=tuning.inline,
+        read_above=tuning.read_above,
+        numbering=numbering,
         group_state=group_state,
         arrival=arrival,
         ring=recorder.ring,

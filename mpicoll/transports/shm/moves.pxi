@@ -11,7 +11,8 @@ cdef enum:
     PLACE = 32768  # bytes of a place, where there are few ranks
     LEAST = 8192  # bytes of a piece, where what is given has a block for each rank
     TURN_BYTES = 1 << 23  # bytes after which others have their turn
-    ENDED = (1 << 24) - 1  # the last round of all primitives
+    ROUNDS = 24  # bits of a flag that count rounds
+    ENDED = (1 << ROUNDS) - 1  # the last round of all primitives
 
 
 cdef struct Block:
@@ -28,7 +29,7 @@ cdef class Moves(Node):
     cdef char *_readers  # whether a rank reads what this one gives
     cdef list _arrays
     cdef int64_t _number
-    cdef bint _parted
+    cdef bint _parted, _left
     cdef Py_ssize_t _place, _depth, _room, _written, _writes, _read, _reads
     cdef int _next  # of the ranks that are read from in this round, the next
 
@@ -56,6 +57,36 @@ cdef class Moves(Node):
         cdef int rank
         cdef cnp.ndarray array
         self._arrays = [gives, takes]
+        for rank in range(self._size):
+            if len(gives):
+                array = gives[rank if parted else 0]
+                self._give(rank, <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+            if takes[rank] is not None:
+                array = takes[rank]
+                self._get(rank, <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+        self._prepare(flag, parted, only)
+
+    def goes_on(self):
+        """Return whether the core has left a move under way: it is not to be begun once more."""
+        cdef bint left = self._left
+        self._left = False
+        return left
+
+    cdef void _clear(self) noexcept nogil:
+        """Forget what was noted: the next move notes what it has, and nothing else."""
+        cdef int rank
+        for rank in range(self._size):
+            self._gives[rank].nbytes = self._takes[rank].nbytes = 0
+
+    cdef inline void _give(self, int rank, char *data, Py_ssize_t nbytes) noexcept:
+        self._gives[rank].data, self._gives[rank].nbytes = data, nbytes
+
+    cdef inline void _get(self, int rank, char *data, Py_ssize_t nbytes) noexcept:
+        self._takes[rank].data, self._takes[rank].nbytes = data, nbytes
+
+    cdef void _prepare(self, int64_t flag, bint parted, int only) noexcept:
+        """Make ready to move what was noted."""
+        cdef int rank
         self._number, self._parted = flag, parted
         self._place = PLACE
         if parted:
@@ -65,23 +96,15 @@ cdef class Moves(Node):
         self._room = self._place // self._size // 64 * 64 if parted else self._place
         self._written = self._writes = self._read = self._reads = 0
         self._next = 1
+        self._gives[self._rank].nbytes = self._takes[self._rank].nbytes = 0
         for rank in range(self._size):
-            self._gives[rank].nbytes = self._takes[rank].nbytes = 0
-            self._readers[rank] = rank != self._rank and len(gives) > 0 and (only < 0 or only == rank)
-            if rank == self._rank:
-                continue
-            if len(gives):
-                array = gives[rank if parted else 0]
-                self._gives[rank].data, self._gives[rank].nbytes = <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array)
-                if self._readers[rank]:
-                    self._writes = max(self._writes, self._rounds(self._gives[rank].nbytes))
-            if takes[rank] is not None:
-                array = takes[rank]
-                self._takes[rank].data, self._takes[rank].nbytes = <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array)
-                self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
+            self._readers[rank] = rank != self._rank and (only < 0 or only == rank)
+            if self._readers[rank]:
+                self._writes = max(self._writes, self._rounds(self._gives[rank].nbytes))
+            self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
         self._tell_read()
 
-    cdef inline Py_ssize_t _rounds(self, Py_ssize_t nbytes):
+    cdef inline Py_ssize_t _rounds(self, Py_ssize_t nbytes) noexcept:
         return (nbytes + self._room - 1) // self._room
 
     cdef inline char *_at(self, int rank, Py_ssize_t c) noexcept nogil:
@@ -146,33 +169,43 @@ cdef class Moves(Node):
 
         It waits for them for a moment only, and others have their turn where it is long.
         """
-        cdef Py_ssize_t begin = self._written + self._read, end = begin + TURN_BYTES // self._place
-        cdef double until = 0
-        cdef int looks = 0
-        cdef bint moved
+        cdef Py_ssize_t begin = self._written + self._read
+        cdef bint over
         if not self._mapped:
             return -1
         with nogil:
-            while (self._written < self._writes or self._read < self._reads) and self._written + self._read < end:
-                moved = False
-                if self._written < self._writes and self._may_write():
-                    self._write()
-                    moved = True
-                if self._read < self._reads and self._take():
-                    moved = True
-                if moved:
-                    looks, until = 0, 0
-                    continue
-                looks += 1
-                if looks & 63:
-                    relax()
-                elif until == 0:
-                    until = monotonic() + self._patience
-                elif monotonic() > until:
-                    break
-                elif self._crowded:
-                    sched_yield()
-        if self._written < self._writes or self._read < self._reads:
+            over = self._go()
+        if not over:
             return self._written + self._read > begin
         self._arrays = None
         return -1
+
+    cdef bint _go(self) noexcept nogil:
+        """Go on as far as the peers let it; return whether it is over."""
+        cdef Py_ssize_t end = self._written + self._read + TURN_BYTES // self._place
+        cdef double until = 0
+        cdef int looks = 0
+        cdef bint moved
+        while (self._written < self._writes or self._read < self._reads) and self._written + self._read < end:
+            moved = False
+            if self._written < self._writes and self._may_write():
+                self._write()
+                moved = True
+            if self._read < self._reads and self._take():
+                moved = True
+            if moved:
+                looks, until = 0, 0
+                continue
+            looks += 1
+            if looks & 63:
+                relax()
+            elif until == 0:
+                until = monotonic() + self._patience
+            elif monotonic() > until:
+                break
+            elif self._crowded:
+                sched_yield()
+        if self._written < self._writes or self._read < self._reads:
+            return False
+        self._clear()
+        return True

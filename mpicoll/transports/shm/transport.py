@@ -60,6 +60,8 @@ def through_slots(method: Method) -> Method:
             if self._slots:
                 self._chunks = core.chunks(self._memory)
                 self._moves = core.moves(self._memory) if self._all_compiled else None
+            if self._core is not None:
+                self._core.moves = self._moves
         yield from method(self, call) if self._slots else getattr(self._mpi, method.__name__)(call)
 
     return steps
@@ -82,10 +84,10 @@ class ShmTransport(SendsMessages):
             messages = RingMessages(comm, tuning, rings)
         self._mpi = MpiTransport(comm, tuning, messages)
         self.messages = self._mpi.messages
-        self._inline, self._read_above = tuning.inline, tuning.read_above
+        self._tuning, self._read_above = tuning, tuning.read_above
         self._memory = memory
         self.rank, self.size = memory.rank, memory.size
-        self._epoch = 0
+        self.epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
         # Whether all may read their peers' memory, and whose it is; None: it is not known yet.
         self._reads = None if rings is None else rings.reads
@@ -96,6 +98,7 @@ class ShmTransport(SendsMessages):
         self._all_compiled = rings is not None
         self._chunks: core.Chunks | None = None
         self._moves: core.Moves | None = None
+        self._core: core.Core | None = None
 
     def release(self, *, together: bool) -> None:
         if self._moves is not None:
@@ -110,7 +113,8 @@ class ShmTransport(SendsMessages):
         self, arrival: Arrival, group_state: GroupState, recorder: Recorder
     ) -> core.Core | None:
         assert isinstance(arrival, BoardArrival)
-        return core.make(self._memory, self._inline, arrival, group_state, recorder)
+        self._core = core.make(self, self._memory, self._tuning, arrival, group_state, recorder)
+        return self._core
 
     def steps(self, call: Call) -> Steps:
         self._apart = True
@@ -120,10 +124,10 @@ class ShmTransport(SendsMessages):
         if not self._apart:
             yield from self._memory.all_seen(self._flag(_END))
         self._apart = False
-        self._epoch += 1
+        self.epoch += 1
 
     def _flag(self, rounds: int) -> int:
-        return (self._epoch << _ROUNDS) + rounds
+        return (self.epoch << _ROUNDS) + rounds
 
     def _announce(self, rounds: int) -> None:
         self._memory.announce(self._flag(rounds))
@@ -474,8 +478,9 @@ class ShmTransport(SendsMessages):
             takes[root] = into[0]
         elif into and not kind.from_root:
             takes = [*into]
-        yield from self._begin()
-        moves.begin(self._flag(0), gives, takes, kind.parted, root if kind.to_root else -1)
+        if not moves.goes_on():  # with what the core has begun
+            yield from self._begin()
+            moves.begin(self._flag(0), gives, takes, kind.parted, root if kind.to_root else -1)
         while (found := moves.advance()) >= 0:
             yield PROGRESSED if found else IDLE
         self._announce(_END)
