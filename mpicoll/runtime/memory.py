@@ -145,7 +145,9 @@ class NodeMemory:
         if said != self._said:
             self._said, self._digest = said, digest_of(said)
         odd, digest = seq & 1, self._digest
-        _RECORD.pack_into(self._map, self._pages[self.rank] + odd * _BETWEEN, *record, extent)
+        at = self._pages[self.rank] + odd * _BETWEEN
+        # Not by `pack_into`, which writes zeros first: others may read what was posted before.
+        self._map[at : at + _RECORD.size] = _RECORD.pack(*record, extent)
         line = self._lines[odd][self.rank]
         words[line + _DIGEST], words[line + _EXTENT] = digest, extent
         self.fence()

@@ -152,7 +152,7 @@ cdef class Node:
             self._payload, self._slot,
         ) = layout
         self._crowded = crowded
-        self._patience = 100e-6 if crowded else 30e-6
+        self._patience = 100e-6 if crowded else 200e-6
 
     def __dealloc__(self):
         self._let_go()

@@ -101,6 +101,9 @@ class ShmTransport(SendsMessages):
         self._core: core.Core | None = None
 
     def release(self, *, together: bool) -> None:
+        if self._core is not None:
+            self._core.close()
+            self._core = None  # which knows this transport
         if self._moves is not None:
             self._moves.close()
         if self._chunks is not None:
