@@ -16,7 +16,7 @@ from ..engine.tasks import GroupState
 from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
-from ..runtime.library import MPI, Steps
+from ..runtime.library import MPI, Steps, start
 from ..runtime.settings import (
     default_timeout,
     environment,
@@ -84,6 +84,7 @@ def new_group(
         TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
             because another MPI's launcher started them.
     """
+    start(timeout)
     check_process()
     parent = MPI.COMM_WORLD if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:

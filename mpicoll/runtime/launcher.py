@@ -50,6 +50,20 @@ def abortive(vendor: str, found: Sequence[Launcher]) -> str:
     return f"{vendor} can't be initialized under {found[0].name}"
 
 
+def worldless(vendor: str, starter: str, ranks: int) -> str:
+    """Say why ranks that no launcher of MPI has started can't form a world; "" where they can.
+
+    They are given a PMI-1 server of ours, which MPICH and its kin ask; Open MPI wants PMIx.
+    """
+    if vendor in KIN:
+        return ""
+    return (
+        f"{starter} started {ranks} ranks, and {vendor} takes its ranks from its own launcher only: "
+        f"start them with mpiexec -n {ranks} python -m mpicoll run PROGRAM, which sets RANK, "
+        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun does, or use MPICH"
+    )
+
+
 def apart(libraries: Sequence[str], daemons: Sequence[str]) -> str:
     """Say why separately launched jobs can't be connected; "" where it is known that they can.
 
