@@ -36,7 +36,9 @@ PMIX_PLUGIN = "/usr/lib/*/slurm*/mpi_pmix.so"
 PMIX = "/usr/lib/*/pmix2/lib/libpmix.so"  # what Debian's plugin opens, and no package has
 _START, _END = 20.0, 10.0  # seconds
 _TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scancel", "scontrol")
-_BROKEN_START = "PRTE has lost communication"  # Open MPI's launcher, once in some hundreds of starts
+_BROKEN_START = (
+    "PRTE has lost communication"  # Open MPI's launcher, once in some hundreds of starts
+)
 _CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)

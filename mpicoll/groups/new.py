@@ -180,10 +180,14 @@ def _refuse_singleton() -> None:
     if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # a program that spawns ranks gets as many as it asked for
     vendor, _ = MPI.get_vendor()
-    why = launcher.singleton(world, vendor, launchers(environment()))
+    found = launchers(environment())
+    why = launcher.singleton(world, vendor, found)
     if why:
+        remedy = launcher.remedy(vendor, launcher.library_file())
+        if found[0].name == "torchrun":
+            remedy = f"make the first group before mpi4py.MPI is imported, or {remedy}"
         raise TransportError(
-            f"{why}: {launcher.remedy(vendor, launcher.library_file())}. Where single ranks are "
+            f"{why}: {remedy}. Where single ranks are "
             "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
         )
 

@@ -142,7 +142,7 @@ else:
 
 def start(timeout: object) -> None:
     """Initialize MPI as the first use of it does, but let torchrun's processes take so long."""
-    if isinstance(MPI, _LazyMPI):  # type: ignore[unreachable]
+    if isinstance(MPI, _LazyMPI):
         with contextlib.suppress(InvalidCallError):  # who gave a wrong one refuses it
             timeout = seconds(timeout, default_timeout())
         MPI.start(timeout)

@@ -1,18 +1,21 @@
 """A process manager of PMI-1: what processes need of a launcher to form one MPI world.
 
-Processes that torchrun or multiprocessing started have no launcher of MPI's.  `world.py` starts this
-file as a program of its own (it imports nothing of the package), as MPI_Init holds the GIL: a thread
-of rank 0 could not serve rank 0 itself.  It ends when the last rank has hung up.
+Processes that torchrun or multiprocessing started have no launcher of MPI's.  `world.py` starts
+this file as a program of its own (it imports nothing of the package), as MPI_Init holds the GIL: a
+thread of rank 0 could not serve rank 0 itself.  It ends when the last rank has hung up.
 
-A rank has two connections.  On the first, lines of JSON:
+A rank has three connections, each of which begins with a line of JSON.  On the first, its link:
 
-    {"secret", "rank", "size", "machine", "pid", "seconds"}    "I am here, and wait so long"
-    {"local_rank", "local_size"}                               the answer: all are here
-    {"missing"} or {"refused"}                                 or there will be no world
-    {"lost", "how"}                                            later: that rank has ended early
+    {"secret", "rank", "as": "link", "size", "machine", "pid", "seconds"}   "I wait so long"
+    {"local_rank", "local_size"}                              the answer: all are here
+    {"missing"} or {"refused"}                                or there will be no world
+    {"lost", "how"}                                           later: that rank has ended early
 
-On the second, {"secret", "rank"}, and then PMI-1 as MPICH's library speaks it: a line
-"cmd=NAME key=value ...", and a line in answer.  The standard text of it is Flux's RFC 13.
+On the second, as "pmi", PMI-1 as MPICH's library speaks it: a line "cmd=NAME key=value ...", and a
+line in answer; Flux's RFC 13 tells it whole.  On the third, as "leash", nothing: its end ends the
+rank, which has its kernel see to that, as in MPI_Finalize it holds the GIL, too.  As MPICH's
+launcher does, the manager ends all ranks when one has called MPI_Abort; and when one has died, but
+then the others have some time, to hear of it and raise.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ABORTED = 0.3  # seconds until MPI_Abort ends the other ranks: its words come first
+BEREAVED = 30.0  # seconds until a death does, as torchrun gives its own processes
+TICK = 0.2  # seconds between looks at the clock, while there is something to end
 HANDSHAKE = 5.0  # seconds for a connection to prove that it is one of ours
 MAX_LINE = 1 << 16  # bytes
 KVSNAME_MAX, KEY_MAX, VALUE_MAX = 256, 64, 1024  # as MPICH's own launcher says
@@ -76,23 +82,22 @@ def parse(line: str) -> dict[str, str]:
 
 @dataclass
 class Member:
-    """A rank that has come: its first connection, what it said, and when it gives up."""
+    """A rank that has come: its link, and what it said."""
 
     link: Connection
     machine: str
     pid: int
-    deadline: float
 
 
 class Connection:
-    """One socket: of nobody yet, or the first or the second one of a rank."""
+    """One socket: of nobody yet, or one of the three of a rank."""
 
     def __init__(self, sock: socket.socket, now: float) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.since = now
         self.rank = -1  # of nobody, until it has proved that it is one of ours
-        self.speaks_pmi = False
+        self.role = ""
         self.in_spawn = False  # between the lines of a spawn
         self.buffer = b""
 
@@ -101,7 +106,12 @@ class Connection:
         data = line.encode() + b"\n"
         with contextlib.suppress(OSError):  # its end shows when it is read
             if self.sock.send(data) < len(data):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                self.end()
+
+    def end(self) -> None:
+        """Hang up; the connection is closed when that is read."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class Manager:
@@ -122,7 +132,8 @@ class Manager:
         self._secret = secret
         self._name = f"mpicoll-{secrets.token_hex(8)}"  # MPICH names its shared memory after it
         self._values: dict[str, str] = {}
-        self._pmi: dict[int, Connection] = {}
+        self._leashes: dict[int, Connection] = {}
+        self._ends_at = math.inf
         self._in_barrier: dict[int, Connection] = {}
         self._finalized: set[int] = set()
         self._lost: set[int] = set()
@@ -141,18 +152,20 @@ class Manager:
         ):
             raise ValueError("the secret is wrong")
         rank = int(said["rank"])
-        if "size" not in said:
-            link.rank, link.speaks_pmi = rank, True
-            self._pmi[rank] = link
+        if said["as"] != "link":
+            if rank not in self.members:
+                raise ValueError(f"rank {rank} has not come")
+            link.rank, link.role = rank, said["as"]
+            if link.role == "leash":
+                self._leashes[rank] = link
             return
         why = self._refusal(rank, said)
         if why:
             link.send(json.dumps({"refused": why}))
             return
-        link.rank = rank
-        deadline = now + float(said["seconds"])
-        self.members[rank] = Member(link, str(said["machine"]), int(said["pid"]), deadline)
-        self.deadline = min(self.deadline, deadline)
+        link.rank, link.role = rank, "link"
+        self.members[rank] = Member(link, str(said["machine"]), int(said["pid"]))
+        self.deadline = min(self.deadline, now + float(said["seconds"]))
         if len(self.members) == self.size:
             self._begin()
 
@@ -181,7 +194,10 @@ class Manager:
             self.members[rank].link.send(json.dumps(place))
 
     def look_at_clock(self, now: float) -> None:
-        """Give up the wait for the ranks if it is over, and tell those that have come."""
+        """Do what it is time for: end ranks, or tell those that have come who is missing."""
+        if now >= self._ends_at:
+            for rank in self._leashes.keys() - self._finalized:
+                self._leashes[rank].end()
         if now < self.deadline or self.complete or self.failed:
             return
         self.failed = True
@@ -189,9 +205,14 @@ class Manager:
         for member in self.members.values():
             member.link.send(json.dumps({"missing": missing}))
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is something that it may soon be time for."""
+        return not (self.complete or self.failed) or self._ends_at < math.inf
+
     # ---- PMI ----
 
-    def answer(self, link: Connection, line: str) -> None:
+    def answer(self, link: Connection, line: str, now: float) -> None:
         """Do what a line of PMI-1 asks for."""
         if link.in_spawn or line.startswith("mcmd="):
             link.in_spawn = line != "endcmd"
@@ -207,7 +228,11 @@ class Manager:
             self._finalized.add(link.rank)
             link.send(f"cmd=finalize_ack {OK}")
         elif command == "abort":
-            self._lose(link.rank, f"called MPI_Abort({said.get('exitcode', '')})")
+            code = int(said.get("exitcode", "1"))
+            self._ends_at = min(self._ends_at, now + ABORTED)
+            self._lose(link.rank, f"called MPI_Abort({code})", now)
+            own = self.members[link.rank].link  # MPICH waits there to be ended, or goes on
+            own.send(json.dumps({"lost": link.rank, "how": "", "code": code}))
         else:
             link.send(self._reply(command, said))
 
@@ -243,20 +268,22 @@ class Manager:
 
         In MPI_Init a rank waits there in C, and hears of nothing else.
         """
+        missing = sorted(self._lost - self._in_barrier.keys())
         if len(self._in_barrier) == self.size:
             for link in self._in_barrier.values():
                 link.send(f"cmd=barrier_out {OK}")
-        elif self._lost - self._in_barrier.keys():
+        elif self._in_barrier and missing:
+            why = f"ranks {missing} ended early, and ranks {sorted(self._in_barrier)} wait for them"
+            print(f"mpicoll: {why} in MPI_Init or MPI_Finalize: they end, too", file=sys.stderr)
             for link in self._in_barrier.values():
-                with contextlib.suppress(OSError):
-                    link.sock.shutdown(socket.SHUT_RDWR)
+                link.end()
         else:
             return
         self._in_barrier.clear()
 
     # ---- the ends ----
 
-    def hang_up(self, link: Connection) -> None:
+    def hang_up(self, link: Connection, now: float) -> None:
         """Note that a connection has ended."""
         if link.rank < 0:
             return
@@ -265,12 +292,13 @@ class Manager:
             if not self.failed and member is not None and member.link is link:
                 del self.members[link.rank]
         elif link.rank not in self._finalized:
-            self._lose(link.rank, "ended without MPI_Finalize")
+            self._lose(link.rank, "ended without MPI_Finalize", now)
 
-    def _lose(self, rank: int, how: str) -> None:
+    def _lose(self, rank: int, how: str, now: float) -> None:
         if rank in self._lost:
             return
         self._lost.add(rank)
+        self._ends_at = min(self._ends_at, now + BEREAVED)
         gone = self.members[rank]
         for other, member in self.members.items():
             if other not in self._lost:
@@ -297,9 +325,10 @@ class Server:
 
     def serve(self) -> None:
         """Serve until the last rank has hung up, or nobody has come in time."""
-        waits = True
-        while self._links or waits:
-            for key, _ in self._selector.select(0.2 if waits else 1.0):
+        strangers = False
+        while self._links or not (self._manager.complete or self._manager.failed):
+            tick = TICK if strangers or self._manager.waits else None
+            for key, _ in self._selector.select(tick):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
@@ -309,7 +338,7 @@ class Server:
             for link in list(self._links):
                 if link.rank < 0 and now > link.since + HANDSHAKE:
                     self._close(link)
-            waits = not (self._manager.complete or self._manager.failed)
+            strangers = any(link.rank < 0 for link in self._links)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it has left again, or no descriptor is left
@@ -335,14 +364,14 @@ class Server:
     def _take(self, link: Connection, line: str) -> None:
         if link.rank < 0:
             self._manager.greet(link, line, time.monotonic())
-        elif link.speaks_pmi:
-            self._manager.answer(link, line)
+        elif link.role == "pmi":
+            self._manager.answer(link, line, time.monotonic())
 
     def _close(self, link: Connection) -> None:
         self._links.discard(link)
         self._selector.unregister(link.sock)
         link.sock.close()
-        self._manager.hang_up(link)
+        self._manager.hang_up(link, time.monotonic())
 
 
 def main() -> None:

@@ -81,8 +81,19 @@ def take_place(starter: str, rank: int, size: int, fd: int, local: tuple[int, in
     for name in [name for name in os.environ if re.match(_OF_MPI, name)]:
         del os.environ[name]
     names = ("PMI_FD", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    os.environ.update(zip(names, map(str, (fd, rank, size, *local))))
+    os.environ.update(zip(names, map(str, (fd, rank, size, *local)), strict=True))
     os.environ["MPICOLL_WORLD"] = starter
+
+
+def tell_rank(rank: int, size: int, local: tuple[int, int], master: tuple[str, int]) -> None:
+    """Set what torchrun sets for programs that read it, but for what is torchrun's own.
+
+    Args:
+        local: the rank's number on its node, and how many there are.
+        master: host and port at which the program may meet.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, (rank, size, *local, *master)), strict=True))
 
 
 def mark_rank() -> None:

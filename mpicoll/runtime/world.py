@@ -1,18 +1,21 @@
 """One MPI world out of processes that no launcher of MPI started: of torchrun, of multiprocessing.
 
 Rank 0 starts a process manager (`pmi.py`) and writes its address to the store that all share.  Each
-rank connects to it and waits until all have; the manager names those that are missing.  Then the
-rank connects again, and leaves that connection to MPI, as MPICH's launcher would.  The first one
-stays: over it the manager tells of ranks that ended early, on other machines too.
+rank connects to it, its link, and waits until all have; the manager names those that are missing.
+Then the rank connects again, and leaves that connection to MPI, as MPICH's launcher would.  Over
+the link the manager tells of ranks that ended early, on other machines too; a third connection, the
+leash, is there to end this rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -82,9 +85,8 @@ def join(store: Store, rank: int, size: int, seconds: float, starter: str) -> No
         raise CollectiveTimeoutError(
             f"{text} come", op=_OP, elapsed=elapsed, missing=told["missing"], breaks_group=False
         )
-    pmi = _connect(known, time.monotonic() + _START)
-    _say(pmi, {"secret": known["secret"], "rank": rank})
-    pmi.settimeout(None)
+    pmi, leash = (_more(known, rank, role) for role in ("pmi", "leash"))
+    _put_on(leash)
     place = told["local_rank"], told["local_size"]
     take_place(starter, rank, size, pmi.detach(), place)
     start_new_thread(_listen, (link,))
@@ -104,7 +106,9 @@ def join_torchrun(here: Launcher, seconds: float) -> None:
         store, rank, size = next(distributed.rendezvous("env://", timeout=limit))
     except (ImportError, ValueError, RuntimeError) as error:
         raise TransportError(
-            f"torchrun started {here.ranks} ranks, but its store can't be reached ({error})"
+            f"torchrun started {here.ranks} ranks, but the store at which they meet can't be reached "
+            f"({error}): give MASTER_ADDR and MASTER_PORT as torchrun does, and install torch; or "
+            f"start the ranks with mpiexec -n {here.ranks}"
         ) from error
     join(store, rank, size, seconds, "torchrun")
 
@@ -141,11 +145,11 @@ def _start_manager(size: int, seconds: float) -> dict[str, Any]:
         "port": int(port),
         "secret": secret,
         "machine": machine(),
-        "hosts": _addresses(),
+        "hosts": addresses(),
     }
 
 
-def _addresses() -> list[str]:
+def addresses() -> list[str]:
     """Return by what names other machines may reach this one, the likeliest first."""
     found = [_address_towards(host) for host in (master_address(), "192.0.2.1")]  # RFC 5737: nobody
     found.append(socket.gethostname())
@@ -179,8 +183,8 @@ def _meet(
         try:
             link = _connect(known, deadline)
             left = max(0.0, deadline - time.monotonic())
-            hello = {"rank": rank, "size": size, "machine": machine(), "pid": os.getpid()}
-            _say(link, {"secret": known["secret"], "seconds": left, **hello})
+            who = {"rank": rank, "size": size, "machine": machine(), "pid": os.getpid()}
+            _say(link, {"secret": known["secret"], "as": "link", "seconds": left, **who})
             link.settimeout(left + _ANSWER)
             told = _hear(link)
             if told.get("refused") != "late":
@@ -231,6 +235,27 @@ def _connect(known: dict[str, Any], deadline: float) -> socket.socket:
     raise failed
 
 
+def _more(known: dict[str, Any], rank: int, role: str) -> socket.socket:
+    """Make one more connection, now that all ranks are there."""
+    try:
+        sock = _connect(known, time.monotonic() + _START)
+        _say(sock, {"secret": known["secret"], "as": role, "rank": rank})
+        sock.settimeout(None)
+        return sock
+    except OSError as error:
+        raise TransportError(f"{_OP}: the process manager is gone: {error}") from error
+
+
+def _put_on(leash: socket.socket) -> None:
+    """Have the kernel end this process when the manager hangs up: in C nothing else can."""
+    number = leash.detach()  # open to the end
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(number, fcntl.F_SETSIG, signal.SIGTERM)
+        flags = fcntl.fcntl(number, fcntl.F_GETFL)
+        fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
 def _say(sock: socket.socket, message: dict[str, Any]) -> None:
     sock.sendall(json.dumps(message).encode() + b"\n")
 
@@ -248,9 +273,14 @@ def _hear(sock: socket.socket) -> dict[str, Any]:
 
 
 def _listen(link: socket.socket) -> None:
-    """Hear which ranks end early, as long as this process and the manager are there."""
+    """Hear which ranks end early, as long as this process and the manager are there.
+
+    One that has called MPI_Abort hears of itself, and ends.
+    """
     with contextlib.suppress(OSError, ValueError):
         link.settimeout(None)
         while True:
             told = _hear(link)
+            if "code" in told:
+                os._exit(told["code"] & 0xFF or 1)
             lost.setdefault(told["lost"], told["how"])
