@@ -93,6 +93,7 @@ def _initialize(loaded: Any) -> None:
     rc = importlib.import_module("mpi4py").rc
     level = rc.thread_level if rc.threads else "single"
     loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
+    world.say_ready()
 
 
 def _check(loaded: Any) -> None:

@@ -9,13 +9,15 @@ A rank has three connections, each of which begins with a line of JSON.  On the 
     {"secret", "rank", "as": "link", "size", "machine", "pid", "seconds"}   "I wait so long"
     {"local_rank", "local_size"}                              the answer: all are here
     {"missing"} or {"refused"}                                or there will be no world
+    {"ready"}                                                 its MPI_Init has returned
     {"lost", "how"}                                           later: that rank has ended early
 
 On the second, as "pmi", PMI-1 as MPICH's library speaks it: a line "cmd=NAME key=value ...", and a
 line in answer; Flux's RFC 13 tells it whole.  On the third, as "leash", nothing: its end ends the
 rank, which has its kernel see to that, as in MPI_Finalize it holds the GIL, too.  As MPICH's
-launcher does, the manager ends all ranks when one has called MPI_Abort; and when one has died, but
-then the others have some time, to hear of it and raise.
+launcher does, the manager ends all ranks when one has called MPI_Abort, or died in MPI_Init, where
+others may wait for it in shared memory; and when one has died later, but then the others have some
+time, to hear of it and raise.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ABORTED = 0.3  # seconds until MPI_Abort ends the other ranks: its words come first
+ABORTED = 0.3  # seconds until MPI_Abort ends the other ranks: words come first
 BEREAVED = 30.0  # seconds until a death does, as torchrun gives its own processes
 TICK = 0.2  # seconds between looks at the clock, while there is something to end
 HANDSHAKE = 5.0  # seconds for a connection to prove that it is one of ours
@@ -135,6 +137,7 @@ class Manager:
         self._leashes: dict[int, Connection] = {}
         self._ends_at = math.inf
         self._in_barrier: dict[int, Connection] = {}
+        self._ready: set[int] = set()
         self._finalized: set[int] = set()
         self._lost: set[int] = set()
 
@@ -205,6 +208,10 @@ class Manager:
         for member in self.members.values():
             member.link.send(json.dumps({"missing": missing}))
 
+    def ready(self, link: Connection) -> None:
+        """Note that a rank's MPI_Init has returned."""
+        self._ready.add(link.rank)
+
     @property
     def waits(self) -> bool:
         """Whether there is something that it may soon be time for."""
@@ -273,8 +280,8 @@ class Manager:
             for link in self._in_barrier.values():
                 link.send(f"cmd=barrier_out {OK}")
         elif self._in_barrier and missing:
-            why = f"ranks {missing} ended early, and ranks {sorted(self._in_barrier)} wait for them"
-            print(f"mpicoll: {why} in MPI_Init or MPI_Finalize: they end, too", file=sys.stderr)
+            words = f"ranks {missing} ended early; ranks {sorted(self._in_barrier)}, which wait for"
+            print(f"mpicoll: {words} them inside MPI, end, too", file=sys.stderr)
             for link in self._in_barrier.values():
                 link.end()
         else:
@@ -298,8 +305,12 @@ class Manager:
         if rank in self._lost:
             return
         self._lost.add(rank)
-        self._ends_at = min(self._ends_at, now + BEREAVED)
+        early = len(self._ready) < self.size
+        self._ends_at = min(self._ends_at, now + (ABORTED if early else BEREAVED))
         gone = self.members[rank]
+        if early:
+            words = f"rank {rank} (process {gone.pid}) {how}, while ranks were in MPI_Init"
+            print(f"mpicoll: {words}; ending the job", file=sys.stderr)
         for other, member in self.members.items():
             if other not in self._lost:
                 how_there = f"{how} (process {gone.pid})"
@@ -366,6 +377,8 @@ class Server:
             self._manager.greet(link, line, time.monotonic())
         elif link.role == "pmi":
             self._manager.answer(link, line, time.monotonic())
+        elif link.role == "link":
+            self._manager.ready(link)
 
     def _close(self, link: Connection) -> None:
         self._links.discard(link)

@@ -44,6 +44,7 @@ _OP = "join_world"
 lost: dict[int, str] = {}
 """Ranks of this world that ended early, and how, as the process manager tells."""
 
+_links: list[socket.socket] = []  # to the manager of this process's world, if it has one
 _managers: list[subprocess.Popen[str]] = []  # started by this process; each ends with its world
 
 
@@ -89,7 +90,17 @@ def join(store: Store, rank: int, size: int, seconds: float, starter: str) -> No
     _put_on(leash)
     place = told["local_rank"], told["local_size"]
     take_place(starter, rank, size, pmi.detach(), place)
+    # A child that lives longer must not keep it open: the manager would not hear of our end.
+    os.register_at_fork(after_in_child=link.close)
+    _links.append(link)
     start_new_thread(_listen, (link,))
+
+
+def say_ready() -> None:
+    """Tell the manager that MPI is initialized: until then a death is everybody's end."""
+    for link in _links:
+        with contextlib.suppress(OSError):  # it is gone: MPI will miss it
+            _say(link, {"ready": True})
 
 
 def join_torchrun(here: Launcher, seconds: float) -> None:
@@ -106,7 +117,7 @@ def join_torchrun(here: Launcher, seconds: float) -> None:
         store, rank, size = next(distributed.rendezvous("env://", timeout=limit))
     except (ImportError, ValueError, RuntimeError) as error:
         raise TransportError(
-            f"torchrun started {here.ranks} ranks, but the store at which they meet can't be reached "
+            f"torchrun started {here.ranks} ranks, but the store in which they meet can't be used "
             f"({error}): give MASTER_ADDR and MASTER_PORT as torchrun does, and install torch; or "
             f"start the ranks with mpiexec -n {here.ranks}"
         ) from error
