@@ -272,7 +272,7 @@ def test_ranks_that_do_not_fit(serve, rank, size, why):
     ],
 )
 def test_strangers_are_hung_up_on(serve, line):
-    port = serve(seconds=0.5)
+    port = serve(seconds=0.2)
     with socket.create_connection(("127.0.0.1", port), 10) as sock:
         sock.sendall(line)
         assert sock.recv(1) == b""
