@@ -167,6 +167,9 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
         CollectiveTimeoutError: not all came; names those that are missing.
         InvalidCallError: an argument is wrong, or MPI has been initialized as another world.
         TransportError: there is no MPI library, or it can't form a world so; or the store failed.
+
+    After the first, and after an error of the store, MPI is not initialized, and this may be called
+    again.  An MPI_Init that then takes longer than `timeout` ends the processes.
     """
     if not isinstance(size, int) or size < 1:
         raise InvalidCallError(f"size must be above 0, but got {size!r}")
@@ -183,6 +186,12 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
             why = worldless(vendor, "this program", size)
             if why:
                 raise TransportError(why)
+            for method in ("set", "get", "wait"):
+                if not callable(getattr(store, method, None)):
+                    raise InvalidCallError(
+                        f"store must have {method}(), as c10d's stores do, but got "
+                        f"{type(store).__name__}: use TCPStore or FileStore"
+                    )
             world.join(store, rank, size, limit, "join_world")
         _initialize(loaded)
     start(limit)

@@ -17,7 +17,7 @@ line in answer; Flux's RFC 13 tells it whole.  On the third, as "leash", nothing
 rank, which has its kernel see to that, as in MPI_Finalize it holds the GIL, too.  As MPICH's
 launcher does, the manager ends all ranks when one has called MPI_Abort, or died in MPI_Init, where
 others may wait for it in shared memory; and when one has died later, but then the others have some
-time, to hear of it and raise.
+time, to hear of it and raise.  It also ends an MPI_Init that never returns.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ABORTED = 0.3  # seconds until MPI_Abort ends the other ranks: words come first
+BLOCKED = 2.0  # seconds past the deadline that MPI_Init may take, as other calls inside MPI
 BEREAVED = 30.0  # seconds until a death does, as torchrun gives its own processes
 TICK = 0.2  # seconds between looks at the clock, while there is something to end
 HANDSHAKE = 5.0  # seconds for a connection to prove that it is one of ours
@@ -198,6 +199,10 @@ class Manager:
 
     def look_at_clock(self, now: float) -> None:
         """Do what it is time for: end ranks, or tell those that have come who is missing."""
+        stuck = sorted(self.members.keys() - self._ready) if self.complete else []
+        if stuck and now >= self.deadline + BLOCKED and self._ends_at == math.inf:
+            print(f"mpicoll: ranks {stuck} never left MPI_Init; ending the job", file=sys.stderr)
+            self._ends_at = now
         if now >= self._ends_at:
             for rank in self._leashes.keys() - self._finalized:
                 self._leashes[rank].end()
@@ -215,7 +220,8 @@ class Manager:
     @property
     def waits(self) -> bool:
         """Whether there is something that it may soon be time for."""
-        return not (self.complete or self.failed) or self._ends_at < math.inf
+        early = len(self._ready) < self.size and not self.failed
+        return early or self._ends_at < math.inf
 
     # ---- PMI ----
 

@@ -193,6 +193,27 @@ pg.shutdown()
     assert ended["size"] == [2, 2] and "has been initialized as rank 0 of 2" in ended["said"][0]
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("None, 0, 2", "store must have set(), as c10d's stores do, but got NoneType"),
+        ("None, 2, 2", "rank must be in range [0, 2), but got 2"),
+        ("None, 0, 0", "size must be above 0, but got 0"),
+        ("None, 0, 2, timeout=0", "timeout must be above 0, but got 0"),
+    ],
+)
+def test_wrong_arguments(job, arguments, said):
+    if not MPICH:
+        pytest.skip("Open MPI refuses before")
+    script = f"""
+try:
+    mc.join_world({arguments})
+except InvalidCallError as error:
+    report(said=str(error))
+"""
+    assert said in job(0, script)["said"][0]
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_process_that_never_comes_is_named(spread, missing):
     if not MPICH:

@@ -221,6 +221,21 @@ def test_a_death_ends_the_others_after_some_time(serve, monkeypatch):
         rank.die()
 
 
+def test_an_mpi_init_that_never_returns_is_ended(serve, monkeypatch, capfd):
+    monkeypatch.setattr(pmi, "BLOCKED", 0.2)
+    port = serve()
+    ranks = [Rank(port, rank, seconds=0.5) for rank in (0, 1)]
+    for rank in ranks:
+        rank.told()
+        rank.go_on(ready=rank is ranks[0])
+    start = time.monotonic()
+    assert ranks[0].leash.read(1) == ranks[1].leash.read(1) == b""
+    assert 0.2 < time.monotonic() - start < 2
+    assert "ranks [1] never left MPI_Init" in capfd.readouterr().err
+    for rank in ranks:
+        rank.die()
+
+
 def test_missing_ranks_are_named_at_the_earliest_deadline(serve):
     port = serve(4, 60.0)
     ranks = [Rank(port, 0, 4), Rank(port, 2, 4, seconds=0.3)]
