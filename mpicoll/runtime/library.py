@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import InvalidCallError, TransportError
 from . import world
-from .launcher import abortive, library_file, remedy, worldless
+from .launcher import abortive, library_file, remedy, serves, worldless
 from .settings import (
     default_timeout,
     environment,
@@ -154,8 +154,8 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
 
     Every one of the `size` processes must call it, before MPI is initialized: before the first
     group, and before mpi4py.MPI is imported.  It returns when all have.  Where mpiexec or srun has
-    started a world of this size, it only initializes MPI.  torchrun's processes need no call: their
-    first `new_group` does it.  With MPICH and Intel MPI; Open MPI's ranks need its own launcher.
+    started the ranks, it only makes sure that they are the same.  torchrun's processes need no call:
+    their first `new_group` does it.  With MPICH and Intel MPI; Open MPI needs its own launcher.
 
     Args:
         store: a `TCPStore` or `FileStore`, or one of c10d's, that all processes share.
@@ -180,9 +180,9 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
     if not loaded.Is_initialized():
         _check(loaded)
         vendor, _ = loaded.get_vendor()
-        inside = started_by_torchrun() is None
-        given = launchers(environment())[:1] if inside else ()
-        if size > 1 and not (given and given[0].ranks == size and given[0].serves):
+        given = () if started_by_torchrun() else launchers(environment())[:1]
+        started = given[0].ranks if given and serves(given[0], vendor) else 1
+        if size > 1 and started == 1:  # else MPI has ranks, and whether they are these shows below
             why = worldless(vendor, "this program", size)
             if why:
                 raise TransportError(why)
@@ -199,7 +199,8 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
     if found != (rank, size):
         raise InvalidCallError(
             f"join_world as rank {rank} of {size}, but MPI has been initialized as rank {found[0]} "
-            f"of {found[1]}: call it before the first group is made and mpi4py.MPI is imported"
+            f"of {found[1]}: call it before the first group is made and mpi4py.MPI is imported, "
+            "and as the rank that mpiexec or srun has given to this process, if it has"
         )
 
 
