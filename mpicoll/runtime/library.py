@@ -154,7 +154,7 @@ def join_world(store: world.Store, rank: int, size: int, timeout: object = None)
 
     Every one of the `size` processes must call it, before MPI is initialized: before the first
     group, and before mpi4py.MPI is imported.  It returns when all have.  Where mpiexec or srun has
-    started the ranks, it only makes sure that they are the same.  torchrun's processes need no call:
+    started the ranks, it only makes sure that they are these.  torchrun's processes need no call:
     their first `new_group` does it.  With MPICH and Intel MPI; Open MPI needs its own launcher.
 
     Args:
