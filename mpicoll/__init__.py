@@ -28,6 +28,7 @@ from .groups.current import current_process_group, process_group
 from .groups.group import ProcessGroup
 from .groups.new import new_group, parent_group
 from .groups.registry import ProcessGroupFactory, register_backend
+from .runtime.library import join_world
 from .runtime.settings import child_environment
 from .stores import FileStore, PrefixStore, TCPStore
 
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "child_environment",
     "current_process_group",
+    "join_world",
     "new_group",
     "parent_group",
     "process_group",

@@ -177,7 +177,8 @@ REPORTING = """
 import gc, json, os, sys, threading, time
 import numpy as np
 
-RANK = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+ranks = (os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK"))
+RANK = int(next(filter(None, ranks), 0))
 _reported = {}
 
 def report(**values):
@@ -205,21 +206,22 @@ def launch(
     preamble: str = PREAMBLE,
     python: Sequence[str] = (),
     options: Sequence[str] = (),
+    ranks: int = 0,
 ) -> Launched:
     """Run `script` (after the preamble's imports) on `n` ranks; n = 0: without mpiexec.
 
-    `options` are the launcher's.
+    `options` are the launcher's.  `ranks`: so many report, where `python` is another launcher.
     """
     with tempfile.TemporaryDirectory(prefix="mpicoll-test-") as folder:
         path = Path(folder) / "script.py"
         path.write_text(preamble + textwrap.dedent(script))
         argv = [*(mpiexec(n, options) if n else []), *(python or [sys.executable]), str(path)]
         ended = run_bounded(argv, timeout, environment({RESULT: folder, **(env or {})}))
-        ranks = [
+        reports = [
             json.loads(file.read_text()) if file.exists() else None
-            for file in (Path(folder) / f"{rank}.json" for rank in range(max(n, 1)))
+            for file in (Path(folder) / f"{rank}.json" for rank in range(max(n, ranks, 1)))
         ]
-    return Launched(**vars(ended), ranks=ranks)
+    return Launched(**vars(ended), ranks=reports)
 
 
 @dataclass

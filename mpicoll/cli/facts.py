@@ -226,7 +226,7 @@ def _settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         k: "(set)" if "SECRET" in k else v
         for k, v in found.items()
-        if not k.startswith("MPICOLL_TEST_") and k != "MPICOLL_RANK"
+        if not k.startswith("MPICOLL_TEST_") and k not in ("MPICOLL_RANK", "MPICOLL_WORLD")
     }
 
 

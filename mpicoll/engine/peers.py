@@ -16,7 +16,8 @@ group's communicator, under a tag of our own:
     PLAN   "these will be members"        its answer (communicators.py)
 
 Nothing is sent while all goes well.  That a peer of this machine died is seen without a word from
-it (processes.py); deaths elsewhere are MPI's to report, where its fault tolerance is on.
+it (processes.py); deaths elsewhere are MPI's to report, where its fault tolerance is on, or the
+process manager's, where that is ours (world.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..runtime import processes
 from ..runtime.library import MPI, Taken, notice_tag, pending, take
 from ..runtime.processes import Identity, watch
 from ..runtime.settings import survives_deaths
+from ..runtime.world import lost
 from .board import NO_BOARD, Board
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
@@ -118,6 +120,7 @@ class Peers:
         self._watched: dict[int, Identity] = {}
         self._look_at_locks = Every(0.05)
         self._deaths_seen = 0
+        self._lost_seen = 0
 
     # ---- who is alive ----
 
@@ -129,7 +132,7 @@ class Peers:
                 self._watched[rank] = who
 
     def look(self) -> None:
-        """Look for ranks of this machine that have died."""
+        """Look for ranks that have died: of this machine, or as our process manager has told."""
         if len(watch().dead) > self._deaths_seen:
             self._deaths_seen = len(watch().dead)
             for rank, who in self._watched.items():
@@ -139,6 +142,18 @@ class Peers:
             for rank in self.board.ranks:
                 if rank not in (self.rank, *self.dead) and self.board.has_died(rank):
                     self.dead[rank] = "died"
+        if len(lost) > self._lost_seen:
+            self._lost_seen = len(lost)
+            self._take_lost()
+
+    def _take_lost(self) -> None:
+        """Note which ranks the process manager has told of, unless they are better seen here."""
+        mine, world = self.comm.Get_group(), MPI.COMM_WORLD.Get_group()
+        for rank, known in enumerate(mine.Translate_ranks(None, world)):
+            if known in lost and rank != self.rank and rank not in self._watched:
+                self.dead.setdefault(rank, lost[known])
+        mine.Free()
+        world.Free()
 
     @property
     def there(self) -> list[int]:

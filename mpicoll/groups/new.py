@@ -16,7 +16,7 @@ from ..engine.tasks import GroupState
 from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
-from ..runtime.library import MPI, Steps
+from ..runtime.library import MPI, Steps, start
 from ..runtime.settings import (
     default_timeout,
     environment,
@@ -84,6 +84,7 @@ def new_group(
         TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
             because another MPI's launcher started them.
     """
+    start(timeout)
     check_process()
     parent = MPI.COMM_WORLD if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
@@ -179,10 +180,14 @@ def _refuse_singleton() -> None:
     if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # a program that spawns ranks gets as many as it asked for
     vendor, _ = MPI.get_vendor()
-    why = launcher.singleton(world, vendor, launchers(environment()))
+    found = launchers(environment())
+    why = launcher.singleton(world, vendor, found)
     if why:
+        remedy = launcher.remedy(vendor, launcher.library_file())
+        if found[0].name == "torchrun":
+            remedy = f"make the first group before mpi4py.MPI is imported, or {remedy}"
         raise TransportError(
-            f"{why}: {launcher.remedy(vendor, launcher.library_file())}. Where single ranks are "
+            f"{why}: {remedy}. Where single ranks are "
             "meant, set MPICOLL_SINGLE=1 or pass comm=MPI.COMM_SELF"
         )
 

@@ -15,6 +15,7 @@ from .settings import Launcher
 
 _LIBRARY = re.compile(r"/lib(mpi|mpich)(_\w+)?\.so[.\d]*$")
 _PMIX = re.compile(r"/libpmix\.so[.\d]*$")
+MANAGED = ("torchrun", "join_world")  # what starts processes, and leaves the rest to `world.py`
 KIN = ("MPICH", "Intel MPI", "MVAPICH", "MVAPICH2")  # they have MPICH's launcher, hydra
 
 
@@ -50,6 +51,20 @@ def abortive(vendor: str, found: Sequence[Launcher]) -> str:
     return f"{vendor} can't be initialized under {found[0].name}"
 
 
+def worldless(vendor: str, starter: str, ranks: int) -> str:
+    """Say why ranks that no launcher of MPI has started can't form a world; "" where they can.
+
+    They are given a PMI-1 server of ours, which MPICH and its kin ask; Open MPI wants PMIx.
+    """
+    if vendor in KIN:
+        return ""
+    return (
+        f"{starter} started {ranks} ranks, and {vendor} knows only those of its own launcher: "
+        f"start them with mpiexec -n {ranks} python -m mpicoll run PROGRAM, which sets RANK, "
+        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun does, or use MPICH"
+    )
+
+
 def apart(libraries: Sequence[str], daemons: Sequence[str]) -> str:
     """Say why separately launched jobs can't be connected; "" where it is known that they can.
 
@@ -81,7 +96,7 @@ def spawnless(vendor: str, found: Sequence[Launcher], *, spawned: bool) -> str:
         found: the launchers above this process.
         spawned: the process was itself started so.
     """
-    if all(launcher.name == "torchrun" for launcher in found) and not spawned:
+    if all(launcher.name in MANAGED for launcher in found) and not spawned:
         return "no launcher started this program: start it with mpiexec, -n 1 for one rank"
     if found and found[0].name.startswith("srun"):
         return (

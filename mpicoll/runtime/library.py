@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
@@ -17,9 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import TransportError
-from .launcher import abortive, library_file, remedy
-from .settings import environment, inherited_from, launchers, mark_rank
+from ..errors import InvalidCallError, TransportError
+from . import world
+from .launcher import abortive, library_file, remedy, serves, worldless
+from .settings import (
+    default_timeout,
+    environment,
+    inherited_from,
+    launchers,
+    mark_rank,
+    seconds,
+    single,
+    started_by_torchrun,
+)
 
 IDLE, POLL, PROGRESSED = range(3)
 """What a step found: nothing to do until a peer acts; nothing yet, but MPI moves data only while it
@@ -55,15 +66,39 @@ def load() -> ModuleType:
         ) from error
 
 
-def initialize(loaded: Any) -> None:
+def initialize(loaded: Any, timeout: object = None) -> None:
     """Initialize MPI as mpi4py would, where nobody has; but not where that would end the job.
 
+    Processes that torchrun started form one world first; `timeout` is how long that may take.
+
     Raises:
-        TransportError: it would; or it is left to the program, which has not done so.
+        TransportError: it would; or it is left to the program, which has not done so; or torchrun's
+            processes can't form a world.
+        CollectiveTimeoutError: not all of them came.
     """
-    rc = importlib.import_module("mpi4py").rc
     if loaded.Is_initialized():
         return
+    _check(loaded)
+    here = started_by_torchrun()
+    if here is not None and here.ranks > 1 and not single():
+        vendor, _ = loaded.get_vendor()
+        why = worldless(vendor, here.name, here.ranks)
+        if why:
+            raise TransportError(why)
+        world.join_torchrun(here, seconds(timeout, default_timeout()))
+    _initialize(loaded)
+
+
+def _initialize(loaded: Any) -> None:
+    rc = importlib.import_module("mpi4py").rc
+    level = rc.thread_level if rc.threads else "single"
+    loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
+    world.say_ready()
+
+
+def _check(loaded: Any) -> None:
+    """Raise TransportError where MPI must not be initialized."""
+    rc = importlib.import_module("mpi4py").rc
     if not rc.initialize:
         raise TransportError(
             "MPI is not initialized, and mpi4py.rc.initialize is False: call MPI.Init_thread() "
@@ -81,25 +116,92 @@ def initialize(loaded: Any) -> None:
     why = abortive(vendor, launchers(environment()))
     if why:
         raise TransportError(f"{why}: {remedy(vendor, library_file())}")
-    level = rc.thread_level if rc.threads else "single"
-    loaded.Init_thread(getattr(loaded, f"THREAD_{level.upper()}"))
 
 
 class _LazyMPI(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        self.start()
+        return self.__dict__[name] if name in self.__dict__ else getattr(load(), name)
+
+    def start(self, timeout: object = None) -> None:
+        """Load MPI and initialize it, if that has not been done; see `initialize`."""
+        if "COMM_WORLD" in self.__dict__:
+            return
         loaded = load()
-        initialize(loaded)
+        initialize(loaded, timeout)
         mark_rank()
         self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
-        return getattr(loaded, name)
 
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPI
 else:
     MPI = _LazyMPI("MPI")
+
+
+def start(timeout: object) -> None:
+    """Initialize MPI as the first use of it does, but let torchrun's processes take so long."""
+    if isinstance(MPI, _LazyMPI):
+        with contextlib.suppress(InvalidCallError):  # who gave a wrong one refuses it
+            timeout = seconds(timeout, default_timeout())
+        MPI.start(timeout)
+
+
+def join_world(store: world.Store, rank: int, size: int, timeout: object = None) -> None:
+    """Form one MPI world out of processes that no launcher of MPI has started.
+
+    Every one of the `size` processes must call it, before MPI is initialized: before the first
+    group, and before mpi4py.MPI is imported.  It returns when all have.  Where mpiexec or srun has
+    started the ranks, it only makes sure that they are these.  torchrun's processes need no call:
+    their first `new_group` does it.  With MPICH and Intel MPI; Open MPI needs its own launcher.
+
+    Args:
+        store: a `TCPStore` or `FileStore`, or one of c10d's, that all processes share.
+        rank: this process's rank in the world, in range [0, size).
+        size: the number of processes.
+        timeout: seconds or `timedelta`.  None: MPICOLL_TIMEOUT, else 1800 s.
+
+    Raises:
+        CollectiveTimeoutError: not all came; names those that are missing.
+        InvalidCallError: an argument is wrong, or MPI has been initialized as another world.
+        TransportError: there is no MPI library, or it can't form a world so; or the store failed.
+
+    After the first, and after an error of the store, MPI is not initialized, and this may be called
+    again.  An MPI_Init that then takes longer than `timeout` ends the processes.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise InvalidCallError(f"size must be above 0, but got {size!r}")
+    if not isinstance(rank, int) or not 0 <= rank < size:
+        raise InvalidCallError(f"rank must be in range [0, {size}), but got {rank!r}")
+    limit = seconds(timeout, default_timeout())
+    loaded = load()
+    if not loaded.Is_initialized():
+        _check(loaded)
+        vendor, _ = loaded.get_vendor()
+        given = () if started_by_torchrun() else launchers(environment())[:1]
+        started = given[0].ranks if given and serves(given[0], vendor) else 1
+        if size > 1 and started == 1:  # else MPI has ranks, and whether they are these shows below
+            why = worldless(vendor, "this program", size)
+            if why:
+                raise TransportError(why)
+            for method in ("set", "get", "wait"):
+                if not callable(getattr(store, method, None)):
+                    raise InvalidCallError(
+                        f"store must have {method}(), as c10d's stores do, but got "
+                        f"{type(store).__name__}: use TCPStore or FileStore"
+                    )
+            world.join(store, rank, size, limit, "join_world")
+        _initialize(loaded)
+    start(limit)
+    found = loaded.COMM_WORLD.Get_rank(), loaded.COMM_WORLD.Get_size()
+    if found != (rank, size):
+        raise InvalidCallError(
+            f"join_world as rank {rank} of {size}, but MPI has been initialized as rank {found[0]} "
+            f"of {found[1]}: call it before the first group is made and mpi4py.MPI is imported, "
+            "and as the rank that mpiexec or srun has given to this process, if it has"
+        )
 
 
 def pause(seconds: float) -> Steps:

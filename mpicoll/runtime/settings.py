@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Mapping
 from datetime import timedelta
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from ..errors import InvalidCallError
@@ -25,15 +27,18 @@ SETTINGS = (
     "MPICOLL_STORE_SECRET",
     "MPICOLL_TIMEOUT",
     "MPICOLL_TRACE_DIR",
+    "MPICOLL_WORLD",
 )
 """All variables that this module reads for mpicoll itself."""
 
-# What launchers tell a rank.  Of Open MPI's settings, those of its run-time environment are one
-# rank's own; how messages go, and over which memory, is for everyone.
-_OF_A_RANK = re.compile(
-    r"(PMIX?|PRTE|HYDRA|SLURM)_|MPI_LOCAL|MPICOLL_RANK$"
+# What launchers of MPI tell a rank, and torchrun.  Of Open MPI's settings, those of its run-time
+# environment are one rank's own; how messages go, and over which memory, is for everyone.
+_OF_MPI = (
+    r"(PMIX?|PRTE|HYDRA)_|MPI_LOCAL|MPICOLL_(RANK|WORLD)$"
     r"|OMPI_(?!MCA_)|OMPI_MCA_(ess|orte|pmix|prte|plm|ras|rmaps|initial_wdir|mpi_ft)"
 )
+_OF_TORCHRUN = r"TORCHELASTIC_|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
+_OF_A_RANK = re.compile(f"{_OF_MPI}|SLURM_|{_OF_TORCHRUN}")
 
 
 def environment() -> dict[str, str]:
@@ -63,6 +68,32 @@ def _place() -> str:
         except OSError:
             return _CLOSED
     return " ".join(f"{name}={value}" for name, value in found.items())
+
+
+def take_place(starter: str, rank: int, size: int, fd: int, local: tuple[int, int]) -> None:
+    """Write down a place in a job as MPICH's launcher would, over one that was inherited.
+
+    Args:
+        starter: who started the ranks.
+        fd: an open connection to a process manager.
+        local: the rank's number on its node, and how many there are.
+    """
+    for name in [name for name in os.environ if re.match(_OF_MPI, name)]:
+        del os.environ[name]
+    names = ("PMI_FD", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    os.environ.update(zip(names, map(str, (fd, rank, size, *local)), strict=True))
+    os.environ["MPICOLL_WORLD"] = starter
+
+
+def tell_rank(rank: int, size: int, local: tuple[int, int], master: tuple[str, int]) -> None:
+    """Set what torchrun sets for programs that read it, but for what is torchrun's own.
+
+    Args:
+        local: the rank's number on its node, and how many there are.
+        master: host and port at which the program may meet.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, (rank, size, *local, *master)), strict=True))
 
 
 def mark_rank() -> None:
@@ -152,6 +183,8 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
         said = environ.get(rank, ""), environ.get(ranks, "")
         return (int(said[0]), int(said[1])) if said[0].isdigit() and said[1].isdigit() else None
 
+    if environ.get("MPICOLL_WORLD") and (made := numbers("PMI_RANK", "PMI_SIZE")):
+        return (Launcher(environ["MPICOLL_WORLD"], "MPICH", *made),)
     openmpi = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     pmi = numbers("PMI_RANK", "PMI_SIZE")  # of hydra, or of srun --mpi=pmi2
     step = numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if _in_step(environ) else None
@@ -172,6 +205,49 @@ def launchers(environ: Mapping[str, str]) -> tuple[Launcher, ...]:
     if torchrun is not None:
         found.append(Launcher("torchrun", "", *torchrun))
     return tuple(found)
+
+
+def started_by_torchrun() -> Launcher | None:
+    """Return what torchrun says of this process, if it is the nearest launcher.
+
+    A task of `srun` may run torchrun, and a process of torchrun mpiexec: the nearest is the one
+    whose mark the processes above this one lose first.
+    """
+    last = launchers(os.environ)[-1:]
+    if not last or last[0].name != "torchrun" or os.environ.get("MPICOLL_WORLD"):
+        return None
+    if not any(name in os.environ for name in _PLACE):
+        return last[0]
+    pid = os.getppid()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        while pid > 1:
+            above = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            names = {entry.partition(b"=")[0].decode(errors="replace") for entry in above}
+            if "TORCHELASTIC_RUN_ID" not in names:
+                return last[0]
+            if names.isdisjoint(_PLACE):
+                return None
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
+def torchrun_attempt() -> str:
+    """Return which start of its processes torchrun says that this is: it starts them again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def master_address() -> str:
+    """Return the host that torchrun, or the program, has named for all to meet at; "" if none."""
+    return os.environ.get("MASTER_ADDR", "")
+
+
+def machine() -> str:
+    """Return a text that differs between machines, and between containers without shared memory."""
+    marks = [os.uname().nodename]
+    with contextlib.suppress(OSError):
+        marks.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        marks.append(str(os.stat("/dev/shm").st_dev))
+    return "/".join(marks)
 
 
 def daemon(environ: Mapping[str, str]) -> str:

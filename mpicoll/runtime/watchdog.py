@@ -13,6 +13,7 @@ import time
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 
+from . import world
 from .library import MPI
 from .memory import unlink_segments
 from .process import process
@@ -70,7 +71,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             self._wake.wait()
-            lost = len(watch().lost)
+            lost = len(_lost())
             while self._look_at_others() or self._guarded:
                 if self._guarded:
                     self._look_at_guarded(lost)
@@ -84,10 +85,15 @@ class Watchdog:
         """End the job for a call that can't return; so many peers were lost before all of them."""
         watch().look()  # for who is blocked, and holds the engine's lock
         for until, what in list(self._guarded.values()):
-            if len(watch().lost) > lost and not survives_deaths():
-                end_job(1, f"{what} can't return, since a peer {watch().lost[-1]}")
+            if len(_lost()) > lost and not survives_deaths():
+                end_job(1, f"{what} can't return, since a peer {_lost()[-1]}")
             if time.monotonic() >= until:
                 end_job(1, f"{what} never returned")
+
+
+def _lost() -> list[str]:
+    """Return how ranks of this world have died: here, and as our process manager has told."""
+    return [*world.lost.values(), *watch().lost]
 
 
 def end_job(code: int, why: str = "") -> None:

@@ -69,7 +69,8 @@ def run(program: str, **extra: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_torchrun_alone_makes_no_world():
+def test_torchrun_with_no_place_to_meet_makes_no_world():
+    """As of a process that has inherited a part of its variables; torch may be missing, too."""
     said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     ended = run(CHILD, **said)
     assert ended.returncode == 1

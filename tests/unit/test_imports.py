@@ -17,7 +17,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "runtime",
         [
-            *("settings", "launcher", "library", "process", "processes"),
+            *("pmi", "settings", "launcher", "world", "library", "process", "processes"),
             *("agreement", "memory", "topology", "waiting", "watchdog"),
         ],
     ),

@@ -8,7 +8,15 @@ import pytest
 
 from mpicoll.errors import InvalidCallError
 from mpicoll.runtime import settings
-from mpicoll.runtime.launcher import abortive, apart, remedy, serves, singleton, spawnless
+from mpicoll.runtime.launcher import (
+    abortive,
+    apart,
+    remedy,
+    serves,
+    singleton,
+    spawnless,
+    worldless,
+)
 from mpicoll.runtime.settings import Launcher, daemon, launchers, local_rank
 from tests.harness import ROOT
 
@@ -59,6 +67,8 @@ SHELL = PROXY | {"SLURM_STEP_ID": "4294967290"}  # of salloc, in the interactive
         (TORCHRUN, ["torchrun"], [2]),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"}, [], []),
         (HYDRA | TORCHRUN, ["mpiexec (hydra)", "torchrun"], [4, 2]),
+        (TORCHRUN | HYDRA | {"MPICOLL_WORLD": "torchrun"}, ["torchrun"], [4]),
+        (STEP | HYDRA | {"MPICOLL_WORLD": "join_world"}, ["join_world"], [4]),
     ],
 )
 def test_who_started_this(environ, names, ranks):
@@ -223,3 +233,33 @@ def test_under_torchrun_alone_nothing_can_be_spawned():
     assert why.startswith("no launcher started this program")
     assert not spawnless("MPICH", launchers(HYDRA | TORCHRUN), spawned=False)
     assert "srun" in spawnless("MPICH", launchers(STEP), spawned=False)
+
+
+def test_who_can_form_a_world_without_a_launcher():
+    assert not worldless("MPICH", "torchrun", 4) and not worldless("Intel MPI", "torchrun", 4)
+    why = worldless("Open MPI", "torchrun", 4)
+    assert why.startswith("torchrun started 4 ranks, and Open MPI knows only those of its own")
+    assert "mpiexec -n 4 python -m mpicoll run PROGRAM" in why
+
+
+def test_a_place_is_written_over_one_that_was_inherited(monkeypatch):
+    for name, value in (PMI2 | PRTE | {"PMI_PORT": "a:1", "OMPI_MCA_btl": "self"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MPICOLL_WORLD", "")  # so that it is put back
+    settings.take_place("torchrun", 3, 8, 77, (1, 4))
+    found = settings.environment()
+    assert [found[name] for name in ("PMI_RANK", "PMI_SIZE", "PMI_FD")] == ["3", "8", "77"]
+    assert not {"PMI_PORT", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"} & found.keys()
+    assert found["OMPI_MCA_btl"] == "self" and found["SLURM_JOB_ID"] == "9"
+    assert launchers(found) == (Launcher("torchrun", "MPICH", 3, 8),)
+    assert settings.local_rank(found) == 1 and settings.ranks_on_node() == 4
+    for name in ("PMI_RANK", "PMI_SIZE", "PMI_FD", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"):
+        monkeypatch.delenv(name)
+
+
+def test_a_child_has_no_place(monkeypatch):
+    place = TORCHRUN | {"MASTER_ADDR": "n1", "MASTER_PORT": "1", "GROUP_RANK": "0"}
+    for name, value in (place | {"MPICOLL_WORLD": "torchrun", "CUDA_VISIBLE_DEVICES": "1"}).items():
+        monkeypatch.setenv(name, value)
+    found = settings.child_environment()
+    assert not found.keys() & {*place, "MPICOLL_WORLD"} and found["CUDA_VISIBLE_DEVICES"] == "1"
