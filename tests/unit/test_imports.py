@@ -56,7 +56,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "groups",
         [
             *("rendezvous", "reclaim", "channel", "caller", "derive", "merge", "spawn", "shrink"),
-            *("coalesced", "group", "current", "registry", "new"),
+            *("subgroup", "coalesced", "group", "current", "registry", "new"),
         ],
     ),
 ]

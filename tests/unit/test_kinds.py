@@ -21,7 +21,7 @@ CODES = (  # they are in records of arrival: new kinds come last
     *("monitored_barrier", "broadcast_object", "allgather_object", "gather_object"),
     *("scatter_object", "split_group", "split", "local_group", "cross_node_group"),
     *("merge_remote_group", "new_group", "shutdown", "send", "recv", "empty", "shrink_group"),
-    *("spawn", "parent_group"),
+    *("spawn", "parent_group", "subgroup"),
 )
 
 
