@@ -196,7 +196,7 @@ class Peers:
         self._tell_all(GONE, met << _BITS | told, waiting=not settled)
 
     def join(self, rank: int, text: str) -> None:
-        """Tell the rank that decides what this one wants of a call that makes a part; "": no more."""
+        """Tell the rank that decides what this one wants where a part is made; "": no more."""
         self._tell(rank, JOIN, text=text)
 
     def decide(self, rank: int, text: str) -> None:

@@ -1,0 +1,54 @@
+"""The second door: `torch.distributed` with ``backend="mpicoll"``.
+
+    import torch.distributed as dist
+    dist.init_process_group("mpicoll")     # under mpiexec or srun: rank, size and store come from MPI
+
+`import torch` calls `register` by the entry point `torch.backends`; so does an import of this
+package.  The modules: `rendezvous` finds the ranks and their store, `group` is the process group
+that PyTorch calls, `work` its handle on one call, `layout` the tensors that are not contiguous,
+`dispatch` what PyTorch's C++ code calls otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["register"]
+
+_state: dict[str, BaseException] = {}
+
+
+def register() -> None:
+    """Make the backend known to `torch.distributed`.  It may be called again.
+
+    It never raises, since `import torch` would fail with it: what went wrong is raised when a
+    group is asked for.  It is cheap: MPI is loaded with the first group.
+    """
+    try:
+        import torch.distributed as dist
+
+        if not dist.is_available() or "MPICOLL" in dist.Backend._plugins:
+            return
+        dist.Backend.register_backend(
+            "mpicoll", _create, extended_api=True, devices=["cpu", "cuda"]
+        )
+        from . import rendezvous
+
+        rendezvous.wrap(dist)
+    except Exception as error:
+        _state["error"] = error
+
+
+def _create(asked: Any, options: Any) -> Any:
+    """Make the group that `torch.distributed` asks for; members alone call."""
+    if "error" in _state:
+        raise RuntimeError(
+            "backend 'mpicoll' could not be registered when torch was imported; the error above "
+            "says why"
+        ) from _state["error"]
+    from .rendezvous import create
+
+    return create(asked, options)
+
+
+register()

@@ -1,0 +1,164 @@
+"""What `torch.distributed` holds of one call: PyTorch's `Work` over mpicoll's.
+
+PyTorch's C++ code, such as DistributedDataParallel's, waits for futures without the interpreter,
+so nobody would progress the call: a thread of mpicoll's does, from the launch of an asynchronous
+call that is not over by then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from .. import Work
+
+_NO_TIMEOUT = timedelta(0)  # as C++ has it
+
+
+class TorchWork(dist.Work):
+    """One call.
+
+    Args:
+        works: mpicoll's: one, or all that were coalesced.
+        outputs: the tensors that hold the results.
+        back: copies the results to where the user wants them, once the call is over.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        outputs: Sequence[Tensor],
+        back: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._works = works
+        self._outputs = list(outputs)
+        self._back = back
+        self._lock = threading.Lock()
+        self._future: Future[Any] | None = None
+        self._progressing = [] if self._is_over() else [w.get_future() for w in works]
+
+    @classmethod
+    def all_of(cls, begun: Sequence[TorchWork]) -> TorchWork:
+        """Return one for several calls."""
+        backs = [work._finish for work in begun]
+        return cls(
+            [one for work in begun for one in work._works],
+            [tensor for work in begun for tensor in work._outputs],
+            lambda: [back() for back in backs] and None,
+        )
+
+    def _is_over(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def _finish(self) -> None:
+        """Copy the results back, once."""
+        if self._back is not None:
+            with self._lock:
+                back, self._back = self._back, None
+                if back is not None:
+                    back()
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Wait until the call is done, and return True; raise what became of it otherwise."""
+        limit = timeout if timeout > _NO_TIMEOUT else None
+        for work in self._works:
+            work.wait(limit)
+        self._finish()
+        return True
+
+    def synchronize(self) -> None:
+        """Do as `wait` does."""
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """Return whether the call is over, well or not."""
+        return self._is_over()
+
+    def is_success(self) -> bool:
+        """Return whether the call is over and went well."""
+        return all(work.is_success() for work in self._works)
+
+    def exception(self) -> BaseException | None:
+        """Return the call's error, if it is over and failed."""
+        return next(filter(None, (work.exception() for work in self._works)), None)
+
+    def result(self) -> list[Tensor]:
+        """Return the tensors that hold the results."""
+        self.wait()
+        return self._outputs
+
+    def source_rank(self) -> int:
+        """Return the rank in the group that a finished receive took its message from."""
+        return int(self._works[0].source_rank())  # type: ignore[arg-type]
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Future[Any]:
+        """Return a future of `result()`, for Python and for C++."""
+        if self._future is None:
+            self._future = self._make_future()
+        return self._future
+
+    def _make_future(self) -> Future[Any]:
+        made: Future[Any] = Future()
+        left = [len(self._works)]
+
+        def settle(_: object) -> None:
+            with self._lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            error = self.exception()
+            if error is not None:
+                made.set_exception(error)
+                return
+            self._finish()
+            made.set_result(self._outputs)
+
+        if self._is_over() and self.exception() is None:
+            self._finish()
+            made.set_result(self._outputs)
+            return made
+        for work in self._works:
+            work.get_future().add_done_callback(settle)
+        return made.then(_value)  # C++ does not see the exception in `made` itself
+
+
+def _value(future: Future[Any]) -> Any:
+    return future.value()
+
+
+class FinishedWork(dist.Work):
+    """What a synchronous call returns: it is over, and has raised if it failed."""
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True."""
+        return True
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_success(self) -> bool:
+        """Return True."""
+        return True
+
+    def get_future(self) -> Future[Any]:
+        """Return a future that is done."""
+        made: Future[Any] = torch.futures.Future()
+        made.set_result([])
+        return made
+
+
+FINISHED = FinishedWork()
