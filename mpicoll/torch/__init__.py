@@ -1,7 +1,7 @@
 """The second door: `torch.distributed` with ``backend="mpicoll"``.
 
     import torch.distributed as dist
-    dist.init_process_group("mpicoll")     # under mpiexec or srun: rank, size and store come from MPI
+    dist.init_process_group("mpicoll")     # under mpiexec or srun: MPI says who is who
 
 `import torch` calls `register` by the entry point `torch.backends`; so does an import of this
 package.  The modules: `rendezvous` finds the ranks and their store, `group` is the process group

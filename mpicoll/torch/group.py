@@ -35,6 +35,10 @@ from .work import FINISHED, TorchWork
 
 _UNSET = timedelta(0)  # what is not above it is no timeout: an unset one is -1 ms
 Timeout = timedelta | None
+_OPS = {
+    getattr(dist.ReduceOp.RedOpType, name): getattr(mc.ReduceOp, name)
+    for name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+}
 
 
 class Options:
@@ -188,11 +192,11 @@ class TorchGroup(dist.ProcessGroup):
             opts = _asked(AllreduceOptions, opts, timeout, op=op)
         tensor = _one(tensors)
         if layout.is_plain(tensor):
-            work = self.mpicoll.allreduce(tensor, opts.reduceOp, _limit(opts))
+            work = self.mpicoll.allreduce(tensor, _op(opts), _limit(opts))
             return self._begun(work, not opts.asyncOp, (tensor,))
         written = Written()
         into = written.plain(tensor, read=True)
-        work = self.mpicoll.allreduce(into, opts.reduceOp, _limit(opts))
+        work = self.mpicoll.allreduce(into, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
@@ -200,7 +204,7 @@ class TorchGroup(dist.ProcessGroup):
         opts = opts or _asked(AllreduceCoalescedOptions)
         written = Written()
         into = written.all_plain(tensors, read=True)
-        work = self.mpicoll.allreduce_coalesced(into, opts.reduceOp, _limit(opts))
+        work = self.mpicoll.allreduce_coalesced(into, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, tensors, written.back)
 
     def broadcast(
@@ -230,7 +234,7 @@ class TorchGroup(dist.ProcessGroup):
         tensor, written = _one(tensors), Written()
         gets = opts.rootRank == self.mpicoll.rank()
         into = written.plain(tensor, read=True) if gets else layout.plain(tensor)
-        work = self.mpicoll.reduce(into, opts.rootRank, opts.reduceOp, _limit(opts))
+        work = self.mpicoll.reduce(into, opts.rootRank, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
     def allgather(
@@ -239,9 +243,9 @@ class TorchGroup(dist.ProcessGroup):
         """Gather a tensor from every rank into a list, on every rank."""
         if type(opts) is not AllgatherOptions:
             opts = _asked(AllgatherOptions, None, opts if timeout is None else timeout)
-        outputs, written = _one(output_tensors), Written()
+        outputs, written = _list(output_tensors), Written()
         into = written.all_plain(outputs, read=False)
-        taken = _in_place(layout.plain(_one(input_tensors)), into, self.mpicoll.rank())
+        taken = layout.plain(_one(input_tensors))
         work = self.mpicoll.allgather(into, taken, _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
@@ -288,11 +292,9 @@ class TorchGroup(dist.ProcessGroup):
         if type(opts) is not GatherOptions:
             opts = _asked(GatherOptions, None, timeout, root=opts if root is None else root)
         rank, written = self.mpicoll.rank(), Written()
-        outputs = _one(output_tensors) if opts.rootRank == rank else []
+        outputs = _list(output_tensors) if opts.rootRank == rank else []
         into = written.all_plain(outputs, read=False)
         taken = layout.plain(_one(input_tensors))
-        if opts.rootRank == rank:
-            taken = _in_place(taken, into, rank)
         work = self.mpicoll.gather(into, taken, opts.rootRank, _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
@@ -309,7 +311,7 @@ class TorchGroup(dist.ProcessGroup):
         if type(opts) is not ScatterOptions:
             opts = _asked(ScatterOptions, None, timeout, root=opts if root is None else root)
         tensor, written = _one(output_tensors), Written()
-        inputs = _one(input_tensors) if opts.rootRank == self.mpicoll.rank() else []
+        inputs = _list(input_tensors) if opts.rootRank == self.mpicoll.rank() else []
         taken, into = layout.all_plain(inputs), written.plain(tensor, read=False)
         work = self.mpicoll.scatter(into, taken, opts.rootRank, _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
@@ -327,9 +329,9 @@ class TorchGroup(dist.ProcessGroup):
         if type(opts) is not ReduceScatterOptions:
             opts = _asked(ReduceScatterOptions, opts, timeout, op=op)
         tensor, written = _one(output_tensors), Written()
-        taken = layout.all_plain(_one(input_tensors))
+        taken = layout.all_plain(_list(input_tensors))
         into = written.plain(tensor, read=False)
-        work = self.mpicoll.reduce_scatter(into, taken, opts.reduceOp, _limit(opts))
+        work = self.mpicoll.reduce_scatter(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
     def reduce_scatter_single(
@@ -347,7 +349,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.plain(output, read=False)
         taken = layout.plain(input)
-        work = self.mpicoll.reduce_scatter_single(into, taken, opts.reduceOp, _limit(opts))
+        work = self.mpicoll.reduce_scatter_single(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (output,), written.back)
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
@@ -356,9 +358,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.all_plain(outputs, read=False)
         taken = layout.all_plain(inputs)
-        work = self.mpicoll.reduce_scatter_single_coalesced(
-            into, taken, opts.reduceOp, _limit(opts)
-        )
+        work = self.mpicoll.reduce_scatter_single_coalesced(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
     def alltoall(
@@ -476,6 +476,19 @@ def _one(tensors: Any) -> Any:
     return tensors[0] if type(tensors) is list and len(tensors) == 1 else tensors
 
 
+def _list(tensors: Any) -> Any:
+    """Return the list in a list of one list, as c10d gives it."""
+    if type(tensors) is list and len(tensors) == 1 and type(tensors[0]) is list:
+        return tensors[0]
+    return tensors
+
+
+def _op(opts: Any) -> Any:
+    """Return the operator as mpicoll has it, which its compiled core knows at sight."""
+    op = opts.reduceOp
+    return _OPS.get(op.op, op)
+
+
 def _limit(opts: Any) -> Timeout:
     limit: timedelta = opts.timeout
     return limit if limit > _UNSET else None
@@ -494,7 +507,3 @@ def _asked(
     if timeout is not None:
         opts.timeout = timeout
     return opts
-
-
-def _in_place(taken: Tensor, outputs: Any, rank: int) -> Tensor:
-    return taken
