@@ -19,27 +19,31 @@ from torch._C._distributed_c10d import AllgatherOptions
 
 
 @functools.cache
-def mend() -> Any:
-    """Put the kernel in place, once; only where a group of this backend is made."""
+def mend(ours: type[Any]) -> Any:
+    """Put the kernel in place, once; only where a group of this backend, `ours`, is made."""
+    kernel = functools.partial(_allgather_base, ours)
     library = torch.library.Library("c10d", "IMPL")
     with warnings.catch_warnings():  # that a kernel is replaced
         warnings.simplefilter("ignore", UserWarning)
         for device in ("CPU", "CUDA"):
-            library.impl("_allgather_base_", _allgather_base, device, allow_override=True)
+            library.impl("_allgather_base_", kernel, device, allow_override=True)
     return library  # its kernels live as long as it
 
 
 def _allgather_base(
-    output: Tensor, input: Tensor, boxed: Any, asyncs: bool = True, timeout: int = -1
+    ours: type[Any],
+    output: Tensor,
+    input: Tensor,
+    boxed: Any,
+    asyncs: bool = True,
+    timeout: int = -1,
 ) -> tuple[Tensor, Any]:
-    from .group import TorchGroup
-
     group = dist.ProcessGroup.unbox(boxed)
     opts = AllgatherOptions()
     opts.asyncOp = asyncs
     if timeout > 0:
         opts.timeout = timedelta(milliseconds=timeout)
-    if isinstance(group, TorchGroup):
+    if isinstance(group, ours):
         # C++ alone would hold the Work, and not the Python object that knows how to wait.
         opts.asyncOp = False
         return output, group.all_gather_single(output, input, opts).boxed()

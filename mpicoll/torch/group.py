@@ -70,7 +70,7 @@ class TorchGroup(dist.ProcessGroup):
         self._desc = desc
         self._number = 0  # of the last collective
         self._coalescing: list[TorchWork] | None = None
-        dispatch.mend()
+        dispatch.mend(TorchGroup)
 
     def __repr__(self) -> str:
         return f"<mpicoll.torch.TorchGroup over {self.mpicoll!r}>"

@@ -38,7 +38,7 @@ def _initializing(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def init_process_group(*args: Any, **kwargs: Any) -> None:
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
         backend = kwargs.get("backend", args[0] if args else None)
         if not isinstance(backend, str) or "mpicoll" not in backend.lower():
             return original(*args, **kwargs)

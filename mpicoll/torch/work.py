@@ -48,12 +48,13 @@ class TorchWork(dist.Work):
     @classmethod
     def all_of(cls, begun: Sequence[TorchWork]) -> TorchWork:
         """Return one for several calls."""
-        backs = [work._finish for work in begun]
-        return cls(
-            [one for work in begun for one in work._works],
-            [tensor for work in begun for tensor in work._outputs],
-            lambda: [back() for back in backs] and None,
-        )
+
+        def back() -> None:
+            for work in begun:
+                work._finish()
+
+        works = [one for work in begun for one in work._works]
+        return cls(works, [tensor for work in begun for tensor in work._outputs], back)
 
     def _is_over(self) -> bool:
         return all(work.is_completed() for work in self._works)
