@@ -3,8 +3,8 @@
     python scripts/torch_suite.py --backend mpicoll -n 2 [-k WORD] [--write FILE]
     python scripts/torch_suite.py --compare FILE FILE ...     the table of docs/pytorch.md
 
-The suite decides by the backend's name, when it is imported, which tests it skips.  It is told
-"gloo" then, so that every test of gloo's is run, and afterwards the name of the one under test.
+The suite decides by the backend's name which tests it runs, and what some of them do.  To it the
+one under test is equal to "gloo", so that every test of gloo's is run; PyTorch is told its name.
 All tests run one after the other in one job of `-n` ranks; if one hangs or ends the job, the next
 job goes on behind it.  It needs what the suite does: `pip install expecttest`.
 """
@@ -43,12 +43,12 @@ def ranks(options: argparse.Namespace) -> None:
     os.environ |= {"BACKEND": "gloo", "WORLD_SIZE": str(world.size), "MASTER_ADDR": "127.0.0.1"}
     os.environ.pop("RANK", None)
     import torch.distributed as dist
-    from torch.testing._internal import common_distributed
+    from torch.testing._internal import common_distributed, common_utils
     from torch.testing._internal.distributed import distributed_test as suite
 
     import mpicoll.torch  # noqa: F401
 
-    suite.BACKEND = options.backend
+    suite.BACKEND = Named(options.backend)
     codes = {skip.exit_code: skip.message for skip in common_distributed.TEST_SKIPS.values()}
 
     class Tests(suite.TestDistBackend, suite.DistributedTest._DistTestBase):
@@ -72,7 +72,8 @@ def ranks(options: argparse.Namespace) -> None:
         if getattr(method, "__unittest_skip__", False):
             outcome, why = "skipped", method.__unittest_skip_why__
         else:
-            outcome, why = run(suite, dist, Tests(name), name, world.rank, world.size, codes)
+            here = (Tests(name), name, world.rank, world.size, codes)
+            outcome, why = run(common_utils, suite, dist, *here)
         if dist.is_initialized():
             with contextlib.suppress(Exception):
                 (dist.destroy_process_group if outcome == "passed" else abort)()
@@ -82,9 +83,26 @@ def ranks(options: argparse.Namespace) -> None:
             found = [(rank, w) for rank, (o, w) in enumerate(everyone) if o == word]
             if found and log:
                 text = "\n".join(f"rank {rank}: {w}" if w else "" for rank, w in found)
-                row = {"test": name, "outcome": word, "why": text if word == "failed" else found[0][1]}
+                row = {
+                    "test": name,
+                    "outcome": word,
+                    "why": text if word == "failed" else found[0][1],
+                }
                 log.write(json.dumps({**row, "seconds": time.monotonic() - started}) + "\n")
                 break
+
+
+class Named(str):
+    """A backend's name that the suite takes for gloo's."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "gloo" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash("gloo")
 
 
 def abort() -> None:
@@ -94,15 +112,23 @@ def abort() -> None:
 
 
 def run(
-    suite: Any, dist: Any, test: Any, name: str, rank: int, size: int, codes: dict[int, str]
+    common_utils: Any,
+    suite: Any,
+    dist: Any,
+    test: Any,
+    name: str,
+    rank: int,
+    size: int,
+    codes: dict[int, str],
 ) -> tuple[str, str]:
     """Run one test on this rank, as the suite's own processes do."""
     test.rank = rank
     limit = suite.CUSTOM_PG_TIMEOUT.get(name, suite.default_pg_timeout)
     suite.Barrier.init()
+    common_utils.set_rng_seed()
     try:
         dist.init_process_group(
-            suite.BACKEND,
+            suite.BACKEND.lower(),
             init_method=f"file://{os.environ['TEMP_DIR']}/init",
             world_size=size,
             rank=rank,

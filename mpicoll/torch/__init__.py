@@ -5,8 +5,9 @@
 
 `import torch` calls `register` by the entry point `torch.backends`; so does an import of this
 package.  The modules: `rendezvous` finds the ranks and their store, `group` is the process group
-that PyTorch calls, `work` its handle on one call, `layout` the tensors that are not contiguous,
-`dispatch` what PyTorch's C++ code calls otherwise.
+that PyTorch calls, `work` its handle on one call, `layout` and `sparse` have to do with tensors
+that are not contiguous, `errors` are mpicoll's as PyTorch's users catch them, and `dispatch` is
+what PyTorch's C++ code calls otherwise.
 """
 
 from __future__ import annotations

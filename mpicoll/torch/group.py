@@ -7,6 +7,7 @@ wrong: mpicoll does, which refuses it in the call that the peers are in, so that
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -29,11 +30,13 @@ from torch._C._distributed_c10d import (
 
 import mpicoll as mc
 
-from . import dispatch, layout
+from . import dispatch, layout, sparse
+from .errors import torchs
 from .layout import Written
 from .work import FINISHED, TorchWork
 
 _UNSET = timedelta(0)  # what is not above it is no timeout: an unset one is -1 ms
+_AT_ONCE = 1e-6  # seconds that stand for a timeout of 0
 Timeout = timedelta | None
 _OPS = {
     getattr(dist.ReduceOp.RedOpType, name): getattr(mc.ReduceOp, name)
@@ -161,7 +164,10 @@ class TorchGroup(dist.ProcessGroup):
         """Return PyTorch's Work of a collective; wait for it if it is to be over `at_once`."""
         self._number += 1
         if at_once and self._coalescing is None:
-            work.wait()
+            try:
+                work.wait()
+            except mc.MpicollError as error:
+                raise torchs(error) from error.__cause__
             if back is not None:
                 back()
             return FINISHED
@@ -194,6 +200,9 @@ class TorchGroup(dist.ProcessGroup):
         if layout.is_plain(tensor):
             work = self.mpicoll.allreduce(tensor, _op(opts), _limit(opts))
             return self._begun(work, not opts.asyncOp, (tensor,))
+        if layout.is_sparse(tensor) and _op(opts) is mc.ReduceOp.SUM:
+            sparse.allreduce(self.mpicoll, tensor, _limit(opts))
+            return TorchWork([], (tensor,))
         written = Written()
         into = written.plain(tensor, read=True)
         work = self.mpicoll.allreduce(into, _op(opts), _limit(opts))
@@ -397,10 +406,34 @@ class TorchGroup(dist.ProcessGroup):
             opts = _asked(BarrierOptions, None, opts if timeout is None else timeout)
         return self._begun(self.mpicoll.barrier(_limit(opts)), not opts.asyncOp, ())
 
-    def monitored_barrier(self, timeout: object = None, wait_all_ranks: bool = False) -> None:
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         """Wait for all ranks; if some don't come, raise on every rank that did, naming them."""
         self._number += 1
-        self.mpicoll.monitored_barrier(timeout, wait_all_ranks)
+        limit = self.mpicoll.timeout if timeout is None else timeout
+        seconds = limit.total_seconds() if isinstance(limit, timedelta) else float(limit)
+        try:
+            self.mpicoll.monitored_barrier(max(seconds, _AT_ONCE), wait_all_ranks)
+        except mc.CollectiveTimeoutError as error:
+            error.args = (f"{self._in_gloos_words(error, seconds, wait_all_ranks)}: {error}",)
+            raise torchs(error) from error.__cause__
+        except mc.MpicollError as error:
+            raise torchs(error) from error.__cause__
+
+    def _in_gloos_words(
+        self, error: mc.CollectiveTimeoutError, seconds: float, all_of_them: bool
+    ) -> str:
+        """Say who is missing as gloo does, since programs look for its sentences."""
+        me, late = self.mpicoll.rank(), [*map(str, error.missing)]
+        if me == 0 and seconds <= 0:
+            return "[Rank 0]: Rank 0 timed out in monitoredBarrier after 0 ms"
+        who = f"Ranks {', '.join(late)}" if all_of_them else f"Rank {', '.join(late[:1])}"
+        failed = f"{who} failed to pass monitoredBarrier in {seconds * 1000:.0f} ms"
+        if me == 0:
+            return f"[Rank 0]: {failed}"
+        return (
+            f"[Rank {me}]: Rank {me} successfully reached monitoredBarrier, but received errors "
+            f"while waiting for send/recv from rank 0: {failed}"
+        )
 
     # The names that these had before PyTorch 2.13.
     _allgather_base = all_gather_single
@@ -463,8 +496,16 @@ class TorchGroup(dist.ProcessGroup):
     # ---- the end ----
 
     def shutdown(self) -> None:
-        """Finish what is under way, wait for all ranks, and give the communicator back."""
-        self.mpicoll.shutdown()
+        """Finish what is under way, wait for all ranks, and give the communicator back.
+
+        What goes wrong is a warning: `destroy_process_group` has other groups to end, and its own
+        books to clear.
+        """
+        try:
+            self.mpicoll.shutdown()
+        except mc.MpicollError as error:
+            warnings.warn(f"group {self._name!r} did not end well: {error}", stacklevel=2)
+            self.mpicoll.abort("its shutdown failed")
 
     def abort(self) -> None:
         """Give up everything under way, at once and on this rank alone."""

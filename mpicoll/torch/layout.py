@@ -45,8 +45,13 @@ _ROWS = torch.contiguous_format
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor can be given to mpicoll as it is, wherever it lies."""
-    return tensor.layout is not torch.strided or not _needs_copy(tensor)
+    """Return whether a tensor can be given to mpicoll as it is."""
+    return tensor.layout is torch.strided and not _needs_copy(tensor)
+
+
+def is_sparse(tensor: Tensor) -> bool:
+    """Return whether it is a sparse tensor that has its indices as coordinates."""
+    return tensor.layout is torch.sparse_coo
 
 
 def plain(tensor: Tensor) -> Tensor:

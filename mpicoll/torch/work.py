@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from .. import Work
+from .. import MpicollError, Work
+from .errors import torchs
 
 _NO_TIMEOUT = timedelta(0)  # as C++ has it
 
@@ -70,8 +71,11 @@ class TorchWork(dist.Work):
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the call is done, and return True; raise what became of it otherwise."""
         limit = timeout if timeout > _NO_TIMEOUT else None
-        for work in self._works:
-            work.wait(limit)
+        try:
+            for work in self._works:
+                work.wait(limit)
+        except MpicollError as error:
+            raise torchs(error) from error.__cause__
         self._finish()
         return True
 
@@ -89,7 +93,8 @@ class TorchWork(dist.Work):
 
     def exception(self) -> BaseException | None:
         """Return the call's error, if it is over and failed."""
-        return next(filter(None, (work.exception() for work in self._works)), None)
+        error = next(filter(None, (work.exception() for work in self._works)), None)
+        return None if error is None else torchs(error)
 
     def result(self) -> list[Tensor]:
         """Return the tensors that hold the results."""

@@ -118,6 +118,22 @@ def test_all_reduce_of_every_dtype_by_every_operator(me, n, op):
         assert same(x, reduced(op, [small(r, 7, dtype) for r in range(n)])), dtype
 
 
+def test_sparse_tensors_are_summed(me, n):
+    for columns in ((), (2,)):
+        x = torch.zeros(n + 1, 3, *columns)
+        x[me], x[n, 1] = me + 1.0, 1.0
+        expected = torch.zeros_like(x)
+        for r in range(n):
+            expected[r] = r + 1.0
+        expected[n, 1] = n
+        x = x.to_sparse(2)
+        dist.all_reduce(x)
+        assert torch.equal(x.to_dense(), expected)
+    with pytest.raises(RuntimeError, match="sparse"):
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    dist.barrier()
+
+
 def test_a_factor_multiplies_first(me, n):
     op = dist._make_nccl_premul_sum(0.5)
     x = torch.full((3,), float(me))
@@ -541,10 +557,10 @@ def test_a_mismatch_is_told_on_every_rank_and_leaves_the_group_usable(me, n):
 def test_what_is_refused_is_told_to_the_peers(me, n):
     if me == 0:
         with pytest.raises(RuntimeError, match="sparse"):
-            dist.all_reduce(torch.ones(3).to_sparse())
+            dist.broadcast(torch.ones(3).to_sparse(), 0)
     else:
         with pytest.raises(RuntimeError, match="rank 0.*sparse"):
-            dist.all_reduce(torch.ones(3))
+            dist.broadcast(torch.ones(3), 0)
     dist.barrier()
 
 
@@ -563,6 +579,8 @@ def test_a_deadline_names_who_is_missing(world_group, me, n, world, way):
                 work = dist.all_reduce(torch.ones(2), async_op=True)
                 (work.get_future() if way == "future" else work).wait()
         assert world_group.mpicoll.is_broken
+        with pytest.raises(dist.DistBackendError):
+            dist.barrier()
         with pytest.raises(RuntimeError, match="earlier failure"):
             dist.all_reduce(torch.ones(2))
     else:
