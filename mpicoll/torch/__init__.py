@@ -12,11 +12,9 @@ what PyTorch's C++ code calls otherwise.
 
 from __future__ import annotations
 
-from typing import Any
-
 __all__ = ["register"]
 
-_state: dict[str, BaseException] = {}
+_errors: list[Exception] = []
 
 
 def register() -> None:
@@ -30,26 +28,23 @@ def register() -> None:
 
         if not dist.is_available() or "MPICOLL" in dist.Backend._plugins:
             return
-        dist.Backend.register_backend(
-            "mpicoll", _create, extended_api=True, devices=["cpu", "cuda"]
-        )
         from . import rendezvous
 
-        rendezvous.wrap(dist)
+        rendezvous.wrap(dist, _check)
+        dist.Backend.register_backend(
+            "mpicoll", rendezvous.create, extended_api=True, devices=["cpu", "cuda"]
+        )
     except Exception as error:
-        _state["error"] = error
+        _errors.append(error)
 
 
-def _create(asked: Any, options: Any) -> Any:
-    """Make the group that `torch.distributed` asks for; members alone call."""
-    if "error" in _state:
+def _check() -> None:
+    """Raise what went wrong in `register`, now that the backend is asked for."""
+    for error in _errors:
         raise RuntimeError(
-            "backend 'mpicoll' could not be registered when torch was imported; the error above "
+            "backend 'mpicoll' could not be registered when torch was imported: the error above "
             "says why"
-        ) from _state["error"]
-    from .rendezvous import create
-
-    return create(asked, options)
+        ) from error
 
 
 register()

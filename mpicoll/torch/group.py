@@ -39,7 +39,7 @@ _UNSET = timedelta(0)  # what is not above it is no timeout: an unset one is -1 
 _AT_ONCE = 1e-6  # seconds that stand for a timeout of 0
 Timeout = timedelta | None
 _OPS = {
-    getattr(dist.ReduceOp.RedOpType, name): getattr(mc.ReduceOp, name)
+    int(getattr(dist.ReduceOp.RedOpType, name)): getattr(mc.ReduceOp, name)
     for name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
 }
 
@@ -527,7 +527,7 @@ def _list(tensors: Any) -> Any:
 def _op(opts: Any) -> Any:
     """Return the operator as mpicoll has it, which its compiled core knows at sight."""
     op = opts.reduceOp
-    return _OPS.get(op.op, op)
+    return _OPS.get(int(op.op), op)
 
 
 def _limit(opts: Any) -> Timeout:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,22 +20,31 @@ import mpicoll as mc
 
 from ..runtime.settings import environment
 
+_WRAPPED = "knows_mpicoll"
+
 _MADE: list[mc.ProcessGroup] = []
 """The group of all ranks that `init_process_group` has made, until `create` takes it."""
 
 
-def wrap(dist: Any) -> None:
-    """Have `init_process_group` and `monitored_barrier` know this backend."""
+def wrap(dist: Any, check: Callable[[], None]) -> None:
+    """Have `init_process_group` and `monitored_barrier` know this backend.
+
+    Args:
+        check: raises where the backend could not be registered.
+    """
     c10d = dist.distributed_c10d
+    if hasattr(c10d.init_process_group, _WRAPPED):
+        return
     for name, wrapped in (
-        ("init_process_group", _initializing(c10d.init_process_group)),
+        ("init_process_group", _initializing(c10d.init_process_group, check)),
         ("monitored_barrier", _monitored(c10d.monitored_barrier, c10d)),
     ):
+        setattr(wrapped, _WRAPPED, True)
         setattr(c10d, name, wrapped)
         setattr(dist, name, wrapped)
 
 
-def _initializing(original: Any) -> Any:
+def _initializing(original: Any, check: Callable[[], None]) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -42,6 +52,7 @@ def _initializing(original: Any) -> Any:
         backend = kwargs.get("backend", args[0] if args else None)
         if not isinstance(backend, str) or "mpicoll" not in backend.lower():
             return original(*args, **kwargs)
+        check()
         given = signature.bind(*args, **kwargs).arguments
         _check_alone(backend)
         if given.get("store") is None and given.get("init_method") in (None, "env://"):
