@@ -151,7 +151,7 @@ def _store(host: str, port: int, size: int, serves: bool, timeout: dict[str, Any
 def _world(timeout: object) -> mc.ProcessGroup:
     """Make the group of all MPI ranks."""
     limit = torch.distributed.distributed_c10d.default_pg_timeout if timeout is None else timeout
-    return mc.new_group(timeout=limit, device=_device(), group_name="torch")
+    return mc.new_group(timeout=limit, device=_device(), group_name="default_pg")
 
 
 def _device() -> str:

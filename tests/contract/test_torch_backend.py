@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -400,6 +402,14 @@ def test_the_methods_take_what_dist2_gives_them(world_group, me, n):
     world_group.reduce_scatter(x, [torch.ones(2)] * n, dist.ReduceOp.SUM).wait()
     assert x.tolist() == [n, n]
     world_group.barrier(timedelta(seconds=5)).wait()
+
+
+def test_the_flight_recorder_has_the_users_line(world_group):
+    dist.all_reduce(torch.zeros(1))
+    dist.all_reduce(torch.zeros(70_001))
+    dist.barrier()
+    calls = json.loads(world_group.dump())["calls"][-3:]
+    assert {Path(call["file"]).name for call in calls} == {Path(__file__).name}, calls
 
 
 # ---- groups ----

@@ -11,13 +11,17 @@ import pytest
 from tests.harness import ROOT, Ended, environment, mpiexec, run_bounded
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-NEEDS = {"dist2_script.py": "torch", "kmeans.py": "sklearn"}
+NEEDS = {
+    "ddp.py": ("torch", "sklearn"),
+    "dist2_script.py": ("torch",),
+    "kmeans.py": ("sklearn",),
+}
 
 
 def need(name: str) -> None:
-    module = NEEDS.get(name)
-    if module and importlib.util.find_spec(module) is None:
-        pytest.skip(f"{name} needs {module}, which is not installed")
+    for module in NEEDS.get(name, ()):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}, which is not installed")
 
 
 def check(ended: Ended) -> None:
