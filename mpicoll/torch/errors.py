@@ -7,11 +7,15 @@ deadline that passed has the word "timeout" in its text.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 import mpicoll as mc
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _FAILURES: tuple[Any, ...] = (
     mc.CollectiveTimeoutError,
@@ -25,6 +29,19 @@ _BOTH = {
     kind: type(kind.__name__, (kind, dist.DistBackendError), {"__module__": kind.__module__})
     for kind in _FAILURES
 }
+
+
+def translated(method: F) -> F:
+    """Make a method raise PyTorch's errors in place of mpicoll's."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except mc.MpicollError as error:
+            raise torchs(error) from error.__cause__
+
+    return cast(F, call)
 
 
 def torchs(error: BaseException) -> BaseException:

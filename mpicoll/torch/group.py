@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import (
 import mpicoll as mc
 
 from . import dispatch, layout, sparse
-from .errors import torchs
+from .errors import translated
 from .layout import Written
 from .work import FINISHED, TorchWork
 
@@ -164,10 +164,7 @@ class TorchGroup(dist.ProcessGroup):
         """Return PyTorch's Work of a collective; wait for it if it is to be over `at_once`."""
         self._number += 1
         if at_once and self._coalescing is None:
-            try:
-                work.wait()
-            except mc.MpicollError as error:
-                raise torchs(error) from error.__cause__
+            work.wait()
             if back is not None:
                 back()
             return FINISHED
@@ -190,6 +187,7 @@ class TorchGroup(dist.ProcessGroup):
 
     # ---- collectives ----
 
+    @translated
     def allreduce(
         self, tensors: Any, opts: Any = None, timeout: Timeout = None, *, op: Any = None
     ) -> Any:
@@ -208,6 +206,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.allreduce(into, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
+    @translated
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         """Reduce each tensor of a list, as one call."""
         opts = opts or _asked(AllreduceCoalescedOptions)
@@ -216,6 +215,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.allreduce_coalesced(into, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, tensors, written.back)
 
+    @translated
     def broadcast(
         self, tensors: Any, opts: Any = None, timeout: Timeout = None, *, root: int | None = None
     ) -> Any:
@@ -228,6 +228,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.broadcast(into, opts.rootRank, _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
+    @translated
     def reduce(
         self,
         tensors: Any,
@@ -246,6 +247,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.reduce(into, opts.rootRank, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
+    @translated
     def allgather(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None
     ) -> Any:
@@ -258,6 +260,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.allgather(into, taken, _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
+    @translated
     def all_gather_single(
         self, output: Tensor, input: Tensor, opts: Any = None, timeout: Timeout = None
     ) -> Any:
@@ -269,6 +272,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.all_gather_single(into, layout.plain(input), _limit(opts))
         return self._begun(work, not opts.asyncOp, (output,), written.back)
 
+    @translated
     def allgather_coalesced(self, output_lists: Any, input_list: Any, opts: Any = None) -> Any:
         """Gather each tensor of a list, as one call."""
         opts = opts or _asked(AllgatherOptions)
@@ -279,6 +283,7 @@ class TorchGroup(dist.ProcessGroup):
         outputs = [tensor for outputs in output_lists for tensor in outputs]
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
+    @translated
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         """Gather each pair of two lists into one tensor, as one call."""
         opts = opts or _asked(AllgatherOptions)
@@ -288,6 +293,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.all_gather_single_coalesced(into, taken, _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
+    @translated
     def gather(
         self,
         output_tensors: Any,
@@ -307,6 +313,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.gather(into, taken, opts.rootRank, _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
+    @translated
     def scatter(
         self,
         output_tensors: Any,
@@ -325,6 +332,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.scatter(into, taken, opts.rootRank, _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
+    @translated
     def reduce_scatter(
         self,
         output_tensors: Any,
@@ -343,6 +351,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.reduce_scatter(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (tensor,), written.back)
 
+    @translated
     def reduce_scatter_single(
         self,
         output: Tensor,
@@ -361,6 +370,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.reduce_scatter_single(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, (output,), written.back)
 
+    @translated
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         """Reduce each pair of two lists and give equal parts of it, as one call."""
         opts = opts or _asked(ReduceScatterOptions)
@@ -370,6 +380,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.reduce_scatter_single_coalesced(into, taken, _op(opts), _limit(opts))
         return self._begun(work, not opts.asyncOp, outputs, written.back)
 
+    @translated
     def alltoall(
         self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None
     ) -> Any:
@@ -381,6 +392,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.alltoall(into, layout.all_plain(input_tensors), _limit(opts))
         return self._begun(work, not opts.asyncOp, output_tensors, written.back)
 
+    @translated
     def all_to_all_single(
         self,
         output: Tensor,
@@ -400,12 +412,14 @@ class TorchGroup(dist.ProcessGroup):
         )
         return self._begun(work, not opts.asyncOp, (output,), written.back)
 
+    @translated
     def barrier(self, opts: Any = None, timeout: Timeout = None) -> Any:
         """Wait for all ranks."""
         if type(opts) is not BarrierOptions:
             opts = _asked(BarrierOptions, None, opts if timeout is None else timeout)
         return self._begun(self.mpicoll.barrier(_limit(opts)), not opts.asyncOp, ())
 
+    @translated
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         """Wait for all ranks; if some don't come, raise on every rank that did, naming them."""
         self._number += 1
@@ -415,9 +429,7 @@ class TorchGroup(dist.ProcessGroup):
             self.mpicoll.monitored_barrier(max(seconds, _AT_ONCE), wait_all_ranks)
         except mc.CollectiveTimeoutError as error:
             error.args = (f"{self._in_gloos_words(error, seconds, wait_all_ranks)}: {error}",)
-            raise torchs(error) from error.__cause__
-        except mc.MpicollError as error:
-            raise torchs(error) from error.__cause__
+            raise
 
     def _in_gloos_words(
         self, error: mc.CollectiveTimeoutError, seconds: float, all_of_them: bool
@@ -444,17 +456,20 @@ class TorchGroup(dist.ProcessGroup):
 
     # ---- point to point ----
 
+    @translated
     def send(self, tensors: Any, dst: int, tag: int = 0) -> TorchWork:
         """Send a tensor to one rank, which must `recv` it."""
         tensor = _one(tensors)
         return self._message(self.mpicoll.send(layout.plain(tensor), dst, tag), (tensor,))
 
+    @translated
     def recv(self, tensors: Any, src: int, tag: int = 0) -> TorchWork:
         """Receive a tensor from one rank."""
         tensor, written = _one(tensors), Written()
         work = self.mpicoll.recv(written.plain(tensor, read=False), src, tag)
         return self._message(work, (tensor,), written.back)
 
+    @translated
     def recv_anysource(self, tensors: Any, tag: int = 0) -> TorchWork:
         """Receive a tensor from whichever rank sends first; `Work.source_rank()` tells which."""
         tensor, written = _one(tensors), Written()
@@ -463,6 +478,7 @@ class TorchGroup(dist.ProcessGroup):
 
     # ---- groups out of groups ----
 
+    @translated
     def split_group(
         self,
         ranks: Sequence[int],
@@ -481,6 +497,7 @@ class TorchGroup(dist.ProcessGroup):
 
     splitGroup = split_group
 
+    @translated
     def merge_remote_group(
         self,
         store: Any,

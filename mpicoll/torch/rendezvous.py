@@ -19,6 +19,7 @@ import torch
 import mpicoll as mc
 
 from ..runtime.settings import environment
+from .errors import translated
 
 _WRAPPED = "knows_mpicoll"
 
@@ -165,6 +166,7 @@ def _device() -> str:
     return "cuda"
 
 
+@translated
 def create(asked: Any, options: Any) -> Any:
     """Make the group that `torch.distributed` asks for.
 

@@ -37,7 +37,10 @@ def test_each_row_is_known_by_its_name():
     assert (str(later), later.queued, later.receives) == ("of a version to come", True, False)
 
 
-@pytest.mark.parametrize("row", [*(row for row in KINDS if row.inline), kinds.SEND, kinds.RECV], ids=str)
+MOVING = [*(row for row in KINDS if row.inline), kinds.SEND, kinds.RECV]
+
+
+@pytest.mark.parametrize("row", MOVING, ids=str)
 def test_a_kind_that_moves_data_has_steps_of_its_name(row: Kind):
     assert callable(getattr(Transport, row.name))
 
