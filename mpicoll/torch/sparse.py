@@ -18,6 +18,7 @@ def allreduce(group: mc.ProcessGroup, tensor: Tensor, limit: object) -> None:
     values = [own.values().new_empty((n, *own.values().shape[1:])) for n in counts.tolist()]
     group.allgather(indices, own.indices().contiguous(), limit).wait()
     group.allgather(values, own.values().contiguous(), limit).wait()
-    total = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), tensor.shape)
+    summands = torch.cat(indices, 1), torch.cat(values)
+    total = torch.sparse_coo_tensor(*summands, tensor.shape, check_invariants=True)
     with torch.no_grad():
         tensor.copy_(total.coalesce())

@@ -1,15 +1,20 @@
 """What `torch.distributed` holds of one call: PyTorch's `Work` over mpicoll's.
 
-PyTorch's C++ code, such as DistributedDataParallel's, waits for futures without the interpreter,
-so nobody would progress the call: a thread of mpicoll's does, from the launch of an asynchronous
-call that is not over by then.
+PyTorch's programs expect a call to go on though nobody waits for it, and its C++ code, such as
+DistributedDataParallel's, waits for futures without the interpreter.  So a thread of mpicoll's
+progresses what has a future, from when that is asked for, and what nobody has waited for in a
+moment: most calls are waited for at once, and a second thread would only be in the way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,6 +26,48 @@ from .. import MpicollError, Work
 from .errors import torchs
 
 _NO_TIMEOUT = timedelta(0)  # as C++ has it
+
+
+class _Abandoned:
+    """The calls that may have been left alone; a thread looks at them after a moment."""
+
+    MOMENT = 5e-4  # seconds
+
+    def __init__(self) -> None:
+        self._works: deque[TorchWork] = deque()
+        self._news: SimpleQueue[None] = SimpleQueue()
+        self._awake = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, work: TorchWork) -> None:
+        """Have a call looked at."""
+        self._works.append(work)
+        if not self._awake:
+            self._awake = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread.start()
+            self._news.put(None)
+
+    def _look(self) -> None:
+        while True:
+            self._news.get()
+            while self._awake:
+                time.sleep(self.MOMENT)
+                if not self._have_gone_on():
+                    self._awake = False
+                    self._awake = bool(self._works)  # one may have come just now
+
+    def _have_gone_on(self) -> bool:
+        """Have all that are there go on; return whether there were any."""
+        found = bool(self._works)
+        while self._works:
+            with contextlib.suppress(MpicollError):  # whoever waits for it hears of it
+                self._works.popleft().go_on()
+        return found
+
+
+_abandoned = _Abandoned()
 
 
 class TorchWork(dist.Work):
@@ -44,7 +91,16 @@ class TorchWork(dist.Work):
         self._back = back
         self._lock = threading.Lock()
         self._future: Future[Any] | None = None
-        self._progressing = [] if self._is_over() else [w.get_future() for w in works]
+        self._attended = self._is_over()  # nothing has to be done for it to go on
+        if not self._attended:
+            _abandoned.add(self)
+
+    def go_on(self) -> None:
+        """Have a thread progress it, unless somebody waits for it."""
+        if not self._attended:
+            self._attended = True
+            for work in self._works:
+                work.get_future()
 
     @classmethod
     def all_of(cls, begun: Sequence[TorchWork]) -> TorchWork:
@@ -70,6 +126,7 @@ class TorchWork(dist.Work):
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the call is done, and return True; raise what became of it otherwise."""
+        self._attended = True
         limit = timeout if timeout > _NO_TIMEOUT else None
         try:
             for work in self._works:

@@ -373,6 +373,23 @@ def test_a_future_holds_the_tensors_and_completes_without_a_wait(me, n):
     assert work.exception() is None
 
 
+def test_a_call_that_nobody_waits_for_goes_on(me, n, world):
+    x = torch.ones(70_001)
+    dist.all_reduce(x, async_op=True)  # dropped
+    y = torch.ones(200_000)
+    if n > 1:
+        if me == 0:
+            dist.isend(y * 7, 1)
+        elif me == 1:
+            dist.irecv(y, 0)
+    until = time.monotonic() + 10
+    while x[-1] != n or (me == 1 and y[-1] != 7):
+        assert time.monotonic() < until, "it did not go on"
+        time.sleep(1e-3)
+    verdicts.finish(world.Ibarrier())
+    dist.barrier()
+
+
 def test_many_at_once(n):
     xs = [torch.full((1000,), float(i)) for i in range(50)]
     works = [dist.all_reduce(x, async_op=True) for x in xs]
