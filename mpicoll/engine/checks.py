@@ -644,6 +644,17 @@ def excluded(rank: int, size: int, ranks: object) -> tuple[int, ...]:
     return tuple(sorted(given))
 
 
+def members(rank: int, size: int, ranks: object) -> Members:
+    """Check the argument of subgroup: distinct ranks of the group, this one among them."""
+    given = split_ranks(size, ranks)
+    if rank not in given.ranks:
+        raise InvalidCallError(
+            f"ranks is {list(given.ranks)}, and this is rank {rank}: only the members of the new "
+            "group call subgroup; in split_group all ranks call"
+        )
+    return given
+
+
 def split_ranks(size: int, ranks: object) -> Members:
     """Check the argument of split_group: distinct ranks of the group; none: to be in no group."""
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):

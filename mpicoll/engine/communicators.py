@@ -166,8 +166,13 @@ def shrink(
                 "shrink_group too, then split the group"
             )
         return (yield from survivors(comm, deadline))
+    return (yield from _of_some(comm, [r for r in range(peers.size) if r not in out], deadline))
+
+
+def _of_some(comm: MPI.Intracomm, ranks: Sequence[int], deadline: float) -> MakesComm:
+    """Make a communicator of some ranks, all of which have said that they come; they alone call."""
     everyone = comm.Get_group()
-    members = everyone.Excl(out)
+    members = everyone.Incl(list(ranks))
     made = yield from engine().outside(
         deadline, "MPI_Comm_create_group", lambda: comm.Create_group(members, shrink_tag())
     )
@@ -238,8 +243,10 @@ def _agree_on_shrinking(
         yield IDLE
 
 
-def _joined(peers: Peers) -> dict[int, dict[str, Any]]:
-    return {rank: json.loads(text) for rank, text in peers.joined.items() if text}
+def _joined(peers: Peers, what: str = "out") -> dict[int, dict[str, Any]]:
+    """Return what was said by those who want to shrink the group, or to make a part of it."""
+    said = {rank: json.loads(text) for rank, text in peers.joined.items() if text}
+    return {rank: join for rank, join in said.items() if what in join}
 
 
 def _plan_shrinking(peers: Peers, excluded: Sequence[int], late: bool) -> Plan | None:
@@ -274,6 +281,67 @@ def _follow(plan: Plan, excluded: Sequence[int]) -> list[int]:
         )
     out: list[int] = plan["out"]
     return out
+
+
+# ---- a part of a group, by its members alone ----
+#
+# They agree as in shrinking: each sends a message to the first of them, which waits for all, and
+# answers.  A member makes one part at a time, so it has one message under way.
+
+_SAID = 64  # ranks of a list that are named in a message
+
+
+def part(comm: MPI.Intracomm, peers: Peers, ranks: Sequence[int], deadline: float) -> MakesComm:
+    """Make a communicator of some ranks, in the order of the list.  They alone call."""
+    yield from _agree_on_part(peers, ranks, deadline)
+    return (yield from _of_some(comm, ranks, deadline))
+
+
+def _agree_on_part(peers: Peers, ranks: Sequence[int], deadline: float) -> Steps:
+    """Wait for all members, or raise the error that names those who have not come."""
+    first, mark, attempt = ranks[0], digest(*ranks), next(_attempts)
+    peers.plan = ""
+    if peers.rank != first:
+        wish = {"part": mark, "ranks": list(ranks[:_SAID]), "attempt": attempt}
+        peers.join(first, json.dumps(wish))
+    while True:
+        peers.poll()
+        late = time.monotonic() - deadline
+        if peers.rank == first:
+            others = [rank for rank in ranks if rank != first]
+            joined = _joined(peers, "part")
+            here = {r: joined[r] for r in others if r in joined and joined[r]["part"] == mark}
+            missing = [rank for rank in others if rank not in here]
+            if not missing or late > 0:
+                elsewhere = {rank: joined[rank]["ranks"] for rank in missing if rank in joined}
+                plan = {"missing": missing, "said": _making(elsewhere)}
+                for rank, join in here.items():
+                    del peers.joined[rank]
+                    peers.decide(rank, json.dumps({**plan, "to": join["attempt"]}))
+                return _raise_missing(plan)
+        elif peers.plan and json.loads(peers.plan)["to"] == attempt:
+            return _raise_missing(json.loads(peers.plan))
+        elif late > _PASS_ON:
+            peers.join(first, "")
+            return _raise_missing({"missing": [first], "said": ""})
+        yield IDLE
+
+
+def _making(elsewhere: dict[int, list[int]]) -> str:
+    """Say which members wait in a part of their own."""
+    return "".join(f"; rank {r} makes one of ranks {of}" for r, of in sorted(elsewhere.items()))
+
+
+def _raise_missing(plan: Plan) -> None:
+    if plan["missing"]:
+        raise CollectiveTimeoutError(
+            f"subgroup: ranks {plan['missing']} have not called it in time with this list of ranks"
+            f"{plan['said']}. No group was made, and this one is still usable: each member of the "
+            "new group must call, with the same list, and members of several in one order",
+            op="subgroup",
+            missing=plan["missing"],
+            breaks_group=False,
+        )
 
 
 def comm_is_revoked(comm: MPI.Comm) -> bool:

@@ -110,6 +110,7 @@ EMPTY = Kind("empty", 32)
 SHRINK_GROUP = Kind("shrink_group", 33, recovers=True)
 SPAWN = Kind("spawn", 34, counted="n")
 PARENT_GROUP = Kind("parent_group", 35)
+SUBGROUP = Kind("subgroup", 36, queued=False)
 
 KINDS = tuple(
     sorted((row for row in list(globals().values()) if isinstance(row, Kind)), key=lambda k: k.code)

@@ -87,7 +87,7 @@ class Peers:
         settled: those of them with whom MPI has nothing pending.
         begun: how many meetings of records over MPI, and gatherings of who called what, those at
             their ends have begun.
-        joined: what was said by those who are in `shrink_group`.
+        joined: what was said by those who are in `shrink_group` or `subgroup`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
     """
@@ -211,11 +211,11 @@ class Peers:
         self._tell_all(GONE, met << _BITS | told, waiting=not settled)
 
     def join(self, rank: int, text: str) -> None:
-        """Tell the rank that decides what this one wants of `shrink_group`; "": nothing more."""
+        """Tell the rank that decides what this one wants where a part is made; "": no more."""
         self._tell(rank, JOIN, text=text)
 
     def decide(self, rank: int, text: str) -> None:
-        """Tell a rank what was decided in `shrink_group`."""
+        """Tell a rank what was decided in `shrink_group` or `subgroup`."""
         self._tell(rank, PLAN, text=text)
 
     def poll(self) -> None:

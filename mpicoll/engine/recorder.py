@@ -44,14 +44,16 @@ Entry = list[Any]
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
-PLACES = _LIBRARY, _COMMANDS
+_TORCH = os.sep.join(["-packages", "torch", ""])  # PyTorch calls it for the user
+PLACES = _LIBRARY, _COMMANDS, _TORCH
 
 
 class _Ours(dict[str, bool]):
-    """Whether a file of code belongs to the library; found out once per file."""
+    """Whether a file of code belongs to the library, or to PyTorch; found out once per file."""
 
     def __missing__(self, file: str) -> bool:
-        found = self[file] = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
+        ours = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
+        found = self[file] = ours or _TORCH in file
         return found
 
 

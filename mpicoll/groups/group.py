@@ -40,6 +40,7 @@ from ..runtime.settings import NEVER, seconds
 from ..stores import Store
 from . import coalesced, derive, merge, shrink, spawn
 from .caller import Caller
+from .subgroup import subgroup
 
 SUM = ReduceOp.SUM
 
@@ -547,6 +548,30 @@ class ProcessGroup(Unique):
         """
         part = derive.split_group(self._caller, ranks, timeout, opts, group_name, group_desc)
         return None if part is None else ProcessGroup(part)
+
+    def subgroup(
+        self,
+        ranks: Sequence[int],
+        timeout: object = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+    ) -> ProcessGroup:
+        """Make a group of some of the ranks; they alone must call it, and no other rank.
+
+        Ranks that are members of several such groups make them in one order.  It does not wait for
+        what this group has under way.  Where all ranks can call, `split_group` makes all parts at
+        once, and gives back what is dropped without `shutdown`; this does not.
+
+        Args:
+            ranks: members of the new group, this rank among them; the i-th becomes rank i.
+            timeout: how long the making may take, and the new group's default.
+
+        Raises:
+            CollectiveTimeoutError: not all members have called in time, with the same list; names
+                those that have not.  This group stays usable, and it may be called again.
+        """
+        made = subgroup(self._caller, ranks, timeout, group_name, group_desc)
+        return ProcessGroup(made)
 
     def split(
         self, color: int | bool | None, key: int = 0, timeout: object = None

@@ -18,6 +18,7 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll.errors import (
     CollectiveMismatchError,
+    CollectiveTimeoutError,
     GroupClosedError,
     InvalidCallError,
     RemoteRankError,
@@ -126,6 +127,65 @@ def test_disjoint_lists_in_one_call(pg):
     assert (again is None) == (half.rank() != half.size() - 1)
     if again is not None:
         assert list(again.ranks) == [me]
+
+
+def test_a_subgroup_is_made_by_its_members_alone(fresh):
+    me, last = fresh.rank(), fresh.size() - 1
+    for ranks in ([last, 0] if last else [0], list(range(last + 1)), [last]):
+        if me not in ranks:
+            continue
+        part = fresh.subgroup(ranks, timeout=9, group_desc="of some")
+        assert part.ranks == [fresh.ranks[r] for r in ranks] and part.rank() == ranks.index(me)
+        assert part.timeout == timedelta(seconds=9) and part.group_desc == "of some"
+        assert part.group_name == f"world:{ranks}"
+        total(part)
+        part.shutdown()
+    total(fresh)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_subgroups_that_overlap_are_made_in_one_order_while_the_parent_is_busy(fresh):
+    me, n = fresh.rank(), fresh.size()
+    x = data(me, 70_001)
+    work = fresh.allreduce(x)
+    parts = [fresh.subgroup([k, k + 1]) for k in range(n - 1) if me in (k, k + 1)]
+    work.wait()
+    assert NUMPY.same(x, reduced("SUM", [data(r, 70_001) for r in range(n)]))
+    for part in parts:
+        total(part)
+        part.shutdown()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_subgroup_without_all_its_members_is_not_made(fresh, world):
+    last = fresh.size() - 1
+    if fresh.rank() != last:
+        with pytest.raises(CollectiveTimeoutError, match=rf"ranks \[{last}\]") as caught:
+            fresh.subgroup(range(last + 1), timeout=0.3)
+        assert caught.value.missing == (last,)
+    world.barrier()
+    fresh.subgroup(range(last + 1)).shutdown()
+    total(fresh)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_a_subgroup_whose_members_want_different_ones_says_so(fresh, world):
+    ranks = [0, 1] if fresh.rank() == 0 else [0, 1, 2]
+    if fresh.rank() < 2:
+        match = r"rank 1 makes one of ranks \[0, 1, 2\]" if fresh.rank() == 0 else r"\[2\]|\[0\]"
+        with pytest.raises(CollectiveTimeoutError, match=match):
+            fresh.subgroup(ranks, timeout=0.4)
+    world.barrier()
+    total(fresh)
+
+
+def test_a_subgroup_is_called_by_members(fresh):
+    others = [r for r in range(fresh.size()) if r != fresh.rank()]
+    with pytest.raises(InvalidCallError, match="only the members"):
+        fresh.subgroup(others)
+    with pytest.raises(InvalidCallError, match="twice"):
+        fresh.subgroup([fresh.rank()] * 2)
+    total(fresh)
 
 
 def test_default_names_are_dist2s(pg):

@@ -10,6 +10,7 @@ The snippets of a page are one program, in order.  What a fence says after `pyth
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -97,9 +98,17 @@ TOGETHER = [p for p in PAGES if any(not s.fails for s in snippets(p))]
 ALONE = [pytest.param(p, s, id=f"{p.name}:{s.line}") for p in PAGES for s in snippets(p) if s.fails]
 
 
+def need(page: Path, ranks: int) -> None:
+    if page.name == "pytorch.md" and ranks > 2:
+        pytest.skip("PyTorch takes seconds to load on each rank: 2 are enough")
+    if page.name == "pytorch.md" and importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed (extra: torch)")
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("page", TOGETHER, ids=lambda page: page.name)
 def test_page(page: Path, ranks: int, tmp_path: Path) -> None:
+    need(page, ranks)
     chosen = [s for s in snippets(page) if not s.fails]
     ended = run(tmp_path, page, chosen, ranks)
     assert ended.code == 0, ended.output

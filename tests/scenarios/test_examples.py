@@ -11,13 +11,18 @@ import pytest
 from tests.harness import ROOT, Ended, environment, mpiexec, run_bounded
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-NEEDS = {"dist2_script.py": "torch", "kmeans.py": "sklearn"}
+NEEDS = {
+    "ddp.py": ("torch", "sklearn"),
+    "dist2_script.py": ("torch",),
+    "fsdp.py": ("torch",),
+    "kmeans.py": ("sklearn",),
+}
 
 
 def need(name: str) -> None:
-    module = NEEDS.get(name)
-    if module and importlib.util.find_spec(module) is None:
-        pytest.skip(f"{name} needs {module}, which is not installed")
+    for module in NEEDS.get(name, ()):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}, which is not installed")
 
 
 def check(ended: Ended) -> None:
@@ -27,8 +32,11 @@ def check(ended: Ended) -> None:
     assert len(verdicts) == 1, f"rank 0, and no other, says that it is correct:\n{ended.output}"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("name", EXAMPLES)
+RUNS = [(name, ranks) for name in EXAMPLES for ranks in (2, 3)]
+SLOW = [("ddp.py", 3), ("fsdp.py", 3)]  # PyTorch takes seconds to load on each rank
+
+
+@pytest.mark.parametrize("name, ranks", [run for run in RUNS if run not in SLOW])
 def test_example(name: str, ranks: int) -> None:
     need(name)
     check(run_bounded([*mpiexec(ranks), sys.executable, f"examples/{name}"], 60, environment()))

@@ -56,16 +56,17 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         "groups",
         [
             *("rendezvous", "reclaim", "channel", "caller", "derive", "merge", "spawn", "shrink"),
-            *("coalesced", "group", "current", "registry", "new"),
+            *("subgroup", "coalesced", "group", "current", "registry", "new"),
         ],
     ),
+    ("torch", ["errors", "layout", "sparse", "work", "dispatch", "group", "rendezvous"]),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-OUTSIDE = {"__init__", "__main__"}  # the package's face may import everything
+OUTSIDE = {"__init__", "__main__", "torch.__init__"}  # a package's face may import everything
 
 
 def layer(module: str) -> float:
@@ -102,6 +103,21 @@ def test_each_module_imports_only_from_those_above_it(module):
     for target in imports(module):
         same_package = module.startswith("cli") and target.startswith("cli")
         assert same_package or layer(target) < layer(module), f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in FILES if m.startswith("torch.")))
+def test_the_second_door_is_built_of_public_names(module):
+    inside = {target for target in imports(module) if not target.startswith("torch")}
+    assert inside <= {"runtime.settings"}, "that reads the environment for all"
+    tree = ast.walk(ast.parse(FILES[module].read_text()))
+    names = {
+        node.attr
+        for node in tree
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "mc"
+    }
+    assert names <= set(mpicoll.__all__)
 
 
 def test_the_reader_of_imports_reads_them():

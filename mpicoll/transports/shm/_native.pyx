@@ -70,6 +70,7 @@ cdef extern from *:
     int last_instruction(PyFrameObject *frame)
     PyObject *filename_of(PyCodeObject *code)
     void Py_DECREF(void *thing)
+    Py_ssize_t PyUnicode_Find(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
     int PyUnicode_Tailmatch(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
     Py_ssize_t MOST "PY_SSIZE_T_MAX"
 
@@ -252,12 +253,14 @@ cdef class Node:
 cdef object engine, poll, work_class, digest_of, pickled
 cdef dict active, light, listed
 cdef tuple kinds, ops, checks
-cdef str library, commands  # where the library's code lies, and the part of it that uses it as anybody does
+cdef str library, commands, pytorch  # where the library's code lies, the part that uses it as anybody does, PyTorch's
 
 
 cdef inline bint is_ours(str file):
-    """Return whether a file of code is the library's; without a step of bytecode."""
-    return PyUnicode_Tailmatch(file, library, 0, MOST, -1) and not PyUnicode_Tailmatch(file, commands, 0, MOST, -1)
+    """Return whether a file of code is the library's, or PyTorch's; without a step of bytecode."""
+    if PyUnicode_Tailmatch(file, library, 0, MOST, -1):
+        return not PyUnicode_Tailmatch(file, commands, 0, MOST, -1)
+    return PyUnicode_Find(file, pytorch, 0, MOST, 1) >= 0
 
 
 cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
@@ -277,18 +280,18 @@ def configure(
         all_ops: the operators, in the order of their codes.
         the_engine: whose state is looked at.
         done_work: the class of calls that are over.
-        places: where the library's code lies, and that of its commands, which use it as anybody does.
+        places: where the library's code lies, that of its commands, which use it as anybody does, and PyTorch's.
         digest: condenses the counts of all ranks.
         pieces: the class of pickled objects.
         mix: by what the fields of a record are multiplied for its digest.
         in_line: bytes of data that a line has room for.
     """
-    global engine, poll, active, light, work_class, library, commands, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    global engine, poll, active, light, work_class, library, commands, pytorch, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
     global pickled, read_from, room_in_line
     cdef int number
     engine, poll, active, light = the_engine, the_engine._poll, the_engine._active, the_engine.light
     work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
-    library, commands = places
+    library, commands, pytorch = places
     kinds, ops, checks, read_most = tuple(all_kinds), tuple(all_ops), tuple(checkers), read[0]
     read_from, room_in_line = read[1], in_line
     for number in range(FIELDS):

@@ -1,0 +1,260 @@
+"""What PyTorch builds on a backend, over "mpicoll": each run is compared with one process alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import REPORTING
+
+pytest.importorskip("torch", reason="torch is not installed (extra: torch)")
+
+COMMON = (
+    REPORTING
+    + """
+import copy
+import warnings
+warnings.filterwarnings("ignore")
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+import mpicoll.torch
+
+torch.set_num_threads(1)
+dist.init_process_group("mpicoll")
+ME, N = dist.get_rank(), dist.get_world_size()
+ROWS = 12  # of a batch, over all ranks
+
+def model():
+    torch.manual_seed(1)
+    layers = nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    return nn.Sequential(*layers)
+
+def batches(steps=5):
+    made = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        yield torch.randn(ROWS, 6, generator=made), torch.randn(ROWS, 3, generator=made)
+
+def mine(x):
+    return x[ROWS // N * ME : ROWS // N * (ME + 1)]
+
+def loss(m, x, y):
+    return (m(x) - y).square().mean()
+
+def alone():
+    m = model()
+    sgd = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches():
+        sgd.zero_grad()
+        loss(m, x, y).backward()
+        sgd.step()
+    return list(m.parameters())
+
+def trained(wrapped, sgd=None):
+    sgd = sgd or torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches():
+        sgd.zero_grad()
+        loss(wrapped, mine(x), mine(y)).backward()
+        sgd.step()
+    return wrapped
+
+def whole(parameters):
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+
+def off(parameters, expected=None):
+    pairs = zip(whole(parameters), expected or alone(), strict=True)
+    return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
+
+FOUND = {}
+
+"""
+)
+END = """
+report(**FOUND)
+dist.destroy_process_group()
+"""
+
+
+def agrees(job, n, script, **options):
+    """Run a script that compares what it finds with one process; all must agree to 1e-6."""
+    found = job(n, script + END, 60, preamble=COMMON, **options)
+    for rank in found.ranks:
+        assert rank is not None, found.output
+        values = {name: value for name, value in rank.items() if name != "wall"}
+        assert values
+        assert all(value < 1e-6 for value in values.values()), values
+
+
+def test_data_parallel_training_is_that_of_one_process(job):
+    agrees(
+        job,
+        3,
+        """
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.join import Join
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+FOUND["default"] = off(trained(DDP(model())).parameters())
+FOUND["small buckets"] = off(trained(DDP(model(), bucket_cap_mb=1e-4)).parameters())
+FOUND["views"] = off(trained(DDP(model(), gradient_as_bucket_view=True)).parameters())
+FOUND["static graph"] = off(trained(DDP(model(), static_graph=True)).parameters())
+hooked = DDP(model())
+hooked.register_comm_hook(dist.group.WORLD, default_hooks.allreduce_hook)
+FOUND["hook"] = off(trained(hooked).parameters())
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused = model(), nn.Linear(2, 2)
+    def forward(self, x):
+        return self.net(x)
+
+found = trained(DDP(Branches(), find_unused_parameters=True))
+FOUND["unused"] = off(found.module.net.parameters())
+
+wrapped = DDP(model())
+zero = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+FOUND["zero"] = off(trained(wrapped, zero).parameters())
+
+joined = DDP(model())
+sgd = torch.optim.SGD(joined.parameters(), lr=0.1)
+steps = 0
+with joined.join():
+    for x, y in batches(3 + ME):
+        sgd.zero_grad()
+        loss(joined, x, y).backward()
+        sgd.step()
+        steps += 1
+assert steps == 3 + ME
+everyone = [torch.empty_like(joined.module[0].weight) for _ in range(N)]
+dist.all_gather(everyone, joined.module[0].weight.detach())
+FOUND["join"] = max((e - everyone[0]).abs().max().item() for e in everyone)
+""",
+    )
+
+
+def test_sharded_and_tensor_parallel_training_is_that_of_one_process(job):
+    agrees(
+        job,
+        4,
+        """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel, RowwiseParallel, parallelize_module
+)
+
+mesh = init_device_mesh("cpu", (N,))
+sharded = model()
+for layer in (sharded[0], sharded[2]):
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+FOUND["fsdp2"] = off(trained(sharded).parameters())
+
+split = parallelize_module(model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+sgd = torch.optim.SGD(split.parameters(), lr=0.1, momentum=0.9)
+for x, y in batches():
+    sgd.zero_grad()
+    loss(split, x, y).backward()
+    sgd.step()
+FOUND["tensor parallel"] = off(split.parameters())
+
+import tempfile
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+folder = [tempfile.mkdtemp() if ME == 0 else None]
+dist.broadcast_object_list(folder)
+checkpoint.save(get_model_state_dict(sharded), checkpoint_id=folder[0])
+other = model()
+for p in other.parameters():
+    p.data.zero_()
+fully_shard(other, mesh=mesh)
+state = get_model_state_dict(other)
+checkpoint.load(state, checkpoint_id=folder[0])
+set_model_state_dict(other, state)
+FOUND["checkpoint"] = off(other.parameters(), whole(sharded.parameters()))
+
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+hybrid = model()
+fully_shard(hybrid, mesh=mesh)
+FOUND["hsdp"] = off(trained(hybrid).parameters())
+""",
+    )
+
+
+def test_a_rank_that_raises_in_training_is_named_by_the_others(job):
+    ended = job(
+        2,
+        """
+wrapped = DDP(model())
+try:
+    for step, (x, y) in enumerate(batches()):
+        if ME == 1 and step == 2:
+            raise KeyError("label 17")
+        loss(wrapped, mine(x), mine(y)).backward()
+except RuntimeError as error:
+    report(text=str(error))
+    raise
+except KeyError:
+    report(text="mine")
+    raise
+""",
+        60,
+        preamble=COMMON,
+        fails=True,
+    )
+    texts = ended["text"]
+    assert texts[1] == "mine"
+    assert "rank 1" in texts[0] and "label 17" in texts[0], texts
+
+
+def test_uneven_inputs_without_join_say_which_rank_left(job):
+    ended = job(
+        2,
+        """
+wrapped = DDP(model())
+for x, y in batches(3 - ME):
+    try:
+        loss(wrapped, mine(x), mine(y)).backward()
+    except RuntimeError as error:
+        report(text=str(error))
+        break
+else:
+    report(text="all went well")
+dist.destroy_process_group()
+""",
+        60,
+        preamble=COMMON,
+    )
+    assert "rank 1" in ended["text"][0], ended.ranks
+
+
+def test_an_entry_point_is_enough_and_an_error_in_it_breaks_nothing(job):
+    script = """
+import warnings
+warnings.filterwarnings("ignore")
+import sys
+import torch
+import mpicoll.torch as door
+from importlib.metadata import EntryPoint
+again = EntryPoint("mpicoll", "mpicoll.torch:register", "torch.backends").load()
+again()
+again()
+import torch.distributed as dist
+assert "mpi4py.MPI" not in sys.modules
+assert dist.is_backend_available("mpicoll")
+
+dist.Backend._plugins.pop("MPICOLL")
+register = dist.Backend.register_backend
+def fails(*args, **kwargs):
+    raise LookupError("of a PyTorch to come")
+dist.Backend.register_backend = fails
+again()
+dist.Backend.register_backend = register
+try:
+    dist.init_process_group("mpicoll", store=dist.HashStore(), rank=0, world_size=1)
+except Exception as error:
+    report(text=repr(error), cause=repr(error.__cause__))
+"""
+    ended = job(0, script, preamble=REPORTING)
+    assert "LookupError" in ended["cause"][0], ended.ranks
