@@ -3,7 +3,7 @@
 `init_process_group("mpicoll")` without a store and without MASTER_ADDR makes the group of all MPI
 ranks first, and the store with its help.  Where the caller or the environment (torchrun's, or
 `python -m mpicoll run`'s) says where the store is, PyTorch goes its own way, and `create` is given
-rank, size and store: then MPI's world must be the same ranks.
+rank, size and store: then MPI's world must be the same ranks, or is made of them (`join_world`).
 """
 
 from __future__ import annotations
@@ -179,6 +179,8 @@ def create(asked: Any, options: Any) -> Any:
 
     ranks = list(asked.global_ranks_in_group)
     if not ranks:
+        if not _MADE:
+            mc.join_world(asked.store, asked.group_rank, asked.group_size, asked.timeout)
         made = _MADE.pop() if _MADE else _world(asked.timeout)
         for name, said, mine in (
             ("world_size", asked.group_size, made.size()),

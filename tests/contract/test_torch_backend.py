@@ -494,8 +494,10 @@ def test_rank_and_size_that_contradict_mpi_are_refused(me, n):
     with pytest.raises(ValueError, match="'mpicoll' alone, but got 'cpu:gloo,cuda:mpicoll'"):
         dist.init_process_group("cpu:gloo,cuda:mpicoll")
     store = dist.HashStore()
-    with pytest.raises(ValueError, match="rank is"):
+    with pytest.raises(ValueError, match=r"rank must be in range \[0, "):
         dist.init_process_group("mpicoll", store=store, rank=me + n, world_size=n)
+    with pytest.raises(ValueError, match=f"as rank {me} of {n + 1}, but .* as rank {me} of {n}:"):
+        dist.init_process_group("mpicoll", store=store, rank=me, world_size=n + 1)
     dist.init_process_group("mpicoll", store=store, rank=me, world_size=n)
     dist.barrier()
     dist.destroy_process_group()

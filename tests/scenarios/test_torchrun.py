@@ -14,6 +14,7 @@ import pytest
 from tests.harness import (
     PREAMBLE,
     RESULT,
+    ROOT,
     environment,
     installed_mpi,
     launch,
@@ -23,6 +24,7 @@ from tests.harness import (
 from tests.hosts import Hosts
 
 MPICH = installed_mpi() == "mpich"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SPREAD = """
 import os, subprocess, sys
 n = int(sys.argv[1])
@@ -107,12 +109,31 @@ except UnsupportedError as error:
     report(spawn=str(error))
 pg.shutdown()
 """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = job(0, script, 60, python=torchrun, ranks=2)
+    ended = job(0, script, 60, python=[*TORCHRUN, "--nproc-per-node=2"], ranks=2)
     assert ended["rank"] == [0, 1] and ended["size"] == [2, 2] and ended["sum"] == [[3.0] * 3] * 2
     assert ended["right"] == [True, True] and ended["local"] == [2, 2]
     assert [said.strip() for said in ended["child"]] == ["1", "1"]
     assert all("start it with mpiexec" in said for said in ended["spawn"])
+
+
+def test_torchrun_trains_as_mpiexec_does(tmp_path):
+    """The example's weights are the same to the last bit, and those of gloo and of one process."""
+    need_torch()
+    pytest.importorskip("sklearn")
+    import torch
+
+    starters = {
+        "mpiexec": [*mpiexec(2), sys.executable],
+        "torchrun": [*TORCHRUN, "--nproc-per-node=2"],
+    }
+    weights = []
+    for name, starter in starters.items():
+        file = tmp_path / f"{name}.pt"
+        program = [str(ROOT / "examples" / "ddp.py"), f"--save={file}"]
+        ended = run_bounded([*starter, *program], 60, environment())
+        assert ended.code == 0 and "correct: True" in ended.output, ended.output
+        weights.append(torch.load(file))
+    assert all(map(torch.equal, *(each.values() for each in weights)))
 
 
 def test_torchrun_on_two_nodes_of_which_one_fails(spread):
