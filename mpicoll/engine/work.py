@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from .tasks import Task
 
 if TYPE_CHECKING:
     from ..transports.shm._native import Posted
+
+_settling = threading.RLock()  # so that one thread marks a future as running
 
 
 class Work(Task, Unique):
@@ -137,16 +141,18 @@ class Work(Task, Unique):
         """Return a future of `result()`.  It completes without wait(), from a thread."""
         future = Future()
 
-        def settle() -> None:  # once more, if an exception struck here
-            if future.done() and not future.cancelled():
-                return
-            if not (future.running() or future.set_running_or_notify_cancel()):
-                return  # whoever asked for it has cancelled it; the call is what it is
+        def settle() -> None:  # once more, if an exception struck here; or by two threads at once
+            with _settling:
+                if future.done() and not future.cancelled():
+                    return
+                if not (future.running() or future.set_running_or_notify_cancel()):
+                    return  # whoever asked for it has cancelled it; the call is what it is
             error = self.exception()
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(self.result())
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # the other was faster
+                if error is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(self.result())
 
         if not self.done:
             background().progress()
