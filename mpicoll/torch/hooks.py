@@ -74,7 +74,8 @@ class Bfloat16State:
             residual = torch.zeros_like(buffer)
             for parameter, gradient in zip(parameters, bucket.gradients(), strict=True):
                 start = gradient.storage_offset() - buffer.storage_offset()
-                view = residual.as_strided(gradient.size(), gradient.stride(), start)
+                strides = torch.empty_like(parameter, device="meta").stride()  # as .grad has them
+                view = residual.as_strided(parameter.size(), strides, start)
                 if parameter in self._residuals:  # it was in another bucket
                     view.copy_(self._residuals[parameter])
                 self._residuals[parameter] = view

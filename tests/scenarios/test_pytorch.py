@@ -133,6 +133,106 @@ FOUND["join"] = max((e - everyone[0]).abs().max().item() for e in everyone)
     )
 
 
+HOOKED = """
+from mpicoll.torch.hooks import Bfloat16State, bfloat16_hook
+
+def hooked(module, feedback=True, **options):
+    wrapped, state = DDP(module, **options), Bfloat16State(None, feedback)
+    wrapped.register_comm_hook(state, bfloat16_hook)
+    return wrapped, state
+"""
+
+
+def test_gradients_sent_as_bfloat16_train_nearly_as_whole_ones(job):
+    """Error feedback bounds the distance; without it that grows."""
+    ended = job(
+        2,
+        HOOKED
+        + """
+def long(wrapped):
+    (x, y), sgd = next(batches()), torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    for _ in range(100):
+        sgd.zero_grad()
+        loss(wrapped, mine(x), mine(y)).backward()
+        sgd.step()
+    return list(wrapped.parameters())
+
+whole_ones = long(DDP(model()))
+for cap in (25, 1e-4):  # one bucket; one per parameter, after the first step
+    FOUND[f"fed back, {cap}"] = off(long(hooked(model(), bucket_cap_mb=cap)[0]), whole_ones)
+FOUND["forgotten"] = off(long(hooked(model(), False)[0]), whole_ones)
+"""
+        + END,
+        60,
+        preamble=COMMON,
+    )
+    for rank in ended.ranks:
+        near = [value for name, value in rank.items() if name.startswith("fed back")]
+        assert len(near) == 2 and 0 < max(near) < 5e-5, ended.ranks
+        assert 3 * max(near) < rank["forgotten"] < 1e-2, ended.ranks
+
+
+def test_of_gradients_sent_as_bfloat16_nothing_is_lost(job):
+    """The means that came, and the mean of what ranks keep back, are all that there was."""
+    agrees(
+        job,
+        3,
+        HOOKED
+        + """
+class Weighted(nn.Module):  # a parameter's gradient is what it is multiplied by
+    def __init__(self, like):
+        super().__init__()
+        self.all = nn.ParameterList(nn.Parameter(torch.zeros_like(x)) for x in like)
+    def forward(self, by):
+        return sum((p * x).sum() for p, x in zip(self.all, by))
+
+made = torch.Generator().manual_seed(5)
+def normal(*shape):
+    return torch.randn(shape, generator=made, dtype=torch.double)
+
+def gradients():
+    strided = torch.channels_last
+    of_all = [
+        (normal(5, 3), normal(7), normal(2, 3, 4, 5).to(memory_format=strided)) for _ in range(N)
+    ]
+    return of_all[ME], [sum(same) / N for same in zip(*of_all)]
+
+for cap in (25, 1e-5):
+    wrapped, state = hooked(Weighted(gradients()[0]), bucket_cap_mb=cap)
+    came, was = [[torch.zeros_like(p) for p in wrapped.parameters()] for _ in range(2)]
+    for step in range(6):
+        by, means = gradients()
+        wrapped.zero_grad()
+        wrapped(by).backward()
+        for p, a, b, mean in zip(wrapped.parameters(), came, was, means):
+            a += p.grad
+            b += mean
+            assert (p.grad == p.grad.bfloat16()).all() and not torch.equal(p.grad, mean)
+    for k, p in enumerate(wrapped.parameters()):
+        kept = state.residual(p).clone()
+        assert kept.shape == p.shape and kept.any() and kept.abs().max() < 0.1
+        dist.all_reduce(kept, dist.ReduceOp.AVG)
+        FOUND[f"{k} of {cap}"] = (came[k] + kept - was[k]).abs().max().item()
+
+wrapped, state = hooked(Weighted([torch.zeros(4)]))
+for value in (1.0, float("inf"), 1.0):  # such a step is skipped, and costs no other
+    wrapped.zero_grad()
+    wrapped([torch.full((4,), value)]).backward()
+FOUND["after an overflow"] = (wrapped.module.all[0].grad - 1).abs().max().item()
+
+wrapped, state = hooked(Weighted([torch.zeros(4, dtype=torch.bfloat16)]))
+wrapped([torch.full((4,), ME * 2.0, dtype=torch.bfloat16)]).backward()
+FOUND["bfloat16"] = (wrapped.module.all[0].grad.float() - N + 1).abs().max().item()
+assert state.residual(wrapped.module.all[0]) is None
+
+wrapped, state = hooked(nn.Embedding(4, 2, sparse=True))
+wrapped(torch.tensor([ME])).sum().backward()
+grad = wrapped.module.weight.grad.to_dense()
+FOUND["sparse"] = (grad[:N] - 1 / N).abs().max().item() + grad[N:].abs().max().item()
+""",
+    )
+
+
 def test_sharded_and_tensor_parallel_training_is_that_of_one_process(job):
     agrees(
         job,
