@@ -50,12 +50,15 @@ def alone():
         sgd.step()
     return list(m.parameters())
 
-def trained(wrapped, sgd=None):
+def trained(wrapped, sgd=None, part=None, losses=None):
     sgd = sgd or torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
     for x, y in batches():
         sgd.zero_grad()
-        loss(wrapped, mine(x), mine(y)).backward()
+        found = loss(wrapped, (part or mine)(x), (part or mine)(y))
+        found.backward()
         sgd.step()
+        if losses is not None:
+            losses.append(found.item())
     return wrapped
 
 def whole(parameters):
@@ -238,30 +241,36 @@ def test_sharded_and_tensor_parallel_training_is_that_of_one_process(job):
         job,
         4,
         """
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel, RowwiseParallel, parallelize_module
 )
 
-mesh = init_device_mesh("cpu", (N,))
-sharded = model()
-for layer in (sharded[0], sharded[2]):
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-FOUND["fsdp2"] = off(trained(sharded).parameters())
+def sharded_on(mesh):
+    sharded = model()
+    for layer in (sharded[0], sharded[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(sharded, mesh=mesh)
 
-split = parallelize_module(model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-sgd = torch.optim.SGD(split.parameters(), lr=0.1, momentum=0.9)
-for x, y in batches():
-    sgd.zero_grad()
-    loss(split, x, y).backward()
-    sgd.step()
-FOUND["tensor parallel"] = off(split.parameters())
+def split_on(mesh):
+    return parallelize_module(model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+mesh = init_device_mesh("cpu", (N,))
+by_gloo = DeviceMesh.from_group(dist.new_group(backend="gloo"), "cpu")
+assert dist.get_backend(by_gloo.get_group()) == "gloo"
+for name, on, part in ("fsdp2", sharded_on, mine), ("tensor parallel", split_on, lambda x: x):
+    losses, gloos = [], []
+    found = trained(on(mesh), part=part, losses=losses)
+    FOUND[name] = off(found.parameters())
+    trained(on(by_gloo), part=part, losses=gloos)
+    assert len(gloos) == 5 and len(set(losses)) == 5, losses
+    FOUND[f"losses of {name}"] = max(abs(a - b) for a, b in zip(losses, gloos))
 
 import tempfile
 import torch.distributed.checkpoint as checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+sharded = trained(sharded_on(mesh))
 folder = [tempfile.mkdtemp() if ME == 0 else None]
 dist.broadcast_object_list(folder)
 checkpoint.save(get_model_state_dict(sharded), checkpoint_id=folder[0])
