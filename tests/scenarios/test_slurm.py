@@ -365,6 +365,38 @@ def test_script_for_gpus(slurm, tmp_path, name, gpus):
     assert re.findall("GPUs (.*)", ended.output) == [gpus] * 4
 
 
+def test_script_for_torch(slurm, tmp_path):
+    """Its example, over two nodes; and each rank of a program uses the cores of its task."""
+    for name in ("torch", "sklearn"):
+        pytest.importorskip(name, reason=f"{name} is not installed (extra: torch)")
+    one = ["--cpus-per-task=1"]  # the nodes are one machine, with few cores
+    ended = slurm.ended(slurm.submit(SCRIPTS / "torch.sbatch", options=one), 60)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert "2 ranks: " in ended.output and "correct: True" in ended.output
+    path = tmp_path / "threads.py"
+    path.write_text(THREADS)
+    ended = slurm.ended(slurm.submit(SCRIPTS / "torch.sbatch", str(path)), 60)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    found = sorted(re.findall("rank . of . on n. with . threads", ended.output))
+    assert found == [f"rank {k} of 2 on n{k + 1} with 2 threads" for k in range(2)], ended.output
+
+
+THREADS = """
+import socket
+import torch
+import torch.distributed as dist
+import mpicoll.torch
+
+dist.init_process_group("mpicoll")
+x = torch.ones(70_001)
+dist.all_reduce(x)
+assert (x == dist.get_world_size()).all()
+rank, size, host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
+print(f"rank {rank} of {size} on {host} with {torch.get_num_threads()} threads", flush=True)
+dist.destroy_process_group()
+"""
+
+
 def test_script_that_requeues(slurm, tmp_path):
     """Stopped in the middle, as at its time limit, the job goes on and gets the same result."""
     checkpoint = tmp_path / "resume.npz"
