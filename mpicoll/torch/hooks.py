@@ -170,7 +170,7 @@ def _end(begun: _Begun, group: dist.ProcessGroup | None) -> None:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     count = parts.shape[1]
     mine = residual[rank * count : (rank + 1) * count]
-    mean = parts.to(torch.promote_types(buffer.dtype, torch.float32)).sum(0) / size
+    mean = parts.sum(0, dtype=buffer.dtype) / size
     means = torch.empty(size * count, dtype=torch.bfloat16, device=buffer.device)
     own = means[rank * count : (rank + 1) * count]
     own.copy_(mean)
