@@ -65,12 +65,14 @@ ACROSS_NODES = {  # ranks: what runs with MPICOLL_NODES
 
 # What is refused is shown by 1 and 2 ranks, what stands in for GPUs by 1 and 3.
 REFUSED, STAND_INS = ("test_bad_input", "test_remedies"), ("test_aware", "test_nccl", "test_staged")
-ENDLESS = ("test_load",)  # many calls, the slower the more ranks share a core: by 1 and 3
+ENDLESS = ("test_load",)  # many calls, the slower the more ranks share a core: by 1 and 2
 TORCH = ("test_torch_backend",)  # loads much of PyTorch on every rank: by 1, 2 and 3
+PAIRS = ("test_rings", "test_in_place")  # the same with more than 3
+PROGRAMS = ("test_property",)  # by 1, 2, 3 and 5
 LEFT_OUT = {  # by ranks
-    2: (*STAND_INS, *ENDLESS),
-    3: REFUSED,
-    4: (*REFUSED, *STAND_INS, *ENDLESS, *TORCH),
+    2: STAND_INS,
+    3: (*REFUSED, *ENDLESS),
+    4: (*REFUSED, *STAND_INS, *ENDLESS, *TORCH, *PAIRS, *PROGRAMS),
 }
 IN_PYTHON = _contract(
     *("collectives", "delays", "dtypes", "in_place", "mismatch", "objects", "p2p", "unmatched"),
