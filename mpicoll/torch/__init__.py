@@ -12,7 +12,11 @@ what PyTorch's C++ code calls otherwise.
 
 from __future__ import annotations
 
-__all__ = ["register"]
+from typing import Any
+
+from .. import Work
+
+__all__ = ["future_of", "register"]
 
 _errors: list[Exception] = []
 
@@ -36,6 +40,18 @@ def register() -> None:
         )
     except Exception as error:
         _errors.append(error)
+
+
+def future_of(work: Work) -> Any:
+    """Return a `torch.futures.Future` of a call that was made on a group of mpicoll's own.
+
+    A communication hook of DistributedDataParallel must return one.  Its value is `work.result()`:
+    a list of the tensors that were given.  It raises what `work.wait()` does, and completes by
+    itself, from a thread.  Local.
+    """
+    from .work import future_of
+
+    return future_of(work)
 
 
 def _check() -> None:

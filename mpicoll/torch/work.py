@@ -199,6 +199,21 @@ def _value(future: Future[Any]) -> Any:
     return future.value()
 
 
+def future_of(work: Work) -> Future[Any]:
+    """Return PyTorch's future of a call of a group's own; see the package's."""
+    made: Future[Any] = Future()
+
+    def settle(_: object) -> None:
+        error = work.exception()
+        if error is not None:
+            made.set_exception(torchs(error))
+        else:
+            made.set_result(work.result())
+
+    work.get_future().add_done_callback(settle)
+    return made.then(_value)
+
+
 class FinishedWork(dist.Work):
     """What a synchronous call returns: it is over, and has raised if it failed."""
 

@@ -20,7 +20,7 @@ from tests.contract.conftest import GROUP_TIMEOUT, verdicts
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: torch)")
 import torch.distributed as dist  # noqa: E402
 
-import mpicoll.torch  # noqa: E402
+from mpicoll.torch import future_of  # noqa: E402
 from mpicoll.torch.group import TorchGroup  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -501,6 +501,19 @@ def test_rank_and_size_that_contradict_mpi_are_refused(me, n):
     dist.init_process_group("mpicoll", store=store, rank=me, world_size=n)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def test_a_call_of_the_groups_own_as_a_future_of_pytorchs(me, n):
+    group = dist.group.WORLD.mpicoll
+    x = torch.full((3,), me + 1.0)
+    future = future_of(group.allreduce(x))
+    assert isinstance(future, torch.futures.Future)
+    doubled = future.then(lambda f: f.value()[0] * 2)
+    assert future.wait() == [x] and doubled.wait().tolist() == [n * (n + 1.0)] * 3
+    if n > 1:
+        future = future_of(group.allreduce(torch.ones(3 + me)))
+        with pytest.raises(RuntimeError, match=r"float32\[4\]"):
+            future.wait()
 
 
 # ---- functional collectives, device meshes, DTensor ----
