@@ -57,8 +57,17 @@ _DIGEST, _EXTENT, _LEFT, _DATA = range(1, 5)  # the words of a line after its nu
 _BETWEEN = 128  # bytes from one record to the other
 _FINISHED = 2 * _BETWEEN  # where in a page the last call that was finished is
 _RECORD = struct.Struct("9q")  # a record and the extent
-# A record's digest is the sum of its fields after the number, each times one of these odd numbers.
-MIX = tuple((0x9E3779B97F4A7C15 * k**5 | 1) % 2**64 for k in range(1, 8))
+# A record's digest is the sum of its fields after the number, each times one of these: the first
+# numbers of SplitMix64, made odd.  No small multiples of them add up to 0, as fields are small.
+MIX = (
+    0xE220A8397B1DCDAF,
+    0x6E789E6AA1B965F5,
+    0x06C45D188009454F,
+    0xF88BB8A8724C81ED,
+    0x1B39896A51A8749B,
+    0x53CB9F0C747EA2EB,
+    0x2C829ABE1F4532E1,
+)
 _OUTCOME_AT, _OUTCOME = 512, 256  # what rank 0's page alone holds: two that alternate
 _NOTICE_AT, _NOTICE = 1024, 2048  # its call, its length, and so many bytes
 _NO_FILE, _FULL = -1, -2  # instead of the number of a file

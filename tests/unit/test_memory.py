@@ -7,7 +7,15 @@ import mmap
 import numpy as np
 import pytest
 
-from mpicoll.runtime.memory import FEW, IN_LINE, LARGEST, NodeMemory, bytes_of
+from mpicoll.runtime.memory import (
+    FEW,
+    IN_LINE,
+    LARGEST,
+    MIX,
+    NodeMemory,
+    bytes_of,
+    digest_of,
+)
 
 BYTE = np.dtype(np.uint8)
 
@@ -75,6 +83,17 @@ def test_a_difference_in_any_field_is_seen(many, field):
         *[(1, *RECORD, 0)] * (len(many) - 1),
         (1, *other, 0),
     ]
+
+
+def test_small_differences_in_several_fields_do_not_cancel_out():
+    ranges = range(37), range(-1, 6), range(-1, 9), range(-1, 4), range(20), range(1), range(3)
+    digests = np.zeros(1, np.uint64)
+    for values, factor in zip(ranges, MIX, strict=True):
+        products = np.array([value * factor % 2**64 for value in values], np.uint64)
+        digests = np.add.outer(digests, products).ravel()
+    assert np.unique(digests).size == digests.size
+    last = tuple(values[-1] for values in ranges)
+    assert digest_of(last) % 2**64 == digests[-1]
 
 
 def test_what_comes_two_calls_later_does_not_agree(many):
