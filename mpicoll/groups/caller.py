@@ -26,7 +26,7 @@ from ..errors import (
     InvalidCallError,
     MpicollError,
 )
-from ..runtime.library import IDLE, Steps, highest_tag
+from ..runtime.library import IDLE, MPI, Steps, highest_tag
 from ..runtime.settings import seconds
 from ..transports import select
 from ..transports.select import GroupOptions, Resources
@@ -412,6 +412,32 @@ class Caller:
                 error = error or failure.error  # the first will do
         if error is not None:
             raise error
+
+
+def make_unnumbered(
+    group: Caller,
+    work: Work,
+    make: Callable[[float], communicators.MakesComm],
+    prepare: Callable[[MPI.Intracomm, GroupOptions, float], select.Prepares],
+) -> Resources:
+    """Run a call that makes a group of some ranks without the others, and wait for it.
+
+    Args:
+        make: returns the steps that make its communicator, given the deadline.
+        prepare: returns those that make what else the new group runs on.
+    """
+
+    def steps() -> Steps:
+        deadline = work.deadline
+        work.deadline += VERDICT
+        made = yield from make(deadline)
+        assert made is not None
+        work.call.result = yield from prepare(made, group.options, deadline)
+
+    engine().launch(work, steps())
+    wait_through(work)
+    found: Resources = work.call.result
+    return found
 
 
 def wait_through(work: Work) -> None:

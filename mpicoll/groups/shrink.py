@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..engine import checks, communicators, kinds
 from ..engine.call import Call
 from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import GroupBrokenError
-from ..runtime.library import Steps
 from ..runtime.settings import seconds
 from ..transports import select
-from .caller import VERDICT, Caller, wait_through
+from .caller import Caller, make_unnumbered
 
 
 def shrink_group(
@@ -33,15 +33,7 @@ def shrink_group(
     if state.broken is None:
         engine().fail_all(state, GroupBrokenError("shrink_group was called"))
     work = Work(state, Call(kinds.SHRINK_GROUP), state.seq, limit, group.recorder)
-    engine().launch(work, _steps(group, work, out))
-    wait_through(work)
+    make = partial(communicators.shrink, group.comm, state.peers, out)
+    resources = make_unnumbered(group, work, make, select.prepare_survivors)
     state.replaced = True
-    return group.successor(work.call.result, name or f"{state.name}:shrink", desc, timeout)
-
-
-def _steps(group: Caller, work: Work, out: Sequence[int]) -> Steps:
-    deadline = work.deadline
-    work.deadline += VERDICT
-    made = yield from communicators.shrink(group.comm, group.group_state.peers, out, deadline)
-    assert made is not None
-    work.call.result = yield from select.prepare_survivors(made, group.options, deadline)
+    return group.successor(resources, name or f"{state.name}:shrink", desc, timeout)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..engine import checks, communicators, kinds
 from ..engine.call import Call
-from ..engine.progress import engine
 from ..engine.work import Work
-from ..runtime.library import Steps
 from ..runtime.settings import seconds
 from ..transports import select
-from .caller import VERDICT, Caller, wait_through
+from .caller import Caller, make_unnumbered
 
 
 def subgroup(
@@ -31,15 +30,7 @@ def subgroup(
     members = checks.members(group.rank, group.size, ranks)
     state = group.group_state
     work = Work(state, Call(kinds.SUBGROUP, payload=members), 0, limit, group.recorder)
-    engine().launch(work, _steps(group, work, members.ranks))
-    wait_through(work)
+    make = partial(communicators.part, group.comm, state.peers, members.ranks)
+    resources = make_unnumbered(group, work, make, select.prepare)
     name = name or f"{state.name}:{list(members.ranks)}"
-    return group.successor(work.call.result, name, desc, timeout)
-
-
-def _steps(group: Caller, work: Work, ranks: Sequence[int]) -> Steps:
-    deadline = work.deadline
-    work.deadline += VERDICT
-    made = yield from communicators.part(group.comm, group.group_state.peers, ranks, deadline)
-    assert made is not None
-    work.call.result = yield from select.prepare(made, group.options, deadline)
+    return group.successor(resources, name, desc, timeout)
