@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 from ..errors import CollectiveTimeoutError, MpicollError, RemoteRankError
+from ..runtime.process import monotonic
 from .peers import Peers
 from .rollcall import SHOWN, Verdict
 from .tasks import GroupState, Task
@@ -53,7 +53,7 @@ def says_the_same(head: Task, verdict: Verdict | None) -> bool:
         verdict is not None
         and verdict.seq == head.seq
         and head.group_state.peers.rank not in verdict.missing
-        and head.deadline - time.monotonic() <= look_ahead(head)
+        and head.deadline - monotonic() <= look_ahead(head)
     )
 
 

@@ -37,7 +37,7 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.library import MPI, nothing_pending
-from ..runtime.process import process
+from ..runtime.process import monotonic, process
 from ..runtime.settings import default_timeout, grace, survives_deaths
 from ..runtime.waiting import Backoff
 from ..runtime.watchdog import end_job
@@ -178,7 +178,7 @@ class _Ending:
         try:
             self._leave()
         except BaseException as error:
-            if interrupts(error):  # MPI_Finalize would hang where we have stopped
+            if interrupts(error) and not process().is_thread:  # MPI_Finalize would hang
                 end_job(self.code or _INTERRUPTED, f"{type(error).__name__} interrupted its end")
             raise
 
@@ -189,9 +189,10 @@ class _Ending:
         leave_trace()
         if MPI.Is_finalized():
             return
-        self._look_for_an_exception()
+        if self.hooked:
+            self._look_for_an_exception()
         self._leaving = True
-        start = time.monotonic()
+        start = monotonic()
         background().stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
@@ -229,15 +230,15 @@ class _Ending:
             state for state in engine().broken if not (survives_deaths() and state.peers.dead)
         ]
         if not states:
-            last = time.monotonic() + UNFINISHED
-            while not (over := nothing_pending()) and time.monotonic() < last:
+            last = monotonic() + UNFINISHED
+            while not (over := nothing_pending()) and monotonic() < last:
                 time.sleep(1e-3)
             return over or survives_deaths()
         _flush()
         for state in states:
             _go(state, settled=False)
         settled: list[GroupState] = []
-        start = since = start or time.monotonic()
+        start = since = start or monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
         seen: object = None
         while not until():
@@ -249,7 +250,7 @@ class _Ending:
                     _go(state, settled=True)
             if len(settled) == len(states) and _all_settled(states):
                 return True
-            now = time.monotonic()
+            now = monotonic()
             if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in states))):
                 since = now  # those who were the last to come have their time, too
             stuck = any(x.peers.is_stuck() for x in states)
@@ -275,8 +276,8 @@ def _arrive_everywhere(seconds: float) -> None:
     states = [x for x in states if x.peers.size > 1 or x.beside]
     # Where somebody has left already, an arrival would never be complete.  MPI may not see at
     # once that a notice has come.
-    heard = time.monotonic() + HEARD
-    while (engine().run_pollers() or states) and time.monotonic() < heard:
+    heard = monotonic() + HEARD
+    while (engine().run_pollers() or states) and monotonic() < heard:
         for state in states:
             with contextlib.suppress(MPI.Exception):
                 state.peers.poll()
@@ -286,9 +287,9 @@ def _arrive_everywhere(seconds: float) -> None:
             break
         else:
             state.channel.arrive_finally()
-    backoff, until, last = Backoff(), time.monotonic() + seconds, math.inf
+    backoff, until, last = Backoff(), monotonic() + seconds, math.inf
     while engine().busy:
-        now = time.monotonic()
+        now = monotonic()
         if any(state.channel.is_open for state in engine().active()):
             last = now + seconds
         given_up = (

@@ -25,12 +25,12 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from ..runtime import processes
 from ..runtime.library import MPI, Taken, notice_tag, pending, take
+from ..runtime.process import monotonic
 from ..runtime.processes import Identity, watch
 from ..runtime.settings import survives_deaths
 from ..runtime.world import lost
@@ -255,7 +255,7 @@ class Peers:
             self._answers[source] = said
             if seq in self._rolls:
                 told = Said(said, tuple((mark, number) for mark, number in json.loads(calls)))
-                self._rolls[seq].hear(source, waiting, from_ranges(arrived), told, time.monotonic())
+                self._rolls[seq].hear(source, waiting, from_ranges(arrived), told, monotonic())
         elif what == ROLL:
             self._is_called(source, seq, text)
         elif what == ABSENT:
@@ -295,7 +295,7 @@ class Peers:
     def drop_messages(self) -> None:
         """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
         while not self._is_freed() and (found := self.unwanted()):
-            pending.append(found.request)
+            pending().append(found.request)
 
     def _is_freed(self) -> bool:
         """Return whether the communicator was given back; a failure may have struck after that."""
@@ -340,7 +340,7 @@ class Peers:
                 seq,
                 self.rank,
                 self.size,
-                time.monotonic(),
+                monotonic(),
                 near=self.board.ranks,
                 sees=lambda rank: self.board.has_arrived(rank, seq),
                 lost=self._is_lost,
@@ -353,7 +353,7 @@ class Peers:
     def find_missing(self, seq: int, deadline: float) -> Verdict | None:
         """Return who is missing in call `seq`, or None while that is being found out."""
         roll = self.call_roll(seq, deadline)
-        now = time.monotonic()
+        now = monotonic()
         if roll.verdict is None and now >= deadline + LOST:
             roll.give_up_waiting(now)
         with contextlib.suppress(MPI.Exception):
@@ -383,7 +383,7 @@ class Peers:
         remaining, _, arrived = text.partition("\0")
         in_time = float(remaining)
         if self._state(seq).arrived:
-            now = time.monotonic()
+            now = monotonic()
             self.call_roll(seq, now + in_time).is_called(rank, from_ranges(arrived), in_time, now)
         self._answer(rank, seq)
 
@@ -397,7 +397,7 @@ class Peers:
 
     def _go_on(self, roll: RollCall) -> None:
         """Take a turn in a roll call: look, call, ask, and pass on what was decided."""
-        now = time.monotonic()
+        now = monotonic()
         state = self._state(roll.seq)
         if not (state.waiting or roll.followers):
             self._rolls.pop(roll.seq, None)
@@ -491,7 +491,7 @@ class Every:
         self.next = 0.0
 
     def due(self, now: float | None = None) -> bool:
-        now = time.monotonic() if now is None else now
+        now = monotonic() if now is None else now
         if now < self.next:
             return False
         self.next = now + self._interval

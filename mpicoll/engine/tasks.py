@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import operator
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import CallInterruptedError, MpicollError
 from ..runtime.library import MPI, Steps
+from ..runtime.process import monotonic
 from .board import NO_BOARD, Board
 from .peers import Peers, State
 from .recorder import Recorder, end, number, place
@@ -88,7 +88,7 @@ class Task:
         self.call = call
         self.seq = seq
         self.timeout = timeout
-        self.called = time.monotonic()
+        self.called = monotonic()
         self.deadline = self.called + timeout
         self.queued = call.kind.queued  # or it goes on beside its group's queue
         self.done = False
