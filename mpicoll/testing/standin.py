@@ -2,8 +2,8 @@
 
 The names, arguments and results are mpi4py's, as far as the library uses them: communicators made
 by splitting, merging and duplicating, messages, and collectives in their nonblocking form.  Data
-are copied when they are given, so every send is done at once.  A collective is done when all ranks
-have begun it; each then takes its result out of what they gave.
+are copied when they are given; a large send is done when it is received, as with MPI.  A collective
+is done when all ranks have begun it; each then takes its result out of what they gave.
 
 One lock guards all of it, and one condition tells threads that block that something has changed.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -28,6 +29,7 @@ ANY = -1
 UNDEFINED = -32766
 _LOOK = 0.01  # seconds after which a thread that blocks looks again
 HIGHEST_TAG = 2**30
+EAGER = 2**16  # bytes of a message that the sender need not wait for
 
 
 class Ended(SystemExit):
@@ -190,6 +192,7 @@ class Message:
 
     def __init__(self, source: int, tag: int, data: Bytes) -> None:
         self.source, self.tag, self.data = source, tag, data
+        self.is_taken = data.size <= EAGER  # by its receiver, or as good as
 
     def fits(self, source: int, tag: int) -> bool:
         return source in (ANY, self.source) and tag in (ANY, self.tag)
@@ -232,6 +235,10 @@ class Request:
         if not self.cancelled:
             self._finish()
         return True
+
+    def Wait(self, status: Status | None = None) -> None:
+        while not self.Test(status):
+            time.sleep(_LOOK / 100)
 
     def Cancel(self) -> None:
         """Cancel a receive, if no message has come for it."""
@@ -338,11 +345,16 @@ class Comm:
             for request in context.posted[dest]:
                 if message.fits(*request.wanted):
                     context.posted[dest].remove(request)
-                    request.message = message
+                    request.message, message.is_taken = message, True
                     break
             else:
                 context.arrived[dest].append(message)
-        return REQUEST_NULL
+
+        def ready() -> bool:
+            context.world.check()
+            return message.is_taken
+
+        return Request(ready, lambda: None)
 
     def Irecv(self, spec: Any, source: int = ANY, tag: int = ANY) -> Request:
         context = self.context
@@ -371,7 +383,7 @@ class Comm:
         return request
 
     def Send(self, spec: Any, dest: int, tag: int = 0) -> None:
-        self.Isend(spec, dest, tag)
+        self.Isend(spec, dest, tag).Wait()
 
     def Recv(
         self, spec: Any, source: int = ANY, tag: int = ANY, status: Status | None = None
@@ -409,6 +421,7 @@ class Comm:
             if message.fits(source, tag):
                 if take:
                     arrived.remove(message)
+                    message.is_taken = True
                 return message
         return None
 

@@ -16,6 +16,7 @@ from ..engine.progress import QUIET
 from ..errors import InvalidCallError, RankFailedError, RemoteRankError
 from ..runtime.library import MPI
 from ..runtime.process import Process, belong_to, process
+from ..runtime.settings import NEVER
 from ..runtime.watchdog import watchdog
 from .standin import Ended, Mpi, World
 
@@ -37,7 +38,8 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
         ranks: how many, at least 1.
         program: called once per rank, with `arguments`.
         arguments: the same objects for all ranks.
-        timeout: seconds that all of it may take by the real clock, which `advance` doesn't move.
+        timeout: seconds that all of it may take by the real clock, which `advance` doesn't move;
+            `math.inf` for a debugger.
 
     Returns:
         What each rank returned, by rank.
@@ -56,7 +58,7 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     world.processes = [thread.process for thread in threads]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + timeout
+    until = time.monotonic() + min(timeout, NEVER)
     try:
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -158,11 +160,18 @@ def _cause(failed: list[_Rank], world: World) -> BaseException:
     assert error is not None
     if isinstance(error, Ended):
         error = RuntimeError(world.ended)
-    told = [thread.rank for thread in failed if thread is not first and weight(thread)]
-    notes = [f"(raised by rank {first.rank} of {world.size}; ranks {told} were told of it)"]
-    for other in failed:
-        if other is not first and not weight(other):
-            notes.append(f"rank {other.rank}: {type(other.error).__name__}: {other.error}")
+    said = traceback.format_exception_only(type(error), error)[-1]
+    notes = []
+    for thread in failed:
+        if thread is first:
+            notes.append(f"raised by rank {thread.rank}")
+        elif weight(thread):
+            notes.append(f"rank {thread.rank} was told of it")
+        else:
+            text = traceback.format_exception_only(type(thread.error), thread.error)[-1]
+            notes.append(
+                f"rank {thread.rank} raised {'the same' if text == said else text.strip()}"
+            )
     if hasattr(error, "add_note"):  # since Python 3.11
         error.add_note("\n".join(notes))
     return error

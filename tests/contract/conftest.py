@@ -19,18 +19,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll.transports import select
 from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import KINDS, Kind
+from tests.contract.in_threads import RANKS, InThreads, World
+
+if not RANKS:
+    from mpi4py import MPI
 
 # All backends on 2 and 3 ranks; what every user gets on any number, and over several nodes.
 NODES = os.environ.get("MPICOLL_NODES", "")
-BACKENDS = ("auto", "mpi") if MPI.COMM_WORLD.size in (2, 3) and not NODES else ("auto",)
+BACKENDS = ("auto", "mpi") if (RANKS or MPI.COMM_WORLD.size) in (2, 3) and not NODES else ("auto",)
 if NODES:  # the arrays of the tests are small: they are to cross between nodes in several pieces
     select.tuning = Tuning(nodes_from=1, nodes_piece=32 * 1024)
+DEFAULT = select.tuning
 GROUP_TIMEOUT = 20.0  # of every call that names no timeout of its own
 LIMIT = 45.0  # seconds that one test may take; @pytest.mark.limit(seconds) says otherwise
 OUTCOMES = ("passed", "skipped", "failed")
@@ -80,14 +84,18 @@ class Verdicts:
         self.broken += 1
 
 
-verdicts = Verdicts()
+if not RANKS:
+    verdicts = Verdicts()
 _log = os.environ.get("MPICOLL_TEST_LOG")  # stderr itself is captured by now
-_stacks = open(f"{_log}.stack{MPI.COMM_WORLD.rank}", "w") if _log else sys.stderr  # noqa: SIM115
+_stacks = open(f"{_log}.stack{MPI.COMM_WORLD.rank}", "w") if _log and not RANKS else sys.stderr  # noqa: SIM115
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if MPI.COMM_WORLD.rank != 0:
+    if RANKS:
+        config.addinivalue_line("markers", "mpi: runs on several ranks")
+        config.pluginmanager.register(InThreads())
+    elif MPI.COMM_WORLD.rank != 0:
         config.pluginmanager.unregister(name="terminalreporter")
 
 
@@ -104,13 +112,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    verdicts.agree(report)
+    if not RANKS:
+        verdicts.agree(report)
     return report
 
 
 def tuned(tuning: Tuning, **options: Any) -> mc.ProcessGroup:
     """Make a group of the whole world whose transport has its own tuning."""
     before, select.tuning = select.tuning, tuning
+    if RANKS:  # all of them set the same
+        return mc.new_group(timeout=GROUP_TIMEOUT, **options)
     try:
         return mc.new_group(timeout=GROUP_TIMEOUT, **options)
     finally:
@@ -124,6 +135,8 @@ class Groups:
         self.made: dict[tuple[Any, ...], tuple[int, mc.ProcessGroup]] = {}
 
     def __call__(self, tuning: Tuning = select.tuning, **options: Any) -> mc.ProcessGroup:
+        if RANKS:
+            return tuned(tuning, **options)
         key = tuning, *sorted(options.items())
         stamp, pg = self.made.get(key, (-1, None))
         if pg is None or stamp != verdicts.broken:
@@ -140,7 +153,7 @@ _groups = Groups()
 @pytest.fixture
 def tuning() -> Tuning:
     """The tuning of the test's groups; a test that wants another one is parametrized with it."""
-    return select.tuning
+    return DEFAULT
 
 
 @pytest.fixture(params=BACKENDS)
@@ -165,12 +178,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture
-def world() -> MPI.Comm:
+def world() -> Any:
     """The test's own channel beside the library: bare mpi4py on a private communicator."""
-    return verdicts.comm
+    return World() if RANKS else verdicts.comm
 
 
 @pytest.fixture
-def folder(tmp_path: Path, world: MPI.Comm) -> Path:
+def folder(tmp_path: Path, world: Any) -> Path:
     """A new folder that all ranks share."""
     return world.bcast(tmp_path)

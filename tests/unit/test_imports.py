@@ -67,7 +67,8 @@ FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-OUTSIDE = {"__init__", "__main__", "testing.__init__", "torch.__init__"}  # a package's face may import everything
+# A package's face may import everything.
+OUTSIDE = {"__init__", "__main__", "testing.__init__", "torch.__init__"}
 
 
 def layer(module: str) -> float:
