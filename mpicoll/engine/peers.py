@@ -12,6 +12,8 @@ group's communicator, under a tag of our own:
     HEARD  "I know that it is broken"     by a rank that only follows another's failure
     GONE   "I am leaving the process"     by every member of a broken group, at its end; again
                                           when MPI has nothing pending there
+    RAISED "this traceback is mine"       before it is written for the user, and
+    WRITTEN "it is, for these"            after that (tracebacks.py)
     JOIN   "I am in shrink_group"         to the rank that decides there, and
     PLAN   "these will be members"        its answer (communicators.py)
 
@@ -37,7 +39,7 @@ from ..runtime.world import lost
 from .board import NO_BOARD, Board
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
-QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
+QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT, RAISED, WRITTEN = range(12)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
@@ -87,6 +89,7 @@ class Peers:
         settled: those of them with whom MPI has nothing pending.
         begun: how many meetings of records over MPI, and gatherings of who called what, those at
             their ends have begun.
+        raised, shown: what they say of the tracebacks that they are to write, or have written.
         joined: what was said by those who are in `shrink_group` or `subgroup`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
@@ -104,6 +107,8 @@ class Peers:
         self.gone: set[int] = set()
         self.settled: set[int] = set()
         self.begun: dict[int, tuple[int, int]] = {}
+        self.raised: dict[int, str] = {}
+        self.shown: dict[int, str] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.board = board
@@ -210,6 +215,14 @@ class Peers:
         """
         self._tell_all(GONE, met << _BITS | told, waiting=not settled)
 
+    def announce(self, text: str) -> None:
+        """Tell every peer of a traceback that this rank is to write."""
+        self._tell_all(RAISED, text=text)
+
+    def show(self, text: str) -> None:
+        """Tell every peer for whom this rank has written one."""
+        self._tell_all(WRITTEN, text=text)
+
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants where a part is made; "": no more."""
         self._tell(rank, JOIN, text=text)
@@ -220,7 +233,7 @@ class Peers:
 
     def poll(self) -> None:
         """Read what the peers have said; answer their questions."""
-        if self.size == 1 or self._is_freed():
+        if self.size == 1 or self.is_freed():
             return
         self.look()
         try:
@@ -265,6 +278,10 @@ class Peers:
             self.joined[source] = text
         elif what == PLAN:
             self.plan = text
+        elif what == RAISED:
+            self.raised[source] = text
+        elif what == WRITTEN:
+            self.shown[source] = text
         else:
             self.aware.add(source)
             if what == LEFT:
@@ -294,10 +311,10 @@ class Peers:
 
     def drop_messages(self) -> None:
         """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
-        while not self._is_freed() and (found := self.unwanted()):
+        while not self.is_freed() and (found := self.unwanted()):
             pending.append(found.request)
 
-    def _is_freed(self) -> bool:
+    def is_freed(self) -> bool:
         """Return whether the communicator was given back; a failure may have struck after that."""
         return bool(self.comm == MPI.COMM_NULL)
 
@@ -454,7 +471,7 @@ class Peers:
         return not self.all_sent() and any(rank in self.aware for rank, _, _ in self._kept)
 
     def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
-        for rank in () if self._is_freed() else range(self.size):
+        for rank in () if self.is_freed() else range(self.size):
             if rank != self.rank and rank not in self.dead:
                 self._tell(rank, what, seq, text, waiting)
 

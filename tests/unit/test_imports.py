@@ -38,7 +38,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
                 "progress",
                 "background",
             ),
-            *("exit", "work", "communicators"),
+            *("tracebacks", "exit", "work", "communicators"),
         ],
     ),
     (
