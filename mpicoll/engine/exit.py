@@ -122,6 +122,7 @@ class _Ending:
         if self.forked or self.size == 1 or not self._ends_the_program(error, trace):
             sys.__excepthook__(kind, error, trace)
         else:
+            self._leaving = True
             self._report(kind, error, trace)
 
     def _thread_raised(

@@ -89,7 +89,7 @@ class Peers:
         settled: those of them with whom MPI has nothing pending.
         begun: how many meetings of records over MPI, and gatherings of who called what, those at
             their ends have begun.
-        raised, shown: what they say of the tracebacks that they are to write, or have written.
+        raised, shown: what is said of the tracebacks that each is to write, and any has written.
         joined: what was said by those who are in `shrink_group` or `subgroup`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
@@ -108,7 +108,7 @@ class Peers:
         self.settled: set[int] = set()
         self.begun: dict[int, tuple[int, int]] = {}
         self.raised: dict[int, str] = {}
-        self.shown: dict[int, str] = {}
+        self.shown: dict[str, None] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.board = board
@@ -220,7 +220,8 @@ class Peers:
         self._tell_all(RAISED, text=text)
 
     def show(self, text: str) -> None:
-        """Tell every peer for whom this rank has written one."""
+        """Note, and tell every peer, for whom this rank has written which one."""
+        self.shown[text] = None
         self._tell_all(WRITTEN, text=text)
 
     def join(self, rank: int, text: str) -> None:
@@ -281,7 +282,7 @@ class Peers:
         elif what == RAISED:
             self.raised[source] = text
         elif what == WRITTEN:
-            self.shown[source] = text
+            self.shown[text] = None
         else:
             self.aware.add(source)
             if what == LEFT:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
 
-from ..errors import MpicollError, RemoteRankError
+from ..errors import MpicollError
 from ..runtime.library import MPI
 from ..runtime.processes import watch
 from ..runtime.settings import debugging, grace, ranks_on_node
@@ -177,7 +177,7 @@ def show(turn: Turn, error: BaseException) -> None:
             text = _without(turn.text, error, peers)
             write(block([turn.names[rank] for rank in ranks], text, turn.where, hosts))
     if ranks:
-        shown = json.dumps([to_ranges(ranks), _digest(tail(turn.text))])
+        shown = json.dumps([to_ranges(ranks), turn.digest, _digest(tail(turn.text))])
         engine().between_steps(lambda: peers.show(shown))
 
 
@@ -208,34 +208,35 @@ def _wait_for_turn(turn: Turn, peers: Peers) -> list[int]:
     while True:
         engine().between_steps(look)
         said = {r: json.loads(peers.raised[r]) for r in others if r in peers.raised}
-        shown = {r for text in peers.shown.values() for r in from_ranges(json.loads(text)[0])}
-        if peers.rank in shown:
+        written = [json.loads(text) for text in peers.shown]
+        shown = {(r, digest) for ranks, digest, _ in written for r in from_ranges(ranks)}
+        if (peers.rank, turn.digest) in shown:
             return []
-        here = turn.follows, peers.rank
-        before = any((said[r][0], r) < here and r not in shown for r in said)
+        to_come = {r: said[r] for r in said if (r, said[r][1]) not in shown}
+        before = any((to_come[r][0], r) < (turn.follows, peers.rank) for r in to_come)
         known = {*peers.raised, *peers.gone, *peers.dead}
         if not turn.follows:
             known |= peers.aware  # those raise what follows, if anything
         now = time.monotonic()
         if news != (news := len(said) + len(shown)):
             since = now
-        waited = now > min(since + patience, start + LONGEST)
+        long = 2 * patience if before else patience  # those before have theirs to wait
+        waited = now > min(since + long, start + LONGEST)
         if waited or MPI.Is_finalized() or not (before or any(r not in known for r in others)):
-            alike = (r for r in said if said[r][1] == turn.digest and r not in shown)
-            return [peers.rank, *alike]
+            return [peers.rank, *(r for r in to_come if to_come[r][1] == turn.digest)]
         time.sleep(1e-3)
 
 
 def _without(text: str, error: BaseException | None, peers: Peers) -> str:
-    """Leave out of a traceback those of peers that they have written themselves."""
-    written = {json.loads(said)[1] for said in peers.shown.values()}
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, RemoteRankError):
+    """Leave out of a traceback those of other ranks and threads that have been written already."""
+    written = {json.loads(said)[2] for said in peers.shown}
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MpicollError):
             told = str(error).partition("\n")[2]
             if told and _digest(told) in written:
                 text = text.replace(f"\n{told}", "")
-        seen.append(error)
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return text
 
