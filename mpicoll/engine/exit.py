@@ -46,9 +46,8 @@ from .background import background
 from .progress import engine
 from .recorder import leave_trace
 from .tasks import GroupState, struck
-from .tracebacks import LONGEST, announce, cause, describe, show, tail
+from .tracebacks import HEARD, LONGEST, announce, cause, describe, show, tail
 
-HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
 _MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it

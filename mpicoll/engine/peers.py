@@ -301,10 +301,11 @@ class Peers:
 
     def _answer(self, rank: int, seq: int) -> None:
         """Tell a peer where this rank is, and who is known to have arrived in call `seq`."""
-        state = self._state(seq)
+        state = self._state(abs(seq))
         arrived = ""
         if state.arrived:
-            arrived = to_ranges([r for r in self.board.ranks if self.board.has_arrived(r, seq)])
+            here = [r for r in self.board.ranks if self.board.has_arrived(r, abs(seq))]
+            arrived = to_ranges(here)
         arrived = arrived if len(arrived) <= _RANKS else ""
         calls = json.dumps(state.said.calls)
         text = f"{arrived}\0{calls}\0{_cut(state.said.text, _TEXT - len(arrived) - len(calls))}"
@@ -351,7 +352,10 @@ class Peers:
     # ---- who is missing ----
 
     def call_roll(self, seq: int, deadline: float) -> RollCall:
-        """Begin to find out who will be missing in call `seq` at its deadline."""
+        """Begin to find out who will be missing in call `seq` at its deadline.
+
+        For a warning the roll is called under the number -seq: nothing is decided by that.
+        """
         roll = self._rolls.get(seq)
         if roll is None:
             roll = self._rolls[seq] = RollCall(
@@ -360,7 +364,7 @@ class Peers:
                 self.size,
                 time.monotonic(),
                 near=self.board.ranks,
-                sees=lambda rank: self.board.has_arrived(rank, seq),
+                sees=lambda rank: self.board.has_arrived(rank, abs(seq)),
                 lost=self._is_lost,
             )
             for rank in self.left:
@@ -384,6 +388,22 @@ class Peers:
         self._decided = roll.verdict
         return roll.verdict
 
+    def find_late(self, seq: int, until: float, *, anew: bool) -> Verdict | None:
+        """Return who has not arrived in call `seq`, as `find_missing`, but where nobody gives up.
+
+        That takes a roll call of its own, begun `anew` or gone on with.
+        """
+        if anew and -seq in self._rolls and self._rolls[-seq].verdict is not None:
+            del self._rolls[-seq]  # a peer has asked for it
+        roll = self.call_roll(-seq, until)
+        now = time.monotonic()
+        if roll.verdict is None and now >= until + LOST:
+            roll.give_up_waiting(now)
+        self._go_on(roll)
+        if roll.verdict is not None:  # the next time another is called
+            self._rolls.pop(-seq, None)
+        return roll.verdict
+
     def describe(self, verdict: Verdict) -> dict[int, str]:
         """Say what is known of those who are missing, but for all that are beyond `SHOWN`."""
         found = {}
@@ -392,7 +412,8 @@ class Peers:
                 found[rank] = self.dead[rank]
             elif verdict.said is not None:
                 said = verdict.said.get(rank)
-                known = f"last heard of in call #{verdict.seq - 1}" if verdict.seq > 1 else ""
+                before = abs(verdict.seq) - 1
+                known = f"last heard of in call #{before}" if before else ""
                 found[rank] = said.text if said is not None else self._silent(rank, last=known)
         return found
 
@@ -400,7 +421,7 @@ class Peers:
         """Answer a peer that wants this rank to decide who is missing."""
         remaining, _, arrived = text.partition("\0")
         in_time = float(remaining)
-        if self._state(seq).arrived:
+        if self._state(abs(seq)).arrived:
             now = time.monotonic()
             self.call_roll(seq, now + in_time).is_called(rank, from_ranges(arrived), in_time, now)
         self._answer(rank, seq)
@@ -416,11 +437,11 @@ class Peers:
     def _go_on(self, roll: RollCall) -> None:
         """Take a turn in a roll call: look, call, ask, and pass on what was decided."""
         now = time.monotonic()
-        state = self._state(roll.seq)
+        state = self._state(abs(roll.seq))
         if not (state.waiting or roll.followers):
             self._rolls.pop(roll.seq, None)
             return
-        for rank in self.board.ranks if roll.verdict is None else ():
+        for rank in self.board.ranks if roll.verdict is None and roll.seq > 0 else ():
             if rank != self.rank and (text := self.board.notice(rank, roll.seq)):
                 roll.adopt(Verdict.decode(text))
         if roll.verdict is None:
@@ -439,7 +460,8 @@ class Peers:
         """Tell those who wait for the verdict; on the node it is there to be seen."""
         assert roll.verdict is not None
         text = roll.verdict.encode()
-        if self._posted is not roll.verdict and self.board.post_notice(roll.seq, text.encode()):
+        final = roll.seq > 0 and self._posted is not roll.verdict
+        if final and self.board.post_notice(roll.seq, text.encode()):
             self._posted = roll.verdict
         for rank in roll.followers:
             if self._posted is not roll.verdict or rank not in self.board.ranks:

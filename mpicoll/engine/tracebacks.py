@@ -36,6 +36,7 @@ from .rollcall import from_ranges, to_ranges
 from .tasks import GroupState
 
 TOLD = 2500  # characters of a traceback that the peers are told
+HEARD = 0.005  # seconds from a notice to the next, where several have been sent
 NEWS = 0.25  # seconds without news of the peers after which a rank writes
 LONGEST = 1.0  # seconds until it writes, at most
 READ = 0.05  # seconds in which the launcher takes what was written, if it is well
@@ -218,11 +219,12 @@ def _wait_for_turn(turn: Turn, peers: Peers) -> list[int]:
         if not turn.follows:
             known |= peers.aware  # those raise what follows, if anything
         now = time.monotonic()
-        if news != (news := len(said) + len(shown)):
+        if news != (news := len(peers.aware) + len(known) + len(said) + len(shown)):
             since = now
         long = 2 * patience if before else patience  # those before have theirs to wait
         waited = now > min(since + long, start + LONGEST)
-        if waited or MPI.Is_finalized() or not (before or any(r not in known for r in others)):
+        clear = now > since + HEARD and not before and known.issuperset(others)
+        if waited or clear or MPI.Is_finalized():
             return [peers.rank, *(r for r in to_come if to_come[r][1] == turn.digest)]
         time.sleep(1e-3)
 

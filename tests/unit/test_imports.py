@@ -34,6 +34,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
                 "arrival",
                 "tasks",
                 "deadlines",
+                "patience",
                 "underway",
                 "progress",
                 "background",
