@@ -171,8 +171,9 @@ def show(turn: Turn, error: BaseException) -> None:
         return
     peers, ranks = turn.state.peers, [turn.state.peers.rank]
     try:
-        ranks = _wait_for_turn(turn, peers)
-    finally:  # it can be interrupted
+        with contextlib.suppress(KeyboardInterrupt):  # the program ends anyway
+            ranks = _wait_for_turn(turn, peers)
+    finally:
         if ranks:
             hosts = [turn.host, *(json.loads(peers.raised[rank])[2] for rank in ranks[1:])]
             text = _without(turn.text, error, peers)
