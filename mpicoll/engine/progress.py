@@ -59,6 +59,7 @@ from ..runtime.process import monotonic, process
 from ..runtime.processes import watch
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
+from . import patience
 from .claims import Claims, apart
 from .deadlines import ask, due, late_message, says_the_same, why_late
 from .peers import Every
@@ -610,6 +611,8 @@ class Engine(UnderWay):
 
     def _look_at_clock(self, now: float) -> None:
         for state in list(self._active):
+            if now >= state.warn_at:
+                state.warn_at = patience.look(state, now, self._group_states)
             if now < state.due:
                 continue
             quiet = now - max(self._looking, state.moved) >= QUIET

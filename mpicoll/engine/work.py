@@ -258,6 +258,7 @@ class MessageWork(Work):
         self.timeout, self.called = posted.timeout, posted.called
         self.deadline = self.called + self.timeout
         self.queued = self.fetched = self.asked = self.released = self.left = False
+        self.warn_at, self.warning = 0.0, False
         self.error = self.failure = self.outside = None
         self.callbacks = []
         self._entry = posted.entry

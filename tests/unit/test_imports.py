@@ -34,11 +34,12 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
                 "arrival",
                 "tasks",
                 "deadlines",
+                "patience",
                 "underway",
                 "progress",
                 "background",
             ),
-            *("exit", "work", "communicators"),
+            *("tracebacks", "exit", "work", "communicators"),
         ],
     ),
     (
