@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ..engine import checks, communicators, kinds
 from ..engine.arrival import Meeting
 from ..engine.background import background
-from ..engine.call import NULL, PROC_NULL, Call, Message, Peer
+from ..engine.call import NULL, PROC_NULL, Call, Message
 from ..engine.exit import check_process
 from ..engine.kinds import Kind
 from ..engine.once import Once
@@ -259,7 +259,7 @@ class Caller:
             raise
         return work
 
-    def probe(self, src: int | Peer, tag: int) -> Message | None:
+    def probe(self, src: object, tag: object) -> Message | None:
         """Look once for a message that `recv` would take.
 
         Raises:
