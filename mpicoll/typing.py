@@ -92,3 +92,21 @@ class TorchPremulSum(Protocol):
 
 Op: TypeAlias = ReduceOp | TorchOp | TorchPremulSum
 """A `ReduceOp`, or its namesake of `torch.distributed.ReduceOp`."""
+
+# ---- devices ----
+
+
+class TorchDevice(Protocol):
+    """A `torch.device`."""
+
+    @property
+    def type(self) -> str:
+        """Such as "cuda"."""
+
+    @property
+    def index(self) -> Any:
+        """Its number, if it has one."""
+
+
+Device: TypeAlias = str | TorchDevice
+"""A device: "cpu", "cuda", "cuda:N", or a `torch.device`."""

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import starmap
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,9 @@ def start(timeout: object) -> None:
         MPI.start(timeout)
 
 
-def join_world(store: world.Store, rank: int, size: int, timeout: object = None) -> None:
+def join_world(
+    store: world.Store, rank: int, size: int, timeout: float | timedelta | None = None
+) -> None:
     """Form one MPI world out of processes that no launcher of MPI has started.
 
     Every one of the `size` processes must call it, before MPI is initialized: before the first

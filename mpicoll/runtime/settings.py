@@ -27,6 +27,7 @@ SETTINGS = (
     "MPICOLL_STORE_SECRET",
     "MPICOLL_TIMEOUT",
     "MPICOLL_TRACE_DIR",
+    "MPICOLL_WARN_DROPPED",
     "MPICOLL_WORLD",
 )
 """All variables that this module reads for mpicoll itself."""
@@ -132,6 +133,14 @@ def native_wanted() -> bool:
     text = os.environ.get("MPICOLL_NATIVE", "1")
     if text not in ("0", "1"):
         raise InvalidCallError(f"MPICOLL_NATIVE must be 0 or 1, but is {text!r}")
+    return text == "1"
+
+
+def warns_of_dropped() -> bool:
+    """Whether to warn of a Work that is dropped unfinished: MPICOLL_WARN_DROPPED, else yes."""
+    text = os.environ.get("MPICOLL_WARN_DROPPED", "1")
+    if text not in ("0", "1"):
+        raise InvalidCallError(f"MPICOLL_WARN_DROPPED must be 0 or 1, but is {text!r}")
     return text == "1"
 
 
@@ -286,7 +295,8 @@ def single() -> bool:
 def refusals(world: int) -> tuple[str, ...]:
     """Return what `new_group` would say, in a world so large, of variables that can't be so."""
     found = []
-    for read in (default_timeout, grace, single, native_wanted, lambda: node_sizes(world)):
+    read_at_once = (default_timeout, grace, single, native_wanted, warns_of_dropped)
+    for read in (*read_at_once, lambda: node_sizes(world)):
         try:
             read()
         except InvalidCallError as error:
