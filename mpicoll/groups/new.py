@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import timedelta
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
@@ -39,39 +39,12 @@ from .reclaim import Children
 _creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
 
 
-@overload
-def new_group(
-    backend: Literal["auto", "gloo", "mpi", "staged", "nccl"] = ...,
-    timeout: float | timedelta | None = ...,
-    device: Device = ...,
-    *,
-    comm: MPI.Intracomm | None = ...,
-    group_name: str | None = ...,
-    checks: Literal["full", "node", "first"] = ...,
-    progress: Literal["caller", "thread"] = ...,
-) -> ProcessGroup: ...
-
-
-@overload
-def new_group(
-    backend: str,
-    timeout: float | timedelta | None = ...,
-    device: Device = ...,
-    *,
-    comm: MPI.Intracomm | None = ...,
-    group_name: str | None = ...,
-    checks: Literal["full", "node", "first"] = ...,
-    progress: Literal["caller", "thread"] = ...,
-    **options: object,
-) -> ProcessGroup: ...
-
-
 def new_group(
     backend: str = "auto",
     timeout: float | timedelta | None = None,
     device: Device = "cpu",
     *,
-    comm: MPI.Intracomm | None = None,
+    comm: MPI.Comm | None = None,
     group_name: str | None = None,
     checks: Literal["full", "node", "first"] = "full",
     progress: Literal["caller", "thread"] = "caller",
