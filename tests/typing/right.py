@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from mpi4py import MPI
@@ -28,6 +28,26 @@ class OnGpu:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {}
+
+
+class TCPStore:
+    """As torch.distributed's stores are."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        return b""
+
+    def add(self, key: str, value: int) -> int:
+        return value
+
+    @overload
+    def wait(self, keys: list[str]) -> None: ...
+
+    @overload
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None: ...
 
 
 class RedOpType:
@@ -53,6 +73,9 @@ def groups(name: str, ranks: list[int], color: int | None, store: mc.FileStore) 
         pg.set_timeout(None)
     del part, none
     mc.join_world(store, rank=0, size=2, timeout=timedelta(minutes=1))
+    mc.join_world(TCPStore(), 0, 2)
+    mc.new_group().merge_remote_group(TCPStore(), 2)
+    mc.PrefixStore("run 1", TCPStore())
 
 
 def collectives(pg: mc.ProcessGroup, x: NDArray[np.float32], rows: list[NDArray[Any]]) -> None:
