@@ -51,7 +51,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             "select",
         ],
     ),
-    ("", ["stores"]),
+    ("", ["stores", "typing"]),
     (
         "groups",
         [
