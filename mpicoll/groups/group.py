@@ -193,8 +193,9 @@ class ProcessGroup(Unique):
             until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -221,8 +222,9 @@ class ProcessGroup(Unique):
             alone until then, on the root too.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -255,8 +257,9 @@ class ProcessGroup(Unique):
             every other rank's may be changed; leave it alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -302,8 +305,9 @@ class ProcessGroup(Unique):
             them, and the input, alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -330,8 +334,9 @@ class ProcessGroup(Unique):
             until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -364,8 +369,9 @@ class ProcessGroup(Unique):
             leave them, and the input, alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -397,8 +403,9 @@ class ProcessGroup(Unique):
             leave it, and the root's list, alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -428,8 +435,9 @@ class ProcessGroup(Unique):
             input, alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -457,8 +465,9 @@ class ProcessGroup(Unique):
             input, alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -490,8 +499,9 @@ class ProcessGroup(Unique):
             lists' arrays alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -524,8 +534,9 @@ class ProcessGroup(Unique):
             alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -561,8 +572,9 @@ class ProcessGroup(Unique):
             until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -587,8 +599,9 @@ class ProcessGroup(Unique):
             until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -648,7 +661,8 @@ class ProcessGroup(Unique):
             room for it (which warns), an ordinary one.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
@@ -680,8 +694,9 @@ class ProcessGroup(Unique):
             them alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -709,8 +724,9 @@ class ProcessGroup(Unique):
             arrays alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -740,8 +756,9 @@ class ProcessGroup(Unique):
             alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -773,8 +790,9 @@ class ProcessGroup(Unique):
             alone until then.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`.  A mismatch leaves group and arrays as they were; after a
+                timeout or a peer's failure the group is broken, and what it writes is undefined.
 
         Example::
 
@@ -817,8 +835,8 @@ class ProcessGroup(Unique):
             can't be called back.
 
         Raises:
-            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.  What else
-                goes wrong `wait()` raises: `ProcessGroup` says what state that leaves.
+            InvalidCallError, UnsupportedError: an argument is refused; nothing was sent.
+            MpicollError: by `wait()`: the deadline passed, or a peer failed.  The group is broken.
 
         Example::
 
@@ -949,7 +967,8 @@ class ProcessGroup(Unique):
             timeout: seconds or a `timedelta`, from the call to its end; None: the group's.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
@@ -969,7 +988,8 @@ class ProcessGroup(Unique):
             timeout: seconds or a `timedelta`, from the call to its end; None: the group's.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
@@ -990,7 +1010,8 @@ class ProcessGroup(Unique):
             timeout: seconds or a `timedelta`, from the call to its end; None: the group's.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
@@ -1026,7 +1047,8 @@ class ProcessGroup(Unique):
             timeout: seconds or a `timedelta`, from the call to its end; None: the group's.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
@@ -1151,7 +1173,8 @@ class ProcessGroup(Unique):
             The new group; None where `color` is None.
 
         Raises:
-            MpicollError: what went wrong: `ProcessGroup` says what state that leaves.
+            InvalidCallError, CollectiveMismatchError: here or on a peer; the group stays usable.
+            MpicollError: a timeout, or a peer's failure; the group is broken.
 
         Example::
 
