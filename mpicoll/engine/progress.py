@@ -257,6 +257,12 @@ class Engine(UnderWay):
         if done:
             callback()
 
+    def if_let_go(self, task: Task, callback: Callable[[], None]) -> None:
+        """Have `callback` called, unlocked, if it is the engine that frees `task` just now."""
+        if self._is_inside():
+            task.callbacks.append(callback)
+            self._ended.append(task)
+
     def test(self) -> int:
         """Make one pass, and return what it found; who polls with this gets deadlines kept too."""
         if self._is_inside():

@@ -50,7 +50,7 @@ _USABLE = ". The group is still usable"
 def merge_remote_group(
     group: Caller,
     store: Store,
-    size: int,
+    size: object,
     timeout: object,
     name: str | None,
     desc: str | None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
@@ -30,6 +31,7 @@ from ..runtime.settings import (
 from ..runtime.waiting import share_machine
 from ..transports import select
 from ..transports.select import GroupOptions
+from ..typing import Device
 from . import registry, rendezvous, spawn
 from .caller import Caller, wait_through
 from .group import ProcessGroup
@@ -38,18 +40,18 @@ from .reclaim import Children
 
 def new_group(
     backend: str = "auto",
-    timeout: object = None,
-    device: object = "cpu",
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
     *,
-    comm: MPI.Intracomm | None = None,
+    comm: MPI.Comm | None = None,
     group_name: str | None = None,
-    checks: str = "full",
-    progress: str = "caller",
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
     **options: object,
 ) -> ProcessGroup:
     """Make a group over MPI.COMM_WORLD, or over a communicator of yours.
 
-    Every rank of the communicator must call.
+    Every rank of the communicator must call it, all in the same order; it waits for them.
 
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
@@ -75,6 +77,9 @@ def new_group(
         progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
         options: for a registered backend's factory.
 
+    Returns:
+        The group; of a registered backend, what its factory makes.
+
     Raises:
         InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
             all ranks raise.
@@ -82,6 +87,14 @@ def new_group(
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
         TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
             because another MPI's launcher started them.
+
+    After an `InvalidCallError`, `UnsupportedError` or `CollectiveMismatchError` it may be called
+    again.
+
+    Example::
+
+        with mc.new_group(timeout=60, checks="full") as pg:
+            pg.barrier().wait()
     """
     start(timeout)
     check_process()
@@ -211,10 +224,11 @@ def _create(
     work.call.result = yield from select.prepare(made, asked, work.deadline)
 
 
-def parent_group(timeout: object = None) -> ProcessGroup:
+def parent_group(timeout: float | timedelta | None = None) -> ProcessGroup:
     """Return the group that this program was started for, by `ProcessGroup.spawn`.
 
-    Every rank that was started must call, once.  Those that called `spawn` come first in it.
+    Every rank that was started must call it, once; it waits for them.  Those that called `spawn`
+    come first in the group.
 
     Args:
         timeout: seconds or `timedelta`: how long the making may take, and the group's default.

@@ -43,7 +43,7 @@ Hello = dict[str, Any]
 """What the parents write about the new group, as JSON can hold it: its name and its options."""
 
 
-def spawn(parents: Caller, argv: Sequence[str], n: int, timeout: object) -> Caller:
+def spawn(parents: Caller, argv: Sequence[str], n: object, timeout: object) -> Caller:
     """Start `n` ranks, and make the group of the parents and of those, which come last."""
 
     def check(rank: int, size: int) -> Call:

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import starmap
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,9 @@ def start(timeout: object) -> None:
         MPI.start(timeout)
 
 
-def join_world(store: world.Store, rank: int, size: int, timeout: object = None) -> None:
+def join_world(
+    store: world.Store, rank: int, size: int, timeout: float | timedelta | None = None
+) -> None:
     """Form one MPI world out of processes that no launcher of MPI has started.
 
     Every one of the `size` processes must call it, before MPI is initialized: before the first

@@ -29,6 +29,7 @@ SETTINGS = (
     "MPICOLL_TIMEOUT",
     "MPICOLL_TRACE_DIR",
     "MPICOLL_WARN_AFTER",
+    "MPICOLL_WARN_DROPPED",
     "MPICOLL_WORLD",
 )
 """All variables that this module reads for mpicoll itself."""
@@ -135,6 +136,11 @@ def warn_after() -> float:
     Then again each time that it has waited for twice as long.
     """
     return _at_least_0("MPICOLL_WARN_AFTER", os.environ.get("MPICOLL_WARN_AFTER", "60")) or math.inf
+
+
+def warns_of_dropped() -> bool:
+    """Whether to warn of a Work that is dropped unfinished: MPICOLL_WARN_DROPPED, else yes."""
+    return _yes_or_no("MPICOLL_WARN_DROPPED", os.environ.get("MPICOLL_WARN_DROPPED", "1"))
 
 
 def grace() -> float:
@@ -304,7 +310,7 @@ def single() -> bool:
 def refusals(world: int) -> tuple[str, ...]:
     """Return what `new_group` would say, in a world so large, of variables that can't be so."""
     found = []
-    reads = (default_timeout, grace, warn_after, single, native_wanted, debugging)
+    reads = default_timeout, grace, warn_after, single, native_wanted, debugging, warns_of_dropped
     for read in (*reads, lambda: node_sizes(world)):
         try:
             read()

@@ -52,7 +52,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             "select",
         ],
     ),
-    ("", ["stores"]),
+    ("", ["stores", "typing"]),
     (
         "groups",
         [
