@@ -43,7 +43,8 @@ READ = 0.05  # seconds in which the launcher takes what was written, if it is we
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
-_RUN = os.path.join(_COMMANDS, "run.py"), "<frozen runpy>"  # but this is around the user's program
+# But these are around the user's program, where `mpicoll run` runs it.
+_RUN = f"{_COMMANDS}__init__.py", f"{_COMMANDS}run.py", "<frozen runpy>"
 _COMPILED = re.compile(r"mpicoll[/\\].*\.p(yx|xi)$")
 _ELAPSED = re.compile(r"\bafter \d+\.\d+ s")  # differs between ranks that say the same
 
