@@ -62,7 +62,9 @@ def describe(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 def cause(kind: type[BaseException], error: BaseException) -> str:
     """Return what was raised, in a line."""
-    lines = str(error).splitlines()
+    lines: list[str] = []
+    with contextlib.suppress(Exception):  # of somebody else's making
+        lines = str(error).splitlines()
     return f"{kind.__name__}: {lines[0][:300]}" if lines else kind.__name__
 
 
