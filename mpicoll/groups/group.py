@@ -116,13 +116,13 @@ class ProcessGroup(Unique):
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take where it doesn't say otherwise; `timedelta.max`: for ever."""
+        """How long a call may take where it doesn't say otherwise; `timedelta.max` is for ever."""
         limit = self._caller.timeout
         return timedelta.max if limit >= NEVER else timedelta(seconds=limit)
 
     @property
     def device(self) -> str:
-        """The device whose memory the group moves, besides the host's: "cpu" means none."""
+        """The device whose memory the group moves besides the host's; "cpu" means none."""
         return self._caller.options.device
 
     @property
@@ -626,7 +626,8 @@ class ProcessGroup(Unique):
             InvalidCallError: sizes that don't add up, groups that share a rank or were made
                 otherwise.
             UnsupportedError: the jobs' MPI libraries can't connect them; says what can.
-            This group stays usable after all of these.
+
+        This group stays usable after all of these.
         """
         merged = merge.merge_remote_group(
             self._caller, store, size, timeout, group_name, group_desc
@@ -652,7 +653,8 @@ class ProcessGroup(Unique):
             UnsupportedError: the launcher can't start more ranks, or has no room for them.
             InvalidCallError: there is no such program.
             CollectiveTimeoutError: they were started, but did not all call `parent_group` in time.
-            This group stays usable after all of these.
+
+        This group stays usable after all of these.
         """
         return ProcessGroup(spawn.spawn(self._caller, argv, n, timeout))
 
