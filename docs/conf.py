@@ -27,6 +27,7 @@ html_theme = "furo"
 html_title = f"mpicoll {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3

@@ -54,6 +54,8 @@ def test_what_is_raised_is_an_error(site: Path) -> None:
     named = []
     for page in (site / "api").glob("*.html"):
         for entry in re.findall(r">Raises<.*?</dd>", page.read_text(), re.S):
-            named += re.findall(r"<p>(.*?) – ", re.sub(r"</?(a|strong|code|span)\b[^>]*>", "", entry))
+            named += re.findall(
+                r"<p>(.*?) – ", re.sub(r"</?(a|strong|code|span)\b[^>]*>", "", entry)
+            )
     assert len(named) > 20
     assert not [name for name in named if not name.endswith("Error")]
