@@ -77,7 +77,9 @@ def main() -> None:
         "called bare, by mpi4py's blocking methods, in turns with mpicoll; mpicoll's own figure is "
         "the median over all of the libraries. The last column is the best peer's time over "
         "mpicoll's: above 1, mpicoll is faster than all of them.\n\n"
-        "![Time of a call over its size: a panel per collective, a line per library](peers.png)\n\n" + table(rows) + "\n"
+        "![Time of a call over its size: a panel per collective, a line per library](peers.png)\n\n"
+        + table(rows)
+        + "\n"
     )
     ways = {"ours": ("mpicoll", "#0b6e4f"), **PEERS}
     title = f"{ranks} ranks on one node, float32"

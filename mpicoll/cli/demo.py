@@ -5,11 +5,11 @@ Start it under MPI:
     mpiexec -n 4 python -m mpicoll demo
 
 First comes a table of every collective: whether its result was NumPy's on every rank, every time,
-and the time it took when each rank handed in 1 KiB and 1 MiB (the median of some calls, each as long
-as on its slowest rank).  Then a small
-network learns to read handwritten digits, its gradients averaged through mpicoll; rank 0 does the
-same once more alone, and both must read the test images equally well.  A picture of the loss
-curves goes to out/demo.png.  The exit status is 0 if everything agreed.
+and the time it took when each rank handed in 1 KiB and 1 MiB (the median of some calls, each as
+long as on its slowest rank).  Then a small network learns to read handwritten digits, its gradients
+averaged through mpicoll; rank 0 does the same once more alone, and both must read the test images
+equally well.  A picture of the loss curves goes to out/demo.png.  The exit status is 0 if
+everything agreed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mpicoll as mc
 from mpicoll import errors
 from mpicoll.arrays import dtypes
 from mpicoll.arrays.ops import BY_NAME, ReduceOp

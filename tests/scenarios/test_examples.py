@@ -54,7 +54,7 @@ def test_example(name: str, ranks: int) -> None:
     check(ended)
     if ranks == 2:
         shown = kept(Path(name).stem)
-        assert steady(ended.output) == steady(shown), "python scripts/examples.py writes it anew"
+        assert steady(ended.output) == steady(shown), "python -m scripts.examples writes it anew"
 
 
 def test_dist2_script_is_one(tmp_path: Path) -> None:
