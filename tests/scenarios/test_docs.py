@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mpicoll as mc
 from mpicoll import errors
 from mpicoll.arrays import dtypes
 from mpicoll.arrays.ops import BY_NAME, ReduceOp
+from mpicoll.cli import COMMANDS
 from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -138,6 +140,21 @@ def test_links_lead_somewhere() -> None:
                 target = (page.parent / path).resolve() if path else page
                 assert target.exists(), f"{page.name}: {link}"
                 assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+NAMED = {  # what a page may name, and whether there is such a thing
+    r"\bpg\.(\w+)": lambda name: hasattr(mc.ProcessGroup, name) or name == "comm",
+    r"\bmc\.(\w+)": lambda name: hasattr(mc, name),
+    r"-m mpicoll (\w+)": lambda name: name in COMMANDS,
+    r"`((?:docs|examples|mpicoll|scripts|tests)/[\w./-]+)": lambda name: (ROOT / name).exists(),
+}
+
+
+def test_what_is_named_is_there() -> None:
+    for page in PAGES:
+        for pattern, exists in NAMED.items():
+            for name in re.findall(pattern, page.read_text()):
+                assert exists(name) or name == "COMMAND", f"{page.name}: {name}"
 
 
 def table(page: str, heading: str) -> list[list[str]]:

@@ -44,7 +44,11 @@ def steady(output: str) -> str:
 
 
 RUNS = [(name, ranks) for name in EXAMPLES for ranks in (2, 3)]
-SLOW = [("ddp.py", 3), ("fsdp.py", 3)]  # PyTorch takes seconds to load on each rank
+SLOW = [
+    ("ddp.py", 3),
+    ("dist2_script.py", 3),
+    ("fsdp.py", 3),
+]  # PyTorch takes seconds to load on each rank
 
 
 @pytest.mark.parametrize("name, ranks", [run for run in RUNS if run not in SLOW])
