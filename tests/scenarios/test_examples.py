@@ -48,7 +48,7 @@ SLOW = [
     ("ddp.py", 3),
     ("dist2_script.py", 3),
     ("fsdp.py", 3),
-]  # PyTorch takes seconds to load on each rank
+]  # PyTorch takes seconds to load
 
 
 @pytest.mark.parametrize("name, ranks", [run for run in RUNS if run not in SLOW])
