@@ -547,7 +547,8 @@ class TCPStore(KeyValueStore, Unique):
         secret: str or bytes; if None, the environment's MPICOLL_STORE_SECRET.
 
     Attributes:
-        host, port: where the server is.
+        host: where the server is.
+        port: where it listens there.
     """
 
     _instead = "make another TCPStore of the same address; it serves the same keys"
