@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import threading
@@ -160,6 +159,8 @@ class Work(Task, Unique):
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:
+        import asyncio  # who awaits has it; for all others it is half of the import's time
+
         yield from asyncio.wrap_future(self.get_future()).__await__()
         return True
 
