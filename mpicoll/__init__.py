@@ -5,12 +5,14 @@
         x = np.full(4, pg.rank(), dtype=np.float32)
         pg.allreduce(x, op=mc.ReduceOp.SUM, timeout=30).wait()
 
-Importing costs nothing and touches no MPI; the first `new_group` loads it.
+Importing costs little and touches no MPI; the first `new_group` loads it.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .arrays.ops import ReduceOp
 from .engine.call import ANY_SOURCE, PROC_NULL, Message
-from .engine.work import Future, Work, wait_all
+from .engine.work import Work, wait_all
 from .errors import (
     CallInterruptedError,
     CollectiveMismatchError,
@@ -31,6 +33,9 @@ from .groups.registry import ProcessGroupFactory, register_backend
 from .runtime.library import join_world
 from .runtime.settings import child_environment
 from .stores import FileStore, PrefixStore, TCPStore
+
+if TYPE_CHECKING:
+    from .engine.future import Future
 
 __version__ = "0.1.0"
 
@@ -67,3 +72,11 @@ __all__ = [
     "register_backend",
     "wait_all",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Future":  # imports what few programs need
+        from .engine.future import Future
+
+        return Future
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..arrays.buffers import Blocks, as_buffer
@@ -19,6 +18,7 @@ from .tasks import Task
 
 if TYPE_CHECKING:
     from ..transports.shm._native import Posted
+    from .future import Future
 
 _settling = threading.RLock()  # so that one thread marks a future as running
 
@@ -138,6 +138,10 @@ class Work(Task, Unique):
 
     def get_future(self) -> Future:
         """Return a future of `result()`.  It completes without wait(), from a thread."""
+        from concurrent.futures import InvalidStateError
+
+        from .future import Future
+
         future = Future()
 
         def settle() -> None:  # once more, if an exception struck here; or by two threads at once
@@ -147,7 +151,7 @@ class Work(Task, Unique):
                 if not (future.running() or future.set_running_or_notify_cancel()):
                     return  # whoever asked for it has cancelled it; the call is what it is
             error = self.exception()
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # the other was faster
+            with contextlib.suppress(InvalidStateError):  # the other was faster
                 if error is not None:
                     future.set_exception(error)
                 else:
@@ -159,7 +163,7 @@ class Work(Task, Unique):
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:
-        import asyncio  # who awaits has it; for all others it is half of the import's time
+        import asyncio  # who awaits has it
 
         yield from asyncio.wrap_future(self.get_future()).__await__()
         return True
@@ -266,33 +270,6 @@ class MessageWork(Work):
         self.done = not under_way
         posted.filled = True
         return under_way
-
-
-class Future(concurrent.futures.Future[Any]):
-    """A `concurrent.futures.Future` that also answers to torch.futures' names."""
-
-    def wait(self) -> Any:
-        """Block until done, and return the value."""
-        return self.result()
-
-    def value(self) -> Any:
-        """Return the value of a future that is done."""
-        return self.result(0)
-
-    def then(self, callback: Callable[[Future], Any]) -> Future:
-        """Return a future of what `callback` makes of this one, once it is done."""
-        after = Future()
-
-        def run(_: object) -> None:
-            if not after.set_running_or_notify_cancel():
-                return
-            try:
-                after.set_result(callback(self))
-            except BaseException as error:
-                after.set_exception(error)
-
-        self.add_done_callback(run)
-        return after
 
 
 def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
