@@ -139,7 +139,7 @@ def test_only_the_settings_read_the_environment(module):
 
 HEAVY = {
     *("mpi4py", "torch", "cupy", "jax", "matplotlib", "sklearn", "ml_dtypes", "mpicoll.torch"),
-    *("asyncio", "concurrent", "inspect", "logging", "multiprocessing", "random", "secrets"),
+    *("asyncio", "concurrent", "logging", "multiprocessing", "random", "secrets"),
     *(
         "shutil",
         "ssl",
