@@ -37,7 +37,7 @@ def readme() -> str:
 class SameBytes(sdist):
     """An sdist that is the same again if SOURCE_DATE_EPOCH is, as a wheel is."""
 
-    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **options):  # noqa: A002
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **options):
         """Pack `base_dir` in the order of its names, all of one owner and time."""
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
         if epoch is None or format != "gztar":
