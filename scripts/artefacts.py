@@ -26,7 +26,7 @@ def main(sdist: str, wheel: str) -> int:
     library = {n for n in committed if n.startswith("mpicoll/")}
     wanted = {n for n in library if n.endswith((".py", ".pyi", "py.typed"))}
     with zipfile.ZipFile(wheel) as zipped:
-        names = {n for n in zipped.namelist() if ".dist-info/" not in n}
+        names = {n for n in zipped.namelist() if ".dist-info/" not in n and n[-1] != "/"}
     compiled = {n for n in names if n.startswith("mpicoll/transports/shm/_native.") and ".so" in n}
     wrong += _differ("wheel", wanted, names - compiled)
     if len(compiled) != 1:
