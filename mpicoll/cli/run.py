@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 
 from ..engine.exit import ending
 from ..runtime.library import MPI
@@ -33,6 +34,7 @@ from ..runtime.settings import (
 )
 from ..runtime.watchdog import end_job, watchdog
 from ..runtime.world import addresses
+from .asked import Refusal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the program in this process, as `__main__`; return 0 if it comes to its end."""
+    _check(args.program, module=args.module)
     if launchers(environment()) and started_by_torchrun() is None:
         _tell_place()
     sys.argv = [args.program, *args.arguments]
     own = os.getpid()
     try:
         if args.module:
-            sys.path.insert(0, os.getcwd())
             runpy.run_module(args.program, run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, os.path.dirname(os.path.abspath(args.program)))
@@ -66,6 +68,17 @@ def run(args: argparse.Namespace) -> int:
             _end_alone(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
     return 0
+
+
+def _check(program: str, *, module: bool) -> None:
+    """Refuse a program that isn't there."""
+    if module:
+        sys.path.insert(0, os.getcwd())
+        there = find_spec(program.partition(".")[0]) is not None  # of more, runpy would import some
+    else:
+        there = os.path.exists(program)
+    if not there:
+        raise Refusal(f"PROGRAM must be a {'module' if module else 'file'}, but is {program!r}")
 
 
 def _tell_place() -> None:

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import clocks, perfetto, recordings
+from .asked import Refusal
 from .clocks import Offset
 from .demo import in_words
 from .recordings import Recordings, Unreadable, in_ranges
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = recordings.read(args.folder)
     except Unreadable as error:
-        print(f"mpicoll trace: {error}", file=sys.stderr)
-        return 2
+        raise Refusal(error) from error
     offsets = clocks.align(found)
     told, late = accounts(found), stragglers(found, offsets)
     trace = args.perfetto or args.folder / "trace.json"
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not unwritten:
             print(f"\nThe trace is in {trace}: open it in https://ui.perfetto.dev")
     if unwritten:
-        print(f"mpicoll trace: the trace could not be written: {unwritten}", file=sys.stderr)
-        return 2
+        raise Refusal(f"the trace could not be written: {unwritten}")
     return 0
 
 
