@@ -1,8 +1,8 @@
-"""What a command was asked for: read, or refused in one sentence of one rank.
+"""What a command was asked for: read, or refused in one sentence of one rank, and by all.
 
-All ranks are asked the same, and most refuse alike.  Rank 0 says why.  The others leave it the
-time to do so, as the first that ends with a failure is the end of all under most launchers; if they
-are still there then, they refuse what rank 0 did not, and say so themselves.
+What a rank reads in its arguments, all read alike, before MPI is started.  What may differ between
+them, such as what is installed and which files are there, they tell each other: a rank that refused
+by itself would leave the others waiting in MPI's initialization.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -23,7 +23,7 @@ from ..runtime.settings import environment, launchers
 from ..transports.select import OWN
 
 STATUS = 2  # as argparse's
-LATE = 3.0  # seconds that the other ranks give rank 0
+LATE = 1.0  # seconds that the other ranks give rank 0 to speak
 
 BACKENDS = OWN
 
@@ -43,50 +43,58 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_rank_0() -> bool:
-    """Return whether this is the rank that speaks, before MPI says so."""
-    return _rank() == 0
-
-
-def _rank() -> int:
+    """Return whether this is the rank that speaks, as the launcher says; MPI may not know yet."""
     started = launchers(environment())
-    return started[0].rank if started else 0
+    return not started or started[0].rank == 0
 
 
 def refuse(prog: str, why: object) -> int:
-    """Say why, once, and return the exit status."""
-    rank, text = _rank(), f"{prog}: {why}"
-    if rank:
+    """Say why on rank 0, and return the exit status."""
+    if is_rank_0():
+        print(f"{prog}: {why}", file=sys.stderr, flush=True)
+    else:
         mpi = sys.modules.get("mpi4py.MPI")
-        if mpi is not None and mpi.Is_initialized():
-            return STATUS  # rank 0 is there and has refused the same: MPI ends when all have
-        time.sleep(LATE)
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+        if mpi is None or not mpi.Is_initialized():
+            time.sleep(LATE)  # the first that fails is the end of all under some launchers
     return STATUS
 
 
-def group(backend: str = "auto", device: str = "cpu") -> ProcessGroup:
-    """Return the group of all ranks, or refuse it where that can't be had."""
+def group(backend: str = "auto", device: str = "cpu", missing: str = "") -> ProcessGroup:
+    """Return the group of all ranks, or refuse it on all where it or what one needs can't be had.
+
+    Args:
+        missing: what this rank needs and lacks, in a sentence; or "".
+    """
     try:
-        return new_group(backend, device=device)
+        made = new_group(backend, device=device)
     except (InvalidCallError, UnsupportedError) as error:
         raise Refusal(error) from error
+    agree(made.allgather_object(missing))
+    return made
 
 
-def needs(what: str, *modules: str, install: str) -> None:
-    """Refuse where a module is not installed."""
+def agree(missing: Sequence[str]) -> None:
+    """Refuse what a rank can't do; told what all said, every rank refuses it in the same words."""
+    for rank, why in enumerate(missing):
+        if why:
+            raise Refusal(why if rank == 0 else f"rank {rank}: {why}")
+
+
+def lacks(what: str, *modules: str, install: str) -> str:
+    """Return which modules are not installed that something needs; "" if all are."""
     missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise Refusal(f"{what} needs {' and '.join(missing)}: pip install {install}")
+    return f"{what} needs {' and '.join(missing)}: pip install {install}" if missing else ""
 
 
-def writable(option: str, path: Path) -> None:
-    """Refuse where a file can't be written; its folder is made."""
+def unwritable(option: str, path: Path) -> str:
+    """Return why a file can't be written by rank 0, or ""; its folder is made."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
+        if is_rank_0():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
     except OSError as error:
-        raise Refusal(f"{option}: {str(path)!r} can't be written: {error.strerror}") from error
+        return f"{option}: {str(path)!r} can't be written: {error.strerror}"
+    return ""
 
 
 # ---- types of options, as argparse takes them ----

@@ -520,10 +520,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark on this rank; every rank returns the same exit status."""
     kinds, sizes = args.kinds, args.sizes
-    _check(kinds, args)
+    missing = _check(args)
     rows: list[Row] = []
     wrong = np.zeros(1, dtype=np.int64)
-    with asked.group(args.backend, args.device) as pg:
+    with asked.group(args.backend, args.device, missing) as pg:
         speaks = pg.rank() == 0
         gloo = _gloo(pg) if args.gloo else None
         bench = Bench(pg, args.dtype, gloo, _array_module(pg), bare_on_gpu=args.bare_on_gpu)
@@ -554,21 +554,23 @@ def run(args: argparse.Namespace) -> int:
     return int(wrong[0] > 0)
 
 
-def _check(kinds: list[str], args: argparse.Namespace) -> None:
-    if args.plot:
-        asked.needs("--plot", "matplotlib", install="matplotlib")
-        if asked.is_rank_0():
-            asked.writable("--plot", args.plot)
-    if args.gloo:
-        asked.needs("--gloo", "torch", install="torch")
-    if args.dtype == "bfloat16":
-        asked.needs("--dtype bfloat16", "ml_dtypes", install="ml_dtypes")
+def _check(args: argparse.Namespace) -> str:
+    """Refuse what doesn't go together; return what is missing on this rank, or ""."""
     if args.bare_on_gpu and args.device == "cpu":
         raise Refusal("--bare-on-gpu goes with --device cuda")
     if args.gloo and args.device != "cpu":
         raise Refusal("--gloo goes with --device cpu: gloo moves host memory")
-    if not set(kinds).isdisjoint(MESSAGES) and MPI.COMM_WORLD.Get_size() == 1:
+    if not set(args.kinds).isdisjoint(MESSAGES) and MPI.COMM_WORLD.Get_size() == 1:
         raise Refusal(f"--kinds of messages, {', '.join(MESSAGES)}, need two ranks")
+    missing = []
+    if args.plot:
+        missing += [asked.lacks("--plot", "matplotlib", install="matplotlib")]
+        missing += [asked.unwritable("--plot", args.plot)]
+    if args.gloo:
+        missing += [asked.lacks("--gloo", "torch", install="torch")]
+    if args.dtype == "bfloat16":
+        missing += [asked.lacks("--dtype bfloat16", "ml_dtypes", install="ml_dtypes")]
+    return next(filter(None, missing), "")
 
 
 def _array_module(pg: ProcessGroup) -> Any:

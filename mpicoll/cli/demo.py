@@ -27,7 +27,7 @@ from ..arrays.ops import ReduceOp
 from ..errors import MpicollError
 from ..groups.group import ProcessGroup
 from . import digits as classifier
-from .asked import group, is_rank_0, needs, writable
+from .asked import group, lacks, unwritable
 from .trials import TRIALS, Maker
 
 SIZES = {"1 KiB": (1 << 10, 10), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
@@ -53,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo on this rank; every rank returns the same exit status."""
-    needs("the demo", "sklearn", "matplotlib", install="'mpicoll[demo]'")
-    if is_rank_0():
-        writable("--out", args.out)
-    with group() as pg:
+    missing = lacks("the demo", "sklearn", "matplotlib", install="'mpicoll[demo]'")
+    with group(missing=missing or unwritable("--out", args.out)) as pg:
         say = print_now if pg.rank() == 0 else keep_quiet
         say(f"mpicoll {__version__}: {pg!r}")
         collectives_agree = show_collectives(pg, say)

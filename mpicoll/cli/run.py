@@ -34,7 +34,7 @@ from ..runtime.settings import (
 )
 from ..runtime.watchdog import end_job, watchdog
 from ..runtime.world import addresses
-from .asked import Refusal
+from .asked import agree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the program in this process, as `__main__`; return 0 if it comes to its end."""
-    _check(args.program, module=args.module)
+    if args.module:
+        sys.path.insert(0, os.getcwd())
+    missing = _missing(args.program, module=args.module)
     if launchers(environment()) and started_by_torchrun() is None:
-        _tell_place()
+        _tell_place(missing)
+    agree([missing])
     sys.argv = [args.program, *args.arguments]
     own = os.getpid()
     try:
@@ -70,19 +73,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(program: str, *, module: bool) -> None:
-    """Refuse a program that isn't there."""
+def _missing(program: str, *, module: bool) -> str:
+    """Return why there is nothing to run on this rank, or ""."""
     if module:
-        sys.path.insert(0, os.getcwd())
-        there = find_spec(program.partition(".")[0]) is not None  # of more, runpy would import some
+        there = find_spec(program.partition(".")[0]) is not None  # a part of it runpy would import
     else:
         there = os.path.exists(program)
-    if not there:
-        raise Refusal(f"PROGRAM must be a {'module' if module else 'file'}, but is {program!r}")
+    return "" if there else f"there is no {'module' if module else 'file'} {program!r} to run"
 
 
-def _tell_place() -> None:
-    """Set the variables by which programs of torchrun know their place."""
+def _tell_place(missing: str) -> None:
+    """Set the variables by which programs of torchrun know their place; or refuse to run any."""
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
     host, port = "127.0.0.1", 0
@@ -91,7 +92,8 @@ def _tell_place() -> None:
             port = free.getsockname()[1]
         host = (addresses() or [host])[0]
     with watchdog().guard(time.monotonic() + default_timeout(), "the start of `mpicoll run`"):
-        everyone = world.allgather((machine(), host, port))
+        everyone = world.allgather((machine(), host, port, missing))
+    agree([place[3] for place in everyone])
     machines = [place[0] for place in everyone]
     if len(set(machines)) == 1:
         host = "127.0.0.1"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import clocks, perfetto, recordings
-from .asked import Refusal
+from .asked import Refusal, is_rank_0
 from .clocks import Offset
 from .demo import in_words
 from .recordings import Recordings, Unreadable, in_ranges
@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    if not is_rank_0():  # it needs no MPI, but was started under it
+        return 0
     try:
         found = recordings.read(args.folder)
     except Unreadable as error:
