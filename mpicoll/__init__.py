@@ -37,7 +37,7 @@ from .stores import FileStore, PrefixStore, TCPStore
 if TYPE_CHECKING:
     from .engine.future import Future
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ANY_SOURCE",
