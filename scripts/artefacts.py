@@ -5,6 +5,7 @@ python scripts/artefacts.py SDIST WHEEL
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -29,6 +30,11 @@ def main(sdist: str, wheel: str) -> int:
         names = {n for n in zipped.namelist() if ".dist-info/" not in n and n[-1] != "/"}
     compiled = {n for n in names if n.startswith("mpicoll/transports/shm/_native.") and ".so" in n}
     wrong += _differ("wheel", wanted, names - compiled)
+    with zipfile.ZipFile(wheel) as zipped:
+        (metadata,) = (n for n in zipped.namelist() if n.endswith(".dist-info/METADATA"))
+        readme = zipped.read(metadata).decode()
+    relative = re.findall(r"\]\((?!https?:|#)([^)]*)\)", readme)
+    wrong += [f"README: a link into the repository, {link}" for link in relative]
     if len(compiled) != 1:
         wrong.append(f"wheel: the compiled core should be there once, but is {sorted(compiled)}")
     print("\n".join(wrong) or f"sdist: {len(packed)} files; wheel: {len(names)}")
