@@ -18,7 +18,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +27,8 @@ from .. import __version__
 from ..arrays.ops import ReduceOp
 from ..errors import MpicollError
 from ..groups.group import ProcessGroup
-from ..groups.new import new_group
 from . import digits as classifier
+from .asked import group, lacks, unwritable
 from .trials import TRIALS, Maker
 
 SIZES = {"1 KiB": (1 << 10, 10), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
@@ -59,14 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo on this rank; every rank returns the same exit status."""
-    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
-    if missing:
-        print(
-            f"The demo needs {' and '.join(missing)}: pip install 'mpicoll[demo]'", file=sys.stderr
-        )
-        return 2
-
-    with new_group() as pg:
+    missing = lacks("the demo", "sklearn", "matplotlib", install="'mpicoll[demo]'")
+    with group(missing=missing or unwritable("--out", args.out)) as pg:
         say = print_now if pg.rank() == 0 else keep_quiet
         say(f"mpicoll {__version__}: {pg!r}")
         collectives_agree = show_collectives(pg, say)

@@ -57,6 +57,7 @@ def spawn(parents: Caller, argv: Sequence[str], n: object, timeout: object) -> C
         why = launcher.spawnless(vendor, launchers(environment()), spawned=spawned)
         if why:
             raise UnsupportedError(f"spawn: {why}")
+
         if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
             raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
         text = "\0".join(words).encode("utf-8", "surrogateescape")
