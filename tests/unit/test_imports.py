@@ -39,7 +39,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
                 "progress",
                 "background",
             ),
-            *("exit", "future", "work", "communicators"),
+            *("tracebacks", "exit", "future", "work", "communicators"),
         ],
     ),
     (
