@@ -11,8 +11,7 @@ import pytest
 
 import mpicoll as mc
 from mpicoll import torch as door
-from mpicoll.runtime import settings
-from tests.harness import ROOT, environment, run_bounded
+from tests.harness import environment, run_bounded
 
 for needed in ("sphinx", "myst_parser", "furo"):
     pytest.importorskip(needed, reason="the site needs Sphinx, MyST and furo (extra: docs)")
@@ -42,11 +41,6 @@ def test_every_public_name_can_be_linked_to(site: Path) -> None:
         public |= {f"mpicoll.{kind.__name__}.{name}" for name in members}
     missing = public - linkable(site)
     assert not missing, sorted(missing)
-
-
-def test_every_setting_is_in_the_reference() -> None:
-    page = (ROOT / "docs" / "api" / "settings.md").read_text()
-    assert not [name for name in settings.SETTINGS if f"`{name}`" not in page]
 
 
 def test_what_is_raised_is_an_error(site: Path) -> None:
