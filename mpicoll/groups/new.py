@@ -17,6 +17,7 @@ from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
 from ..runtime.library import MPI, Steps, start
+from ..runtime.process import process
 from ..runtime.settings import (
     default_timeout,
     environment,
@@ -33,6 +34,27 @@ from . import registry, rendezvous, spawn
 from .caller import Caller, wait_through
 from .group import ProcessGroup
 from .reclaim import Children
+
+
+class Default:
+    """What `new_group` works on where it is given no communicator.
+
+    Attributes:
+        comm: None: MPI.COMM_WORLD.
+    """
+
+    comm: MPI.Intracomm | None = None
+
+    def enlist(self) -> None:
+        """Have the engine listen there, as if a group were being made; to be told of a failure."""
+        if self.comm is not None:
+            _creation_state(self.comm)
+
+
+def default() -> Default:
+    """Return this rank's."""
+    return process().the(Default)
+
 
 _creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
 
@@ -86,7 +108,7 @@ def new_group(
     """
     start(timeout)
     check_process()
-    parent = MPI.COMM_WORLD if comm is None else comm
+    parent = (default().comm or MPI.COMM_WORLD) if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
         raise InvalidCallError(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "

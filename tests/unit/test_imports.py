@@ -59,6 +59,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             *("subgroup", "coalesced", "group", "current", "registry", "new"),
         ],
     ),
+    ("testing", ["verdicts", "limits", "together", "plugin"]),
     ("torch", ["errors", "hooks", "layout", "sparse", "work", "dispatch", "group", "rendezvous"]),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
