@@ -44,7 +44,7 @@ class Stage:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
         options += ["--color=no"]
         if self.ranks:
-            options += ["--with-mpi", "--no-summary"]
+            options += ["--with-mpi", "--no-summary", "-p", "mpicoll.testing.plugin"]
         if keyword:
             options += ["-k", keyword]
         left_out = (*self.leaves_out, *(word for word in without if word.startswith("test_")))
@@ -131,10 +131,7 @@ def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str
     if trouble:
         count["failed"] += 1
         where = f" in {running}" if running else ""
-        stacks = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.stack*"))]
-        failures.append(
-            (f"the stage itself{where}: {trouble}", "\n".join([ended.output[-6000:], *stacks]))
-        )
+        failures.append((f"the stage itself{where}: {trouble}", ended.output[-6000:]))
     return count, failures
 
 

@@ -24,8 +24,8 @@ from _pytest.outcomes import Failed
 
 from ..engine.progress import engine
 
-TEARDOWN = 3.0  # seconds that a tear-down has at least
-AFTER = 5.0  # seconds past the limit in which a rank that can be stopped has come to its end
+TEARDOWN = 3.0  # seconds past the limit that a tear-down has, or the limit once more
+AFTER = 2.0  # seconds later a rank that can be stopped has come to its end
 LAST = 3.0  # seconds later the job ends, whatever the ranks can still say
 _ASK = signal.SIGURG  # for a stack; ignored where nobody has asked for it to be noticed
 _PYTEST = re.compile(r"[/\\](_pytest|pluggy)[/\\]")
@@ -46,7 +46,12 @@ class Limit:
     @property
     def patience(self) -> float:
         """Seconds from now in which all ranks have ended the test, or can't be stopped."""
-        return max(0.0, self.until - time.monotonic()) + AFTER
+        return max(0.0, self.until - time.monotonic()) + self.teardown + AFTER
+
+    @property
+    def teardown(self) -> float:
+        """Seconds past the limit that a tear-down has."""
+        return min(TEARDOWN, self.seconds)
 
     @contextmanager
     def kept(self, least: float = 0.05) -> Iterator[None]:

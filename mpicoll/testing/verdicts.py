@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_OWN = re.compile(r"0x[0-9a-f]+|\b\d+\.\d+ s\b|rank \d+ of \d+")
 CAUSE, LATE, FOLLOWS = range(3)  # how near a failure is to the first one
 
 
@@ -139,10 +140,10 @@ def _failures(
 
 
 def _alike(phases: Sequence[tuple[int, Phase]]) -> list[tuple[list[int], Phase]]:
-    """Put ranks together that say the same, but for addresses of objects and for times."""
+    """Put ranks together that say the same, but for times and what objects say of themselves."""
     found: dict[str, tuple[list[int], Phase]] = {}
     for rank, phase in phases:
-        key = re.sub(r"0x[0-9a-f]+|\d+\.\d+ s", "", phase.text)
+        key = _OWN.sub("", phase.text)
         found.setdefault(key, ([], phase))[0].append(rank)
     return [(sorted(ranks), phase) for ranks, phase in found.values()]
 
