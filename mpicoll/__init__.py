@@ -15,6 +15,7 @@ from .errors import (
     CallInterruptedError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
+    DroppedWorkWarning,
     GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
@@ -40,6 +41,7 @@ __all__ = [
     "CallInterruptedError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
+    "DroppedWorkWarning",
     "FileStore",
     "Future",
     "GroupBrokenError",
@@ -67,3 +69,7 @@ __all__ = [
     "register_backend",
     "wait_all",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

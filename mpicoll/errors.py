@@ -152,6 +152,14 @@ class TransportError(MpicollError):
         self.code = code
 
 
+class DroppedWorkWarning(RuntimeWarning):
+    """A Work was dropped while its call was under way, and nobody waited for it.
+
+    So its result may have been read too early.  It comes once for each line of a program that does
+    so; ``MPICOLL_WARN_DROPPED=0`` in the environment, or a filter of `warnings`, turns it off.
+    """
+
+
 class _CopyError(InvalidCallError, TypeError):
     """Also a TypeError, as `copy` and `pickle` raise of what they can't copy."""
 
@@ -162,6 +170,10 @@ class Unique:
     __slots__ = ()
 
     _instead = ""  # what to do
+
+    def __dir__(self) -> list[str]:
+        names = object.__dir__(self)
+        return [n for n in names if not n.startswith("_") or n.startswith("__")]
 
     def __reduce_ex__(self, protocol: object) -> str | tuple[object, ...]:
         raise _CopyError(f"{self!r} can be neither copied nor pickled: {self._instead}")

@@ -35,7 +35,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 from .errors import (
     CollectiveTimeoutError,
@@ -68,7 +68,11 @@ class Store(Protocol):
 
     def add(self, key: str, amount: int, /) -> int: ...
 
-    def wait(self, keys: list[str], timeout: timedelta = ..., /) -> object: ...
+    @overload
+    def wait(self, keys: list[str], /) -> object: ...
+
+    @overload
+    def wait(self, keys: list[str], timeout: timedelta, /) -> object: ...
 
 
 def _seconds(timeout: object, default: float) -> float:

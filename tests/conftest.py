@@ -39,6 +39,7 @@ class Log:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "processes: looks at what only processes have each")
     config.addinivalue_line("markers", "gpu: needs CuPy and a GPU")
     path = os.environ.get("MPICOLL_TEST_LOG")
     rank = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"

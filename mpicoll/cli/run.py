@@ -19,9 +19,9 @@ import runpy
 import socket
 import sys
 import time
-import traceback
 
 from ..engine.exit import ending
+from ..engine.tracebacks import block, describe, write
 from ..runtime.library import MPI
 from ..runtime.settings import (
     default_timeout,
@@ -62,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         raise
     except BaseException as error:
         if os.getpid() == own and _ends_alone():
-            traceback.print_exc()
+            write(
+                block(
+                    [MPI.COMM_WORLD.Get_rank()], describe(type(error), error, error.__traceback__)
+                )
+            )
             _end_alone(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
     return 0

@@ -90,7 +90,7 @@ def blank(likes: list[Array]) -> list[Array]:
 # ---------------------------------------------------------------------------------- reductions
 
 
-def reduction(name: str, op: object, expected: Callable[[list[Array]], Array]) -> None:
+def reduction(name: str, op: ReduceOp, expected: Callable[[list[Array]], Array]) -> None:
     @trial(f"allreduce {name}")
     def make(pg: ProcessGroup, count: int) -> Trial:
         x = data(pg.rank(), count)
@@ -114,7 +114,7 @@ def _product(pg: ProcessGroup, count: int) -> Trial:
     )
 
 
-def bitwise(name: str, op: object, expected: np.ufunc) -> None:
+def bitwise(name: str, op: ReduceOp, expected: np.ufunc) -> None:
     @trial(f"allreduce {name}")
     def make(pg: ProcessGroup, count: int) -> Trial:
         words = [array.astype(np.uint32) for array in all_data(pg, count)]

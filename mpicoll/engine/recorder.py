@@ -23,12 +23,11 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 from sys import _getframe
-from time import monotonic
 from types import CodeType
 from typing import Any
 
 from ..errors import interrupts
-from ..runtime.process import process
+from ..runtime.process import monotonic, process
 from ..runtime.settings import trace_folder
 from .call import Call
 

@@ -6,16 +6,20 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays.buffers import Blocks, as_buffer
-from ..errors import InvalidCallError, MpicollError, Unique, interrupts
-from ..runtime.settings import seconds
+from ..errors import DroppedWorkWarning, InvalidCallError, MpicollError, Unique, interrupts
+from ..runtime.settings import seconds, warns_of_dropped
 from . import kinds
 from .background import background
 from .call import Call, Peer
 from .progress import engine
+from .recorder import place
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -27,11 +31,19 @@ _settling = threading.RLock()  # so that one thread marks a future as running
 class Work(Task, Unique):
     """One call under way.  It owns the arrays of the call until the call is done.
 
+    Until `wait()` has returned, the arrays are not yours: don't read what the call writes, nor
+    write what it reads.  All methods are local: no other rank need call them, and each may be
+    called again.
+
     Works of one group run in program order.  Dropping a Work drops nothing else: the call
-    goes on, and if it fails, the group's next call raises its error.
+    goes on, and if it fails, the group's next call raises its error.  Where it would have brought a
+    result, and was still under way, a `DroppedWorkWarning` says so.
     """
 
     __slots__ = ()
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name in vars(Work) or name.startswith("__")]
 
     _instead = "wait() for it, and copy the arrays that you gave to the call"
 
@@ -39,8 +51,8 @@ class Work(Task, Unique):
         state = "under way" if not self.done else "done" if self.error is None else "failed"
         return f"<mpicoll.Work {self.call.describe()} #{self.seq}, {state}>"
 
-    def wait(self, timeout: object = None) -> bool:
-        """Wait until the call is done, and return True.
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until the call is done, and return True.  Local.
 
         Waiting advances everything that was launched in this process.  If NCCL carries out the
         call, and no timeout is given, the host waits until it is enqueued only, and the current
@@ -51,7 +63,16 @@ class Work(Task, Unique):
                 it becomes the call's.
 
         Raises:
-            MpicollError: what became of the call; its class says in which state the group is.
+            MpicollError: what became of the call; its class says in which state the group is, and
+                `breaks_group` whether it is still usable.
+
+        Example::
+
+            x = np.ones(1000)
+            work = pg.allreduce(x)
+            ...  # what needs no `x`
+            work.wait(timeout=30)
+            x /= size
         """
         try:
             if timeout is not None and not self.call.captured:
@@ -76,7 +97,15 @@ class Work(Task, Unique):
         return True
 
     def is_completed(self) -> bool:
-        """Return whether the call is over, well or not.  Makes one pass of progress."""
+        """Return whether the call is over, well or not.  Makes one pass of progress.
+
+        Example::
+
+            work = pg.barrier()
+            while not work.is_completed():
+                ...  # something useful
+            work.wait()  # raises, if it went wrong
+        """
         if not self.done:
             try:
                 engine().test()
@@ -87,22 +116,29 @@ class Work(Task, Unique):
         return self.done
 
     def is_success(self) -> bool:
-        """Return whether the call is over and went well."""
+        """Return whether the call is over and went well.  Makes one pass of progress."""
         return self.is_completed() and self.error is None
 
     def exception(self) -> BaseException | None:
-        """Return the call's error, if it is over and failed."""
+        """Return the call's error, if it is over and failed; else None.  Makes no progress."""
         if self.error is not None:
             self.fetch()
         return self.error
 
-    def result(self) -> list[object]:
+    def result(self) -> list[Any]:
         """Return the arrays that hold the call's results, as they were given.
 
         The call must be over, or left to the GPU by `wait`.
 
         Raises:
             InvalidCallError: the call is still under way.
+            MpicollError: what became of the call, if that failed.
+
+        Example::
+
+            work = pg.allreduce(np.ones(3))
+            work.wait()
+            (total,) = work.result()
         """
         if not (self.done or self._left_to_the_gpu()):
             raise InvalidCallError(f"result() of a call under way, {self!r}: wait() first")
@@ -115,7 +151,19 @@ class Work(Task, Unique):
         return self.call.enqueued is not None and self.call.enqueued.waited
 
     def source_rank(self) -> int | Peer:
-        """Return the rank that a finished receive took its message from, or `PROC_NULL`."""
+        """Return the rank that a finished receive took its message from, or `PROC_NULL`.
+
+        Raises:
+            InvalidCallError: it is no receive, or still under way.
+
+        Example::
+
+            sent = pg.send(np.ones(3), dst=rank)
+            coming = pg.recv(np.empty(3))  # from whichever rank sends first
+            coming.wait()
+            assert coming.source_rank() == rank
+            sent.wait()
+        """
         if not self.call.kind.receives:
             raise InvalidCallError(f"source_rank() is for a recv, and this is {self.call.kind}")
         if not self.done:
@@ -124,9 +172,10 @@ class Work(Task, Unique):
         return -1 if found is None else found
 
     def synchronize(self) -> None:
-        """Block the host until the call is done.
+        """Block the host until the call is done, on a GPU too; elsewhere it is `wait()`.
 
         Raises:
+            MpicollError: what became of the call, as from `wait()`.
             InvalidCallError: it is captured in a CUDA graph, so the GPU has not even begun it.
         """
         if self.call.captured:
@@ -138,7 +187,13 @@ class Work(Task, Unique):
         self._ended_well()
 
     def get_future(self) -> Future:
-        """Return a future of `result()`.  It completes without wait(), from a thread."""
+        """Return a future of `result()`.  It completes without wait(), from a thread.
+
+        Example::
+
+            future = pg.allreduce(np.ones(3)).get_future()
+            (total,) = future.result(timeout=30)
+        """
         future = Future()
 
         def settle() -> None:  # once more, if an exception struck here; or by two threads at once
@@ -179,7 +234,7 @@ class DoneWork(Work):
     done = True
     error = None
 
-    def wait(self, timeout: object = None) -> bool:
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Return True."""
         if timeout is not None:
             seconds(timeout, 0.0)
@@ -189,7 +244,7 @@ class DoneWork(Work):
         """Return True."""
         return True
 
-    def result(self) -> list[object]:
+    def result(self) -> list[Any]:
         """Return the arrays that hold the call's results, as they were given."""
         return list(self._given[3])
 
@@ -212,7 +267,7 @@ class MessageWork(Work):
 
     _posted: Posted
 
-    def wait(self, timeout: object = None) -> bool:
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until the message is sent or received, and return True."""
         try:
             if (timeout is None or seconds(timeout, 0.0)) and self._posted.wait():
@@ -258,6 +313,7 @@ class MessageWork(Work):
         self.timeout, self.called = posted.timeout, posted.called
         self.deadline = self.called + self.timeout
         self.queued = self.fetched = self.asked = self.released = self.left = False
+        self.warn_at, self.warning = 0.0, False
         self.error = self.failure = self.outside = None
         self.callbacks = []
         self._entry = posted.entry
@@ -265,6 +321,56 @@ class MessageWork(Work):
         self.done = not under_way
         posted.filled = True
         return under_way
+
+
+class Unattended(Work):
+    """One call that has a result, is under way, and that nobody has waited for yet.
+
+    It warns if it is dropped so.  A Work is one of these only from the return of its method on, if
+    the call is not over by then, and until somebody asks for its end; so what is done at once, or
+    waited for, pays nothing.
+    """
+
+    __slots__ = ()
+
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until the call is done, and return True."""
+        self._attend()
+        return self.wait(timeout)
+
+    def synchronize(self) -> None:
+        """Block the host until the call is done."""
+        self._attend()
+        self.synchronize()
+
+    def get_future(self) -> Future:
+        """Return a future of `result()`."""
+        self._attend()
+        return self.get_future()
+
+    def _attend(self) -> None:
+        self.__class__ = Work  # type: ignore[assignment]  # from now on
+
+    def __del__(self) -> None:
+        # The engine holds it until it is done.  If that was the last hold, the user's was gone.
+        if self.done and self.error is None:
+            engine().if_let_go(self, partial(_warn, *place(self._entry), self.call.describe()))
+
+
+def _warn(file: str, line: int, call: str) -> None:
+    if warns_of_dropped():
+        warnings.warn_explicit(
+            f"{call} was still under way when its Work was dropped, and nobody waited for it, so "
+            "its result may have been read too early: keep the Work, and wait() for it before you "
+            "use the array (MPICOLL_WARN_DROPPED=0 turns this off)",
+            DroppedWorkWarning,
+            file or "?",
+            line,
+            registry=_warned.setdefault(file, {}),
+        )
+
+
+_warned: dict[str, dict[Any, Any]] = {}  # by file, so that each line is warned of once
 
 
 class Future(concurrent.futures.Future[Any]):
@@ -294,10 +400,22 @@ class Future(concurrent.futures.Future[Any]):
         return after
 
 
-def wait_all(works: Iterable[Work], timeout: object = None) -> bool:
-    """Wait for several Works, and return True.
+def wait_all(works: Iterable[Work], timeout: float | timedelta | None = None) -> bool:
+    """Wait for several Works, and return True.  Local.
 
     All of them are waited for; then the first error, in the order given, is raised.
+
+    Args:
+        works: of any groups, in any order.
+        timeout: seconds or a `timedelta`, as for `Work.wait`; for each of them.
+
+    Raises:
+        MpicollError: what became of the first call that failed.
+
+    Example::
+
+        arrays = [np.ones(3), np.ones((2, 2))]
+        mc.wait_all([pg.allreduce(x) for x in arrays], timeout=30)
     """
     errors: list[MpicollError] = []
     listed: Sequence[Work] = list(works)

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from ..engine import checks, communicators, kinds
 from ..engine.arrival import Meeting
 from ..engine.background import background
-from ..engine.call import NULL, PROC_NULL, Call, Message, Peer
+from ..engine.call import NULL, PROC_NULL, Call, Message
 from ..engine.exit import check_process
 from ..engine.kinds import Kind
 from ..engine.once import Once
 from ..engine.progress import engine
 from ..engine.recorder import Recorder
 from ..engine.tasks import GroupState, Task, struck
-from ..engine.work import Work
+from ..engine.work import Unattended, Work
 from ..errors import (
     GroupBrokenError,
     GroupClosedError,
@@ -178,6 +178,8 @@ class Caller:
             in_one_go = then is None and call.device is None and self.once is None
             if not (in_one_go and self._engine.at_once(work, self.arrival.meet_at_once)):
                 self._engine.launch(work, self._steps(work, then))
+                if not work.done and (call.recv is not None or call.parts):
+                    work.__class__ = Unattended
         except BaseException as error:
             self._engine.forsake(work, error)
             raise
@@ -259,7 +261,7 @@ class Caller:
             raise
         return work
 
-    def probe(self, src: int | Peer, tag: int) -> Message | None:
+    def probe(self, src: object, tag: object) -> Message | None:
         """Look once for a message that `recv` would take.
 
         Raises:

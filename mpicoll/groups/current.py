@@ -17,13 +17,19 @@ _current = _Current()
 
 
 def current_process_group() -> ProcessGroup | None:
-    """Return the group of the innermost `process_group` block of this thread, or None."""
+    """Return the group of the innermost `process_group` block of this thread, or None.  Local."""
     return _current.group
 
 
 @contextlib.contextmanager
 def process_group(pg: ProcessGroup) -> Iterator[ProcessGroup]:
-    """Make a group the current one of this thread, inside a with-block.  Blocks nest."""
+    """Make a group the current one of this thread, inside a with-block.  Blocks nest.  Local.
+
+    Example::
+
+        with mc.process_group(pg):
+            assert mc.current_process_group() is pg
+    """
     before = _current.group
     _current.group = pg
     try:

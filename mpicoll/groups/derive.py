@@ -6,7 +6,7 @@ when all ranks have dropped it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ..engine import checks, communicators, kinds
@@ -18,7 +18,7 @@ from .caller import Caller
 
 def split_group(
     parent: Caller,
-    ranks: Sequence[int],
+    ranks: object,
     timeout: object,
     options: Any,
     name: str | None,
@@ -45,7 +45,7 @@ def split_group(
     return _part(parent, made, name, desc, timeout)
 
 
-def split(parent: Caller, color: int | bool | None, key: int, timeout: object) -> Caller | None:
+def split(parent: Caller, color: object, key: object, timeout: object) -> Caller | None:
     """Make the group of the ranks that give this rank's color; None where that is None."""
 
     def check(rank: int, size: int) -> Call:

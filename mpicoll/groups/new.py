@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
@@ -30,6 +31,7 @@ from ..runtime.settings import (
 from ..runtime.waiting import share_machine
 from ..transports import select
 from ..transports.select import GroupOptions
+from ..typing import Device
 from . import registry, rendezvous, spawn
 from .caller import Caller, wait_through
 from .group import ProcessGroup
@@ -56,23 +58,20 @@ def default() -> Default:
     return process().the(Default)
 
 
-_creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
-
-
 def new_group(
     backend: str = "auto",
-    timeout: object = None,
-    device: object = "cpu",
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
     *,
-    comm: MPI.Intracomm | None = None,
+    comm: MPI.Comm | None = None,
     group_name: str | None = None,
-    checks: str = "full",
-    progress: str = "caller",
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
     **options: object,
 ) -> ProcessGroup:
     """Make a group over MPI.COMM_WORLD, or over a communicator of yours.
 
-    Every rank of the communicator must call.
+    Every rank of the communicator must call it, all in the same order; it waits for them.
 
     Args:
         backend: "auto" (shared memory inside nodes, MPI between them), "mpi" (MPI alone), or a
@@ -98,6 +97,9 @@ def new_group(
         progress: "caller": calls advance while somebody waits; "thread": from a thread as well.
         options: for a registered backend's factory.
 
+    Returns:
+        The group; of a registered backend, what its factory makes.
+
     Raises:
         InvalidCallError, UnsupportedError: an argument is wrong; or a rank can't use its GPU, which
             all ranks raise.
@@ -105,6 +107,14 @@ def new_group(
         CollectiveMismatchError: the ranks ask for different backends, or one was refused.
         TransportError: there is no MPI library, or it failed; or its ranks don't find one another,
             because another MPI's launcher started them.
+
+    After an `InvalidCallError`, `UnsupportedError` or `CollectiveMismatchError` it may be called
+    again.
+
+    Example::
+
+        with mc.new_group(timeout=60, checks="full") as pg:
+            pg.barrier().wait()
     """
     start(timeout)
     check_process()
@@ -169,13 +179,9 @@ def new_group(
 
 def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:
     """Return the state in which groups over `parent` are made, its recorder, and those groups."""
-    global _creation_key
-    if not _creation_key:
-        ending().hook()
-        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
-        _creation_key = MPI.Comm.Create_keyval()
+    key = process().the(_first_of_rank)
     # It is an attribute, since that goes with the communicator: a handle may come to mean another.
-    made: Any = parent.Get_attr(_creation_key)
+    made: Any = parent.Get_attr(key)
     if made is not None and made[0].broken is not None and parent.Get_size() == 1:
         made = None  # there is no other rank, with which the order could be lost
     if made is None:
@@ -189,17 +195,27 @@ def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Childr
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
         made = state, recorder, Children()
-        parent.Set_attr(_creation_key, made)
+        parent.Set_attr(key, made)
     state, recorder, children = made
     engine().enlist(state)
     recorder.open()
     return state, recorder, children
 
 
+def _first_of_rank() -> int:
+    """Prepare a rank for its first group; return the key of communicators' creation states."""
+    if process().is_thread:
+        share_machine(MPI.COMM_WORLD.Get_size())
+    else:
+        ending().hook()
+        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
+    return MPI.Comm.Create_keyval()
+
+
 def _refuse_singleton() -> None:
     """Refuse to work alone where the launcher has started several ranks."""
     world = MPI.COMM_WORLD.Get_size()
-    if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
+    if process().is_thread or world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # a program that spawns ranks gets as many as it asked for
     vendor, _ = MPI.get_vendor()
     found = launchers(environment())
@@ -228,10 +244,11 @@ def _create(
     work.call.result = yield from select.prepare(made, asked, work.deadline)
 
 
-def parent_group(timeout: object = None) -> ProcessGroup:
+def parent_group(timeout: float | timedelta | None = None) -> ProcessGroup:
     """Return the group that this program was started for, by `ProcessGroup.spawn`.
 
-    Every rank that was started must call, once.  Those that called `spawn` come first in it.
+    Every rank that was started must call it, once; it waits for them.  Those that called `spawn`
+    come first in the group.
 
     Args:
         timeout: seconds or `timedelta`: how long the making may take, and the group's default.

@@ -37,7 +37,7 @@ _factories: dict[str, ProcessGroupFactory] = {}
 
 
 def register_backend(name: str, factory: ProcessGroupFactory) -> None:
-    """Make `new_group(name, ...)` call your own factory.
+    """Make `new_group(name, ...)` call your own factory.  Local: each rank registers it.
 
     Args:
         name: the name of the backend.

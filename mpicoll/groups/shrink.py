@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from ..engine import checks, communicators, kinds
@@ -17,7 +16,7 @@ from .caller import Caller, make_unnumbered
 
 def shrink_group(
     group: Caller,
-    ranks_to_exclude: Sequence[int],
+    ranks_to_exclude: object,
     timeout: object,
     name: str | None,
     desc: str | None,

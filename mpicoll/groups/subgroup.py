@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from ..engine import checks, communicators, kinds
@@ -15,7 +14,7 @@ from .caller import Caller, make_unnumbered
 
 def subgroup(
     group: Caller,
-    ranks: Sequence[int],
+    ranks: object,
     timeout: object,
     name: str | None,
     desc: str | None,

@@ -1,1 +1,5 @@
-"""Tests on several ranks: a plugin for pytest, and what authors of backends inherit."""
+"""Testing programs that use mpicoll: ranks in threads, a plugin of pytest, contracts."""
+
+from .threads import advance, run
+
+__all__ = ["advance", "run"]

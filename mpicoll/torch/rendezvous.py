@@ -12,6 +12,7 @@ import functools
 import inspect
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _store(host: str, port: int, size: int, serves: bool, timeout: dict[str, Any
     )
 
 
-def _world(timeout: object) -> mc.ProcessGroup:
+def _world(timeout: timedelta | None) -> mc.ProcessGroup:
     """Make the group of all MPI ranks."""
     limit = torch.distributed.distributed_c10d.default_pg_timeout if timeout is None else timeout
     return mc.new_group(timeout=limit, device=_device(), group_name="default_pg")

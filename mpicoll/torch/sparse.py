@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from torch import Tensor
 
 import mpicoll as mc
 
 
-def allreduce(group: mc.ProcessGroup, tensor: Tensor, limit: object) -> None:
+def allreduce(group: mc.ProcessGroup, tensor: Tensor, limit: timedelta | None) -> None:
     """Sum a COO tensor over all ranks, in place.  It waits; each rank may have its own indices."""
     own = tensor.coalesce()
     size = group.size()

@@ -12,19 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll.transports import select
 from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import KINDS, Kind
+from tests.contract.in_threads import RANKS, InThreads, World
+
+if not RANKS:
+    from mpi4py import MPI
 
 # All backends on 2 and 3 ranks; what every user gets on any number, and over several nodes.
 NODES = os.environ.get("MPICOLL_NODES", "")
-BACKENDS = ("auto", "mpi") if MPI.COMM_WORLD.size in (2, 3) and not NODES else ("auto",)
+BACKENDS = ("auto", "mpi") if (RANKS or MPI.COMM_WORLD.size) in (2, 3) and not NODES else ("auto",)
 if NODES:  # the arrays of the tests are small: they are to cross between nodes in several pieces
     select.tuning = Tuning(nodes_from=1, nodes_piece=32 * 1024)
+DEFAULT = select.tuning
 GROUP_TIMEOUT = 20.0  # of every call that names no timeout of its own
+
+
+_beside = None if RANKS else MPI.COMM_WORLD.Dup()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if RANKS:
+        config.addinivalue_line("markers", "mpi: runs on several ranks")
+        config.pluginmanager.register(InThreads())
 
 
 def finish(request: MPI.Request) -> None:
@@ -36,6 +49,8 @@ def finish(request: MPI.Request) -> None:
 def tuned(tuning: Tuning, **options: Any) -> mc.ProcessGroup:
     """Make a group of the whole world whose transport has its own tuning."""
     before, select.tuning = select.tuning, tuning
+    if RANKS:  # all of them set the same
+        return mc.new_group(timeout=GROUP_TIMEOUT, **options)
     try:
         return mc.new_group(timeout=GROUP_TIMEOUT, **options)
     finally:
@@ -49,6 +64,8 @@ class Groups:
         self.made: dict[tuple[Any, ...], mc.ProcessGroup] = {}
 
     def __call__(self, tuning: Tuning = select.tuning, **options: Any) -> mc.ProcessGroup:
+        if RANKS:
+            return tuned(tuning, **options)
         key = tuning, *sorted(options.items())
         pg = self.made.get(key)
         if pg is None or pg.is_broken or pg.is_closed:
@@ -64,7 +81,7 @@ _groups = Groups()
 @pytest.fixture
 def tuning() -> Tuning:
     """The tuning of the test's groups; a test that wants another one is parametrized with it."""
-    return select.tuning
+    return DEFAULT
 
 
 @pytest.fixture(params=BACKENDS)
@@ -88,13 +105,13 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def world() -> MPI.Comm:
-    """The tests' own channel beside the library: bare mpi4py on a private communicator."""
-    return MPI.COMM_WORLD.Dup()
+@pytest.fixture
+def world() -> Any:
+    """The test's own channel beside the library: bare mpi4py on a private communicator."""
+    return World() if RANKS else _beside
 
 
 @pytest.fixture
-def folder(tmp_path: Path, world: MPI.Comm) -> Path:
+def folder(tmp_path: Path, world: Any) -> Path:
     """A new folder that all ranks share."""
     return world.bcast(tmp_path)

@@ -5,7 +5,9 @@ On bare mpi4py each of these is a segmentation fault, or someone else's data ove
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import warnings
 
 import numpy as np
 import pytest
@@ -50,6 +52,7 @@ def start(pg, count, turn, kind):
     return started
 
 
+@pytest.mark.filterwarnings("ignore::mpicoll.DroppedWorkWarning")
 @pytest.mark.parametrize("dropped", ["input", "output", "both"])
 @pytest.mark.parametrize("count", SIZES)
 def test_dropped_while_in_flight(pg, count, dropped):
@@ -81,3 +84,109 @@ def test_these_are_all_asynchronous_calls():
     }
     others = {"send", "recv", "recv_anysource"}  # tried by `ring`
     assert returns_work == {*ASYNCHRONOUS, *others} - {"ring"}
+
+
+# ---- what is dropped under way, and has a result, warns ----
+
+
+def late(pg):
+    """Have rank 0 come last: it waits until all others are in the call that `between` makes."""
+    if pg.rank() == 0:
+        for r in range(1, pg.size()):
+            pg.recv(np.empty(1), r, tag=77).wait()
+
+
+def here(pg):
+    if pg.rank() != 0:
+        pg.send(np.ones(1), 0, tag=77).wait()
+
+
+def warned(caught):
+    assert all(issubclass(w.category, mc.DroppedWorkWarning) for w in caught), caught
+    return [(w.filename, w.lineno) for w in caught]
+
+
+DROPPED = {  # calls that have a result on every rank but 0
+    "allreduce": lambda pg, x, y: pg.allreduce(x),
+    "allreduce, large": lambda pg, x, y: pg.allreduce(np.ones(100_000)),
+    "broadcast": lambda pg, x, y: pg.broadcast(x, 0),
+    "reduce": lambda pg, x, y: pg.reduce(x, pg.size() - 1),
+    "scan": lambda pg, x, y: pg.scan(x),
+    "all_gather_single": lambda pg, x, y: pg.all_gather_single(y, x),
+    "allreduce_coalesced": lambda pg, x, y: pg.allreduce_coalesced([x, y]),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_work_that_is_dropped_under_way_warns_with_its_line(pg, name):
+    call, x, y = DROPPED[name], np.ones(3), np.ones(3 * pg.size())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):  # once is enough
+            late(pg)
+            call(pg, x, y)
+            here(pg)
+            pg.barrier().wait()
+    last = pg.rank() == pg.size() - 1
+    if pg.rank() > 0 and (last or name != "reduce"):
+        assert warned(caught) == [(__file__, call.__code__.co_firstlineno)]
+        assert f"{name.partition(',')[0]}(float64[" in str(caught[0].message)
+        assert "wait()" in str(caught[0].message)
+    elif pg.size() == 1:
+        assert not caught
+
+
+KEPT = {  # calls, and what is done before the Work is dropped, that are no mistakes
+    "waited for": (lambda pg, x: pg.allreduce(x), lambda pg, work: work.wait()),
+    "waited for with all": (lambda pg, x: pg.allreduce(x), lambda pg, work: mc.wait_all([work])),
+    "its future": (lambda pg, x: pg.allreduce(x), lambda pg, work: work.get_future().result()),
+    "on the host": (lambda pg, x: pg.allreduce(x), lambda pg, work: work.synchronize()),
+    "asked for": (lambda pg, x: pg.allreduce(x), lambda pg, work: until(work.is_completed)),
+    "a later one": (lambda pg, x: pg.allreduce(x), lambda pg, work: pg.barrier().wait()),
+    "a barrier": (lambda pg, x: pg.barrier(), lambda pg, work: None),
+    "what only gives": (lambda pg, x: pg.broadcast(x, pg.size() - 1), lambda pg, work: None),
+    "what fails": (lambda pg, x: pg.allreduce(np.ones(1 + pg.rank())), lambda pg, work: None),
+}
+
+
+def until(true):
+    while not true():
+        pass
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_no_mistake_does_not_warn(pg, name):
+    call, then = KEPT[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        late(pg)
+        work = call(pg, np.ones(3))
+        here(pg)
+        if name == "what only gives" and pg.rank() < pg.size() - 1:
+            work.wait()
+        if pg.rank() > 0:
+            then(pg, work)
+        elif name == "a later one":
+            pg.barrier().wait()
+        else:
+            until(work.is_completed)
+        del work
+        for _ in range(4 if name == "what fails" else 1):  # the next calls raise what failed
+            with contextlib.suppress(mc.CollectiveMismatchError):
+                pg.barrier().wait()
+    assert not warned(caught)
+
+
+@pytest.mark.parametrize("how", ["the environment", "a filter"])
+def test_the_warning_can_be_turned_off(pg, monkeypatch, how):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "a filter":
+            warnings.filterwarnings("ignore", category=mc.DroppedWorkWarning)
+        else:
+            monkeypatch.setenv("MPICOLL_WARN_DROPPED", "0")
+        late(pg)
+        pg.allreduce(np.ones(3))
+        here(pg)
+        pg.barrier().wait()
+    assert not caught

@@ -17,7 +17,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "runtime",
         [
-            *("pmi", "settings", "launcher", "world", "library", "process", "processes"),
+            *("process", "pmi", "settings", "launcher", "world", "library", "processes"),
             *("agreement", "memory", "topology", "waiting", "watchdog"),
         ],
     ),
@@ -34,11 +34,12 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
                 "arrival",
                 "tasks",
                 "deadlines",
+                "patience",
                 "underway",
                 "progress",
                 "background",
             ),
-            *("exit", "work", "communicators"),
+            *("tracebacks", "exit", "work", "communicators"),
         ],
     ),
     (
@@ -51,7 +52,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             "select",
         ],
     ),
-    ("", ["stores"]),
+    ("", ["stores", "typing"]),
     (
         "groups",
         [
@@ -59,15 +60,19 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             *("subgroup", "coalesced", "group", "current", "registry", "new"),
         ],
     ),
-    ("testing", ["verdicts", "limits", "together", "plugin"]),
     ("torch", ["errors", "hooks", "layout", "sparse", "work", "dispatch", "group", "rendezvous"]),
+    (
+        "testing",
+        ["standin", "threads", "verdicts", "limits", "together", "plugin", "contract"],
+    ),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-OUTSIDE = {"__init__", "__main__", "torch.__init__"}  # a package's face may import everything
+# A package's face may import everything.
+OUTSIDE = {"__init__", "__main__", "testing.__init__", "torch.__init__"}
 
 
 def layer(module: str) -> float:
