@@ -28,7 +28,7 @@ from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOON = 20.0  # seconds in which a program that fails must have ended
-SHOWN = {"python", "shell", "text", "{toctree}"}  # what a fence may hold
+SHOWN = {"python", "shell", "text", "yaml", "{toctree}"}  # what a fence may hold
 
 
 @dataclass

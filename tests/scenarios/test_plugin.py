@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.harness import environment, mpiexec, run_bounded
+from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 
 def run(folder, n, tests, *options, env=None, limit=60):
@@ -134,6 +135,25 @@ def test_failures_are_told_once_with_their_ranks_and_the_cause_first(tmp_path):
         "errors": "1",
         "skipped": "4",
     }
+
+
+def test_the_page_shows_what_is_reported(tmp_path):
+    page = (ROOT / "docs" / "testing.md").read_text()
+    tests = dict(re.findall(r"```python\n# (test_\w+\.py)\n(.*?)```", page, re.DOTALL))
+    shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
+    assert sorted(tests) == ["test_backend.py", "test_broken.py", "test_mean.py"]
+    files = {name: f"# {name}\n{text}" for name, text in tests.items()}
+    chosen = "-k", "not Mine or float32-3", "-p", "no:cacheprovider"
+    ended = run(tmp_path, 3, files, *chosen, env={"MPICOLL_GRACE": "0.3"})
+    assert re.search(r"2 failed, 13 passed, 1 skipped", ended.output), ended.output
+
+    def plain(text):
+        text = re.sub(r"\d+\.\d+ s\b|, compiled|\S*(?=test_broken.py)", "", text)
+        report = text.partition("=== short test summary")[0].splitlines()
+        return [line for line in report if line.strip(" =^")]
+
+    for line in plain(shown):
+        assert line in plain(ended.output), f"{line}\n\n{ended.output}"
 
 
 TWO_FAIL = """
