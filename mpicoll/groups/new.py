@@ -38,6 +38,26 @@ from .group import ProcessGroup
 from .reclaim import Children
 
 
+class Default:
+    """What `new_group` works on where it is given no communicator.
+
+    Attributes:
+        comm: None: MPI.COMM_WORLD.
+    """
+
+    comm: MPI.Intracomm | None = None
+
+    def enlist(self) -> None:
+        """Have the engine listen there, as if a group were being made; to be told of a failure."""
+        if self.comm is not None:
+            _creation_state(self.comm)
+
+
+def default() -> Default:
+    """Return this rank's."""
+    return process().the(Default)
+
+
 def new_group(
     backend: str = "auto",
     timeout: float | timedelta | None = None,
@@ -98,7 +118,7 @@ def new_group(
     """
     start(timeout)
     check_process()
-    parent = MPI.COMM_WORLD if comm is None else comm
+    parent = (default().comm or MPI.COMM_WORLD) if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
         raise InvalidCallError(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "

@@ -29,7 +29,8 @@ from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOON = 20.0  # seconds in which a program that fails must have ended
-SHOWN = {"python", "shell", "text", "{toctree}", "{literalinclude}"}  # what a fence may hold
+# What a fence may hold.
+SHOWN = {"python", "shell", "text", "yaml", "{toctree}", "{literalinclude}"}
 
 
 @dataclass

@@ -61,7 +61,10 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
         ],
     ),
     ("torch", ["errors", "hooks", "layout", "sparse", "work", "dispatch", "group", "rendezvous"]),
-    ("testing", ["standin", "threads"]),
+    (
+        "testing",
+        ["standin", "threads", "verdicts", "limits", "together", "plugin", "contract"],
+    ),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
 FILES = {
