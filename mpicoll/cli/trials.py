@@ -102,7 +102,9 @@ reduction("SUM", ReduceOp.SUM, lambda arrays: np.sum(arrays, axis=0))
 reduction("AVG", ReduceOp.AVG, lambda arrays: np.sum(arrays, axis=0) / np.float32(len(arrays)))
 reduction("MIN", ReduceOp.MIN, lambda arrays: np.min(arrays, axis=0))
 reduction("MAX", ReduceOp.MAX, lambda arrays: np.max(arrays, axis=0))
-reduction("PREMUL_SUM", ReduceOp.PREMUL_SUM(0.5), lambda arrays: np.sum(arrays, axis=0) / 2)
+reduction(
+    "PREMUL_SUM", ReduceOp.PREMUL_SUM(0.5), lambda arrays: np.sum(arrays, axis=0) / np.float32(2)
+)
 
 
 @trial("allreduce PRODUCT")
