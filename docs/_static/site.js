@@ -6,7 +6,9 @@ document.addEventListener("DOMContentLoaded", () => {
     const cells = [...table.querySelectorAll("tbody td")];
     if (cells.some((cell) => cell.cellIndex > 0 && cell.textContent.length > 25)) {
       table.classList.add("stacked");
-      for (const cell of cells) cell.dataset.column = names[cell.cellIndex] ?? "";
+      for (const cell of cells) {
+        cell.dataset.column = (cell.textContent.trim() && names[cell.cellIndex]) || "";
+      }
     }
   }
 });
