@@ -32,7 +32,7 @@ from ..groups.group import ProcessGroup
 from ..groups.new import new_group
 from ..runtime.settings import Launcher, environment, inherited_from, launchers
 from ..runtime.watchdog import end_job, watchdog
-from .limits import LAST, Limit, Overdue
+from .limits import LAST, VERY_LAST, Limit, Overdue
 from .together import MAKING, Left, Lost, Together
 from .verdicts import CAUSE, FOLLOWS, LATE, Part, Phase, Verdict, agree, first_difference, text_of
 
@@ -89,8 +89,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def group(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
     """A new group of the ranks that run the test."""
     ranks: Ranks | None = request.config.pluginmanager.get_plugin(f"{_NAME}.ranks")
-    limit = ranks.limit.seconds if ranks is not None else math.inf
-    made = new_group(timeout=limit * _EARLY, group_name=request.node.name)
+    left = ranks.limit.until - time.monotonic() if ranks is not None else math.inf
+    made = new_group(timeout=max(0.1, left * _EARLY), group_name=request.node.name)
     yield made
     why = ranks.left if ranks is not None else ""
     if ranks is not None and ranks.together is not None and why:
@@ -273,6 +273,7 @@ class Ranks:
             phases: list[Phase] = []
             item.stash[_PHASES] = phases
             reports = runtestprotocol(item, log=False, nextitem=nextitem)
+            self._end()  # the meeting has a deadline of its own
             mine = [] if self._is_beside(item) else phases
             reports = self._agree(item, reports, Part(self.together.rank, mine))
         except Left as error:
@@ -283,6 +284,7 @@ class Ranks:
             raise
         finally:
             self._end()
+        self._test = ""
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -293,11 +295,10 @@ class Ranks:
         self.left, self._told = "", False
         if self.limit.until < math.inf:
             self._over = time.monotonic() + self.limit.patience + LAST
-            last = self._over - time.monotonic() + LAST
+            last = self._over - time.monotonic() + VERY_LAST
             faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
 
     def _end(self) -> None:
-        self._test = ""
         self._over = math.inf
         faulthandler.cancel_dump_traceback_later()
 
