@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -287,6 +286,8 @@ def _put(folder: str, recorders: Sequence[Recorder]) -> None:
         "groups": [recorder.report(epoch) for recorder in recorders],
     }
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    import tempfile
+
     handle, part = tempfile.mkstemp(prefix=f".rank-{world_rank}-", dir=folder)
     try:
         with open(handle, "w") as file:

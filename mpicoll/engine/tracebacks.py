@@ -43,7 +43,8 @@ READ = 0.05  # seconds in which the launcher takes what was written, if it is we
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
-_RUN = os.path.join(_COMMANDS, "run.py"), "<frozen runpy>"  # but this is around the user's program
+# But these are around the user's program, where `mpicoll run` runs it.
+_RUN = f"{_COMMANDS}__init__.py", f"{_COMMANDS}run.py", "<frozen runpy>"
 _COMPILED = re.compile(r"mpicoll[/\\].*\.p(yx|xi)$")
 _ELAPSED = re.compile(r"\bafter \d+\.\d+ s")  # differs between ranks that say the same
 
@@ -61,7 +62,9 @@ def describe(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 def cause(kind: type[BaseException], error: BaseException) -> str:
     """Return what was raised, in a line."""
-    lines = str(error).splitlines()
+    lines: list[str] = []
+    with contextlib.suppress(Exception):  # of somebody else's making
+        lines = str(error).splitlines()
     return f"{kind.__name__}: {lines[0][:300]}" if lines else kind.__name__
 
 

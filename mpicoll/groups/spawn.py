@@ -12,7 +12,6 @@ merge, which blocks, rank 0 of each side sends messages over MPI's intercommunic
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
@@ -57,6 +56,9 @@ def spawn(parents: Caller, argv: Sequence[str], n: object, timeout: object) -> C
         why = launcher.spawnless(vendor, launchers(environment()), spawned=spawned)
         if why:
             raise UnsupportedError(f"spawn: {why}")
+
+        import shutil  # which few programs need
+
         if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
             raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
         text = "\0".join(words).encode("utf-8", "surrogateescape")

@@ -30,7 +30,6 @@ import operator
 import os
 import platform
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from itertools import repeat
@@ -408,6 +407,8 @@ def _map(
     rank, size = comm.Get_rank(), comm.Get_size()
     file, path = -1, ""
     if rank == 0:
+        import tempfile
+
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="mpicoll-", dir=_FOLDER)
     name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")

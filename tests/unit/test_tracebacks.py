@@ -75,6 +75,12 @@ def test_headings(ranks, hosts, heading):
     )
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+
 def test_the_cause_is_a_line():
     assert cause(ValueError, ValueError("no such file\nat all")) == "ValueError: no such file"
+    assert cause(Mute, Mute()) == "Mute"
     assert cause(KeyboardInterrupt, KeyboardInterrupt()) == "KeyboardInterrupt"
