@@ -26,7 +26,9 @@ from ..engine.progress import engine
 
 TEARDOWN = 3.0  # seconds past the limit that a tear-down has, or the limit once more
 AFTER = 2.0  # seconds later a rank that can be stopped has come to its end
-LAST = 3.0  # seconds later the job ends, whatever the ranks can still say
+LAST = 3.0  # seconds later it says where all are, if it can, and ends the job
+VERY_LAST = 15.0  # seconds later it is ended, if none of its code in Python can run
+_MORE = 0.5  # seconds that a rank has which waits: those that it waits for may say more
 _ASK = signal.SIGURG  # for a stack; ignored where nobody has asked for it to be noticed
 _PYTEST = re.compile(r"[/\\](_pytest|pluggy)[/\\]")
 _ANSWER = 0.3  # seconds that a rank gets to write its stack
@@ -38,10 +40,12 @@ class Limit:
     def __init__(self) -> None:
         self.seconds = math.inf
         self.until = math.inf  # on the monotonic clock
+        self._has_more = False
 
     def begin(self, seconds: float) -> None:
         """Have a test begin that may take so many seconds."""
         self.seconds, self.until = seconds, time.monotonic() + seconds
+        self._has_more = False
 
     @property
     def patience(self) -> float:
@@ -68,6 +72,10 @@ class Limit:
             signal.signal(signal.SIGALRM, before)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if _waits() and not self._has_more:
+            self._has_more = True
+            signal.setitimer(signal.ITIMER_REAL, _MORE)
+            return
         raise Overdue(f"took longer than its limit of {self.seconds:g} s{_waits()}")
 
 

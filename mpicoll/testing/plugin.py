@@ -32,7 +32,7 @@ from ..groups.group import ProcessGroup
 from ..groups.new import new_group
 from ..runtime.settings import Launcher, environment, inherited_from, launchers
 from ..runtime.watchdog import end_job, watchdog
-from .limits import LAST, Limit, Overdue
+from .limits import LAST, VERY_LAST, Limit, Overdue
 from .together import MAKING, Left, Lost, Together
 from .verdicts import CAUSE, FOLLOWS, LATE, Part, Phase, Verdict, agree, first_difference, text_of
 
@@ -89,8 +89,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def group(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
     """A new group of the ranks that run the test."""
     ranks: Ranks | None = request.config.pluginmanager.get_plugin(f"{_NAME}.ranks")
-    limit = ranks.limit.seconds if ranks is not None else math.inf
-    made = new_group(timeout=limit * _EARLY, group_name=request.node.name)
+    left = ranks.limit.until - time.monotonic() if ranks is not None else math.inf
+    made = new_group(timeout=max(0.1, left * _EARLY), group_name=request.node.name)
     yield made
     why = ranks.left if ranks is not None else ""
     if ranks is not None and ranks.together is not None and why:
@@ -204,6 +204,7 @@ class Ranks:
         self._over = math.inf  # when the job ends, as no rank came to the meeting
         self.left = ""
         self._told = False
+        self._trouble: Left | Lost | None = None
         self._gone = False
         given = config.getoption("mpicoll_limit")
         if given is None:
@@ -270,11 +271,10 @@ class Ranks:
         self._begin(item)
         try:
             self.together.enter(min(_ranks_of(item) or self.together.size, self.together.size))
-            phases: list[Phase] = []
-            item.stash[_PHASES] = phases
+            item.stash[_PHASES] = []
             reports = runtestprotocol(item, log=False, nextitem=nextitem)
-            mine = [] if self._is_beside(item) else phases
-            reports = self._agree(item, reports, Part(self.together.rank, mine))
+            self._end()
+            reports = self._agree(item, reports)
         except Left as error:
             self._gone = True
             pytest.exit(str(error), returncode=2)
@@ -283,6 +283,7 @@ class Ranks:
             raise
         finally:
             self._end()
+        self._test = ""
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -293,11 +294,10 @@ class Ranks:
         self.left, self._told = "", False
         if self.limit.until < math.inf:
             self._over = time.monotonic() + self.limit.patience + LAST
-            last = self._over - time.monotonic() + LAST
+            last = self._over - time.monotonic() + VERY_LAST
             faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
 
     def _end(self) -> None:
-        self._test = ""
         self._over = math.inf
         faulthandler.cancel_dump_traceback_later()
 
@@ -322,10 +322,41 @@ class Ranks:
             yield
 
     @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_teardown(self) -> Hook:
-        """Keep the limit, but for a moment more."""
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Hook:
+        """Tear nothing down while a peer is still in the test; keep the limit a moment more."""
+        self._meet_before_teardown(item)
         with self.limit.kept(self.limit.teardown):
             yield
+
+    def _meet_before_teardown(self, item: pytest.Item) -> None:
+        assert self.together is not None
+        self._over = math.inf  # the meeting has a deadline of its own
+        late = "" if self._told else self.left
+        try:
+            self._meet(item, late=late)
+        except (Left, Lost) as error:
+            self._trouble = error
+            self.left = self.left or "ends"
+            self.together.tell(self.left)
+        if self.limit.until < math.inf:
+            self._over = time.monotonic() + self.limit.patience + LAST
+
+    def _meet(self, item: pytest.Item, code: int = _PASSED, late: str = "") -> list[int]:
+        """Exchange a number with the ranks in the same test."""
+        assert self.together is not None
+        if self._trouble is not None:
+            raise self._trouble
+        key, patience = zlib.crc32(item.nodeid.encode()), min(self.limit.patience, 9e8)
+        codes, same = self.together.meet(code, key, patience, late, self._part(item))
+        if not same:
+            raise Left(f"the ranks are in different tests: {self.together.gather(item.nodeid)}")
+        return codes
+
+    def _part(self, item: pytest.Item) -> Part:
+        """Return what became of a test on this rank, so far."""
+        assert self.together is not None
+        phases = [] if self._is_beside(item) else item.stash[_PHASES]
+        return Part(self.together.rank, phases, self.together.told)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -364,24 +395,17 @@ class Ranks:
     # ---- what became of it ----
 
     def _agree(
-        self, item: pytest.Item, reports: list[pytest.TestReport], mine: Part
+        self, item: pytest.Item, reports: list[pytest.TestReport]
     ) -> list[pytest.TestReport]:
         """Return the reports that all ranks make of a test."""
-        together = self.together
+        together, mine = self.together, self._part(item)
         assert together is not None
         passed = all(phase.outcome == "passed" and phase.xfail is None for phase in mine.phases)
         code = _OTHER if not passed else _PASSED if mine.phases else _BESIDE
-        patience = min(self.limit.patience, 9e8)
         try:
-            late = "" if self._told else self.left
-            key = zlib.crc32(item.nodeid.encode())
-            codes, same = together.meet(code, key, patience, late, mine)
-            if not same:
-                tests = together.gather(item.nodeid)
-                raise Left(f"the ranks are in different tests: {tests}")
+            codes = self._meet(item, code)
             if max(codes) < _OTHER:
                 return reports if mine.phases else _reports(item, reports, [])
-            mine.told = together.told
             parts = together.gather(mine)
         except Lost as lost:
             parts = self._without(lost, mine)

