@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 import mpicoll
 
 project = "mpicoll"
@@ -35,10 +37,14 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings write `name` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_type_aliases = {  # shown by name
+    name: f"mpicoll.typing.{name}" for name in ("Array", "Arrays", "Device", "Memory", "Op")
+}
 autodoc_class_signature = "mixed"
 autosummary_generate = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # as it is shown in a union
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -48,4 +54,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"(array|asyncio|collections|concurrent|datetime|os|types|typing)\..*"),
     ("py:.*", r"(mpi4py|numpy|torch)\..*"),
 ]
-nitpick_ignore = [("py:class", "mpicoll.runtime.world.Store")]  # a part of mpicoll.stores.Store
+nitpick_ignore = [
+    ("py:class", "mpicoll.runtime.world.Store"),  # a part of mpicoll.stores.Store
+    ("py:class", "mpicoll.groups.group.Scalar"),  # variables of types
+    ("py:class", "mpicoll.groups.group.T"),
+    ("py:class", "mpicoll.testing.threads.T"),
+]
