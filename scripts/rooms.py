@@ -12,16 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mpicoll"
 ROOMS = (
-    "cli",
-    "torch",
-    "groups",
-    "typing",
-    "stores",
-    "transports",
-    "engine",
-    "arrays",
-    "runtime",
-    "errors",
+    *("cli", "torch", "testing", "groups", "typing", "stores"),
+    *("transports", "engine", "arrays", "runtime", "errors"),
 )
 WIDTH, LEFT, ROW, LINE, CHIP = 940, 130, 30, 22, 7.2  # pixels; of a letter, the last
 

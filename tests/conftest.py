@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["mpicoll.testing.plugin"]
+
 
 class Log:
     """One JSON line per event, written by rank 0 only."""
@@ -37,7 +39,7 @@ class Log:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "limit(seconds): how long the test may take on a rank")
+    config.addinivalue_line("markers", "processes: looks at what only processes have each")
     config.addinivalue_line("markers", "gpu: needs CuPy and a GPU")
     path = os.environ.get("MPICOLL_TEST_LOG")
     rank = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"

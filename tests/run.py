@@ -38,13 +38,16 @@ class Stage:
     limit: float  # seconds
     nodes: str = ""  # MPICOLL_NODES
     native: str = ""  # MPICOLL_NATIVE
+    threads: str = ""  # MPICOLL_TEST_THREADS: so many ranks are threads of one process
     leaves_out: Sequence[str] = ()
 
     def argv(self, keyword: str, without: Sequence[str]) -> list[str]:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
         options += ["--color=no"]
         if self.ranks:
-            options += ["--with-mpi", "--no-summary"]
+            options += ["--with-mpi", "--no-summary", "-p", "mpicoll.testing.plugin"]
+        if self.threads:
+            options += ["-p", "no:pytest_mpi"]
         if keyword:
             options += ["-k", keyword]
         left_out = (*self.leaves_out, *(word for word in without if word.startswith("test_")))
@@ -78,6 +81,7 @@ IN_PYTHON = _contract(
     *("collectives", "delays", "dtypes", "in_place", "mismatch", "objects", "p2p", "unmatched"),
     "work",
 )
+IN_THREADS = _contract("groups", "merge", "mismatch", "objects", "p2p", "unmatched", "work")
 
 
 def stages(soak: bool) -> list[Stage]:
@@ -95,6 +99,7 @@ def stages(soak: bool) -> list[Stage]:
             for n in (1, 2, 3, 4)
         ),
         Stage("without the compiled core, 2 ranks", 2, IN_PYTHON, 150 * slower, native="0"),
+        Stage("3 ranks in threads", 0, IN_THREADS, 150 * slower, threads="3"),
         *(Stage(f"on 2 nodes, {n} ranks", n, ACROSS_NODES[n], 300 * slower, "2") for n in (3, 4)),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
         Stage("scenarios", 0, ["tests/scenarios"], 600 * slower),
@@ -131,10 +136,7 @@ def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str
     if trouble:
         count["failed"] += 1
         where = f" in {running}" if running else ""
-        stacks = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.stack*"))]
-        failures.append(
-            (f"the stage itself{where}: {trouble}", "\n".join([ended.output[-6000:], *stacks]))
-        )
+        failures.append((f"the stage itself{where}: {trouble}", ended.output[-6000:]))
     return count, failures
 
 
@@ -177,6 +179,8 @@ def main() -> int:
                 extra["MPICOLL_NODES"] = stage.nodes
             if stage.native:
                 extra["MPICOLL_NATIVE"] = stage.native
+            if stage.threads:
+                extra["MPICOLL_TEST_THREADS"] = stage.threads
             ended = run_bounded(
                 stage.argv(options.keyword, options.without), stage.limit, environment(extra)
             )

@@ -1,25 +1,38 @@
-"""The command line: `python -m mpicoll COMMAND`.
+"""The command line: `mpicoll COMMAND`, or `python -m mpicoll COMMAND`.
 
 A command is a module of this package with two functions: `add_arguments(parser)`, and
 `run(args)`, which returns the exit status.  The module's docstring is the command's help.
-Modules are imported when their help or they themselves are asked for, and import no MPI
-before `run`.
+They import no MPI before `run`, and raise a `Refusal` where they can't do what was asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
+from .asked import Parser, Refusal, refuse
 
 COMMANDS = ("demo", "doctor", "bench", "overhead", "run", "trace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mpicoll", description="Collectives over MPI.")
+    script = os.path.basename(sys.argv[0]) == "mpicoll"
+    prog = "mpicoll" if script else "python -m mpicoll"
+    try:
+        args = _parser(prog).parse_args(argv)
+        status: int = args.run(args)
+    except Refusal as why:
+        return refuse(prog, why)
+    return status
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description="Collectives over MPI.")
     parser.add_argument("--version", action="version", version=f"mpicoll {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -33,6 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    status: int = args.run(args)
-    return status
+    return parser

@@ -11,15 +11,16 @@ Start it under MPI:
 
 Calls of mpicoll, of mpi4py's blocking methods, and for allreduce of `Iallreduce` and `Wait`,
 alternate, so that all see the same machine; those of gloo follow.  A call takes as long as on its
-slowest rank.  Sizes are bytes of the larger array of a rank: of the output in all_gather_single
-and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and NCCL tests,
-algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it by 2 (n - 1)
-/ n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast, reduce and
-scan.  On GPU memory a call ends when the current stream has passed it.  mpi4py is measured on host
-arrays of the same size, unless --bare-on-gpu says that its collectives take the GPU's: an MPI
-library that takes them in messages may die of them in collectives, which nobody has tried.  Where
-the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result of
-mpicoll is checked, and the exit status is not zero if one was wrong.
+slowest rank.  The ratio is mpi4py's median over mpicoll's; a ? behind it says that the machine was
+too noisy to tell which is faster.  Sizes are bytes of the larger array of a rank: of the output in
+all_gather_single and gather, of the input in reduce_scatter_single and scatter.  As in the OSU and
+NCCL tests, algorithm bandwidth is that size over the median time, and bus bandwidth multiplies it
+by 2 (n - 1) / n for allreduce, by (n - 1) / n where each rank has its part, and by 1 for broadcast,
+reduce and scan.  On GPU memory a call ends when the current stream has passed it.  mpi4py is
+measured on host arrays of the same size, unless --bare-on-gpu says that its collectives take the
+GPU's: an MPI library that takes them in messages may die of them in collectives, which nobody has
+tried.  Where the group uses NCCL, bare NCCL, called through nccl4py, runs beside it.  Every result
+of mpicoll is checked, and the exit status is not zero if one was wrong.
 
 Messages are measured as the OSU tests do it, between ranks 0 and 1: pingpong is half a round trip
 (osu_latency); bandwidth is the time of one message of a window of 64, fewer where the messages are
@@ -32,7 +33,6 @@ Objects are `bytes` of the size, beside mpi4py's lower-case methods, which pickl
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -40,6 +40,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,14 @@ import numpy.typing as npt
 from ..arrays.ops import ReduceOp
 from ..engine.kinds import BARRIER
 from ..engine.work import wait_all
-from ..errors import InvalidCallError
 from ..groups.group import ProcessGroup
-from ..groups.new import new_group
 from ..runtime.library import MPI
 from ..transports.cuda import binding
 from ..transports.cuda.gpu import load_cupy
 from ..transports.cuda.nccl import SUM, TYPES
+from . import asked
+from .asked import Refusal
+from .noise import interval
 
 Array = npt.NDArray[Any]
 Calls = Callable[[], object]
@@ -65,6 +67,9 @@ OBJECTS = ("broadcast_object", "allgather_object")
 ROUNDS = 10  # round trips of a pingpong
 WINDOW = 64  # messages under way in `bandwidth`
 AT_ONCE = 256 * 2**20  # bytes of them, at most
+TOO_NOISY = "?"
+WHY_NOISY = "the machine was too noisy to tell who is faster; see --budget"
+EVEN = 0.1  # an interval of the ratio so wide, with 1 in it, says that none is faster
 BUDGET = 0.4  # seconds that one size of one collective may take, about
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -101,6 +106,9 @@ class Row:
     nonblocking_median_us: float | None  # mpi4py's Iallreduce and Wait
     gloo_median_us: float | None
     nccl_median_us: float | None = None  # NCCL's own call, through nccl4py
+    ratio_low: float = 0.0  # between these the ratio lies in 93 of 100 cases: noise.py
+    ratio_high: float = 0.0
+    too_noisy: bool = False  # to tell which of the two is faster
 
 
 class Bench:
@@ -399,6 +407,7 @@ class Bench:
         ours = times[0]
         median, bare = medians[id(case.ours)], medians[id(case.bare)]
         rate = nbytes / median / 1e3
+        ratios = interval(calls, lambda part: _ratio(times[1][part], ours[part]))
         return Row(
             kind,
             self.dtype.name,
@@ -410,10 +419,12 @@ class Bench:
             rate,
             rate * BUS[kind](self.n),
             bare,
-            bare / median,
+            _ratio(times[1], ours),
             medians.get(id(case.nonblocking)),
             gloo,
             medians.get(id(case.nccl)),
+            *ratios,
+            not ratios.tells(1.0, EVEN),
         ), bool(correct[0])
 
     def alternate(self, ways: list[Calls], budget: float) -> tuple[int, Array]:
@@ -433,6 +444,10 @@ class Bench:
         seconds = np.array([time.perf_counter() - begin])
         self.pg.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
         return float(seconds[0])
+
+
+def _ratio(bare: Array, ours: Array) -> float:
+    return float(np.median(bare) / np.median(ours))
 
 
 class _BareNccl:
@@ -484,28 +499,31 @@ COLLECTIVES = [kind for kind in BUS if kind not in (*MESSAGES, *OBJECTS)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, with commas")
-    parser.add_argument("--kinds", default=",".join(COLLECTIVES), help="with commas")
+    parser.add_argument("--sizes", type=asked.sizes, default=SIZES, help="bytes, with commas")
+    parser.add_argument("--kinds", type=asked.several(BUS), default=COLLECTIVES, help="with commas")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--backend", default="auto", help="as new_group takes it")
+    parser.add_argument("--backend", default="auto", choices=asked.BACKENDS)
     parser.add_argument("--device", default="cpu", help="as new_group takes it")
     parser.add_argument(
         "--bare-on-gpu", action="store_true", help="give mpi4py's collectives the GPU's arrays"
     )
     parser.add_argument("--gloo", action="store_true", help="beside torch.distributed on gloo")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a measurement takes")
+    parser.add_argument(
+        "--budget", type=asked.duration, default=BUDGET, help="seconds a measurement takes"
+    )
     parser.add_argument("--json", action="store_true", help="print rows for machines")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the curves (needs matplotlib)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark on this rank; every rank returns the same exit status."""
-    kinds = args.kinds.split(",")
-    sizes = [int(text) for text in args.sizes.split(",")]
-    _check(kinds, args)
+    kinds, sizes = args.kinds, args.sizes
+    missing = _check(args)
     rows: list[Row] = []
     wrong = np.zeros(1, dtype=np.int64)
-    with new_group(args.backend, device=args.device) as pg:
+    with asked.group(args.backend, args.device, missing) as pg:
         speaks = pg.rank() == 0
         gloo = _gloo(pg) if args.gloo else None
         bench = Bench(pg, args.dtype, gloo, _array_module(pg), bare_on_gpu=args.bare_on_gpu)
@@ -522,6 +540,9 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row)
             if speaks:
                 _progress(done + 1, len(points))
+        noisy = sum(row.too_noisy for row in rows)
+        if speaks and noisy and not args.json:
+            print(f"\n{TOO_NOISY} in {noisy} of {len(rows)} lines: {WHY_NOISY}")
         if speaks and args.json:
             print(json.dumps([asdict(row) for row in rows]))
         if speaks and args.plot:
@@ -533,20 +554,23 @@ def run(args: argparse.Namespace) -> int:
     return int(wrong[0] > 0)
 
 
-def _check(kinds: list[str], args: argparse.Namespace) -> None:
-    for kind in kinds:
-        if kind not in BUS:
-            raise InvalidCallError(f"--kinds must be of {', '.join(BUS)}, but has {kind!r}")
-    if not set(kinds).isdisjoint(MESSAGES) and MPI.COMM_WORLD.Get_size() == 1:
-        raise InvalidCallError(f"--kinds of messages, {', '.join(MESSAGES)}, need two ranks")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise InvalidCallError("--plot needs matplotlib: pip install matplotlib")
-    if args.gloo and importlib.util.find_spec("torch") is None:
-        raise InvalidCallError("--gloo needs PyTorch: pip install torch")
+def _check(args: argparse.Namespace) -> str:
+    """Refuse what doesn't go together; return what is missing on this rank, or ""."""
     if args.bare_on_gpu and args.device == "cpu":
-        raise InvalidCallError("--bare-on-gpu goes with --device cuda")
+        raise Refusal("--bare-on-gpu goes with --device cuda")
     if args.gloo and args.device != "cpu":
-        raise InvalidCallError("--gloo goes with --device cpu: gloo moves host memory")
+        raise Refusal("--gloo goes with --device cpu: gloo moves host memory")
+    if not set(args.kinds).isdisjoint(MESSAGES) and MPI.COMM_WORLD.Get_size() == 1:
+        raise Refusal(f"--kinds of messages, {', '.join(MESSAGES)}, need two ranks")
+    missing = []
+    if args.plot:
+        missing += [asked.lacks("--plot", "matplotlib", install="matplotlib")]
+        missing += [asked.unwritable("--plot", args.plot)]
+    if args.gloo:
+        missing += [asked.lacks("--gloo", "torch", install="torch")]
+    if args.dtype == "bfloat16":
+        missing += [asked.lacks("--dtype bfloat16", "ml_dtypes", install="ml_dtypes")]
+    return next(filter(None, missing), "")
 
 
 def _array_module(pg: ProcessGroup) -> Any:
@@ -576,10 +600,8 @@ def _gloo(pg: ProcessGroup) -> Any:
 
 
 def _bfloat16() -> Any:
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise InvalidCallError("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes") from None
+    import ml_dtypes
+
     return ml_dtypes.bfloat16
 
 
@@ -601,7 +623,8 @@ def _line(row: Row) -> str:
     return (
         f"{in_words(row.nbytes) if row.kind != BARRIER.name else '':>24}{row.min_us:>10.1f}"
         f"{row.median_us:>10.1f}{row.p99_us:>10.1f}{row.algorithm_gbps:>10.2f}"
-        f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}{row.ratio:>10.2f}"
+        f"{row.bus_gbps:>10.2f}{row.mpi4py_median_us:>10.1f}"
+        f"{f'{row.ratio:.2f}{TOO_NOISY * row.too_noisy}':>10}"
         + "".join(f"{time:>10.1f}" for _, time in _beside(row) if time is not None)
     )
 

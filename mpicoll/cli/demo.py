@@ -5,10 +5,11 @@ Start it under MPI:
     mpiexec -n 4 python -m mpicoll demo
 
 First comes a table of every collective: whether its result was NumPy's on every rank, every time,
-and the time it took (the median of some calls, each as long as on its slowest rank).  Then a small
-network learns to read handwritten digits, its gradients averaged through mpicoll; rank 0 does the
-same once more alone, and both must read the test images equally well.  A picture of the loss
-curves goes to out/demo.png.  The exit status is 0 if everything agreed.
+and the time it took when each rank handed in 1 KiB and 1 MiB (the median of some calls, each as
+long as on its slowest rank).  Then a small network learns to read handwritten digits, its gradients
+averaged through mpicoll; rank 0 does the same once more alone, and both must read the test images
+equally well.  A picture of the loss curves goes to out/demo.png.  The exit status is 0 if
+everything agreed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +27,15 @@ from .. import __version__
 from ..arrays.ops import ReduceOp
 from ..errors import MpicollError
 from ..groups.group import ProcessGroup
-from ..groups.new import new_group
 from . import digits as classifier
+from .asked import group, lacks, unwritable
 from .trials import TRIALS, Maker
 
 SIZES = {"1 KiB": (1 << 10, 10), "1 MiB": (1 << 20, 5)}  # bytes that a rank hands in, calls
+LEGEND = """\
+  result  correct: each call gave on every rank what NumPy computes
+  time    of a call in which each rank hands in so many bytes: the median of a few calls, each as
+          long as on its slowest rank"""
 TOLERANCE = 1e-8  # between the ranks' training and one process's; rounding makes far less
 
 
@@ -54,14 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo on this rank; every rank returns the same exit status."""
-    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
-    if missing:
-        print(
-            f"The demo needs {' and '.join(missing)}: pip install 'mpicoll[demo]'", file=sys.stderr
-        )
-        return 2
-
-    with new_group() as pg:
+    missing = lacks("the demo", "sklearn", "matplotlib", install="'mpicoll[demo]'")
+    with group(missing=missing or unwritable("--out", args.out)) as pg:
         say = print_now if pg.rank() == 0 else keep_quiet
         say(f"mpicoll {__version__}: {pg!r}")
         collectives_agree = show_collectives(pg, say)
@@ -83,8 +81,9 @@ def keep_quiet(text: str) -> None:
 
 def show_collectives(pg: ProcessGroup, say: Callable[[str], None]) -> bool:
     """Print the table; return whether every collective agreed with NumPy on every rank."""
-    say("\nEvery collective, checked against NumPy. Columns: what each rank hands in.\n")
-    say(f"  {'collective':<34}{'result':<10}" + "".join(f"{name:>12}" for name in SIZES))
+    say(f"\nEvery collective, checked against NumPy.\n{LEGEND}\n")
+    heads = "".join(f"{f'time, {size}':>14}" for size in SIZES)
+    say(f"  {'collective':<34}{'result':<10}{heads}")
     agreeing = 0
     for name, make in TRIALS.items():
         outcomes = [try_out(pg, make, nbytes // 4, calls) for nbytes, calls in SIZES.values()]
@@ -92,7 +91,7 @@ def show_collectives(pg: ProcessGroup, say: Callable[[str], None]) -> bool:
         agreeing += agrees
         say(
             f"  {name:<34}{'correct' if agrees else 'WRONG':<10}"
-            + "".join(f"{in_words(outcome.seconds):>12}" for outcome in outcomes)
+            + "".join(f"{in_words(outcome.seconds):>14}" for outcome in outcomes)
         )
         for error in {outcome.error for outcome in outcomes if outcome.error is not None}:
             say(f"      {error}")

@@ -26,6 +26,7 @@ from typing import Any
 from .. import __version__
 from ..runtime.library import MPI
 from ..runtime.settings import environment, local_rank
+from .asked import duration
 from .facts import SHM, Facts, Sight, before_mpi, look_at, tokens_left, with_mpi
 from .findings import OK, WARNING, WRONG, Finding, Job, examine, shared_memory
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default="", metavar="DIR", help="should be shared by all ranks")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=duration,
         default=TIMEOUT,
         metavar="SECONDS",
         help="how long to wait for the other ranks (default: %(default)g)",

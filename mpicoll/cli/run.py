@@ -19,9 +19,10 @@ import runpy
 import socket
 import sys
 import time
-import traceback
+from importlib.util import find_spec
 
 from ..engine.exit import ending
+from ..engine.tracebacks import block, describe, write
 from ..runtime.library import MPI
 from ..runtime.settings import (
     default_timeout,
@@ -33,6 +34,7 @@ from ..runtime.settings import (
 )
 from ..runtime.watchdog import end_job, watchdog
 from ..runtime.world import addresses
+from .asked import agree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the program in this process, as `__main__`; return 0 if it comes to its end."""
+    if args.module:
+        sys.path.insert(0, os.getcwd())
+    missing = _missing(args.program, module=args.module)
     if launchers(environment()) and started_by_torchrun() is None:
-        _tell_place()
+        _tell_place(missing)
+    agree([missing])
     sys.argv = [args.program, *args.arguments]
     own = os.getpid()
     try:
         if args.module:
-            sys.path.insert(0, os.getcwd())
             runpy.run_module(args.program, run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, os.path.dirname(os.path.abspath(args.program)))
@@ -62,14 +67,27 @@ def run(args: argparse.Namespace) -> int:
         raise
     except BaseException as error:
         if os.getpid() == own and _ends_alone():
-            traceback.print_exc()
+            write(
+                block(
+                    [MPI.COMM_WORLD.Get_rank()], describe(type(error), error, error.__traceback__)
+                )
+            )
             _end_alone(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
     return 0
 
 
-def _tell_place() -> None:
-    """Set the variables by which programs of torchrun know their place."""
+def _missing(program: str, *, module: bool) -> str:
+    """Return why there is nothing to run on this rank, or ""."""
+    if module:
+        there = find_spec(program.partition(".")[0]) is not None  # a part of it runpy would import
+    else:
+        there = os.path.exists(program)
+    return "" if there else f"there is no {'module' if module else 'file'} {program!r} to run"
+
+
+def _tell_place(missing: str) -> None:
+    """Set the variables by which programs of torchrun know their place; or refuse to run any."""
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
     host, port = "127.0.0.1", 0
@@ -78,7 +96,8 @@ def _tell_place() -> None:
             port = free.getsockname()[1]
         host = (addresses() or [host])[0]
     with watchdog().guard(time.monotonic() + default_timeout(), "the start of `mpicoll run`"):
-        everyone = world.allgather((machine(), host, port))
+        everyone = world.allgather((machine(), host, port, missing))
+    agree([place[3] for place in everyone])
     machines = [place[0] for place in everyone]
     if len(set(machines)) == 1:
         host = "127.0.0.1"

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import clocks, perfetto, recordings
+from .asked import Refusal, is_rank_0
 from .clocks import Offset
 from .demo import in_words
 from .recordings import Recordings, Unreadable, in_ranges
@@ -47,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    if not is_rank_0():  # it needs no MPI, but was started under it
+        return 0
     try:
         found = recordings.read(args.folder)
     except Unreadable as error:
-        print(f"mpicoll trace: {error}", file=sys.stderr)
-        return 2
+        raise Refusal(error) from error
     offsets = clocks.align(found)
     told, late = accounts(found), stragglers(found, offsets)
     trace = args.perfetto or args.folder / "trace.json"
@@ -73,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if not unwritten:
             print(f"\nThe trace is in {trace}: open it in https://ui.perfetto.dev")
     if unwritten:
-        print(f"mpicoll trace: the trace could not be written: {unwritten}", file=sys.stderr)
-        return 2
+        raise Refusal(f"the trace could not be written: {unwritten}")
     return 0
 
 

@@ -9,7 +9,6 @@ allreduce between the nodes' first ranks.
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Generator, Sequence
 from typing import Protocol, TypeAlias
 
@@ -18,6 +17,7 @@ import numpy as np
 from ..errors import CollectiveMismatchError, GroupBrokenError, RemoteRankError
 from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, pending, until
+from ..runtime.process import monotonic
 from .board import NodeBoard
 from .call import UNEVEN, Call
 from .kinds import KINDS
@@ -90,7 +90,7 @@ class Exchange:
         """
         if count == self.count + 1 and self.last != left:
             self.count = count
-            pending.append(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
+            pending().append(self._comm.Iallreduce(MPI.IN_PLACE, self._spec, MPI.MAX))
 
 
 class Gathering:
@@ -119,7 +119,7 @@ class Gathering:
             self.count = count
             nothing, everyone = bytearray(_DETAIL.size), bytearray(self._size * _DETAIL.size)
             self._kept = nothing, everyone
-            pending.append(self._comm.Iallgather([nothing, MPI.BYTE], [everyone, MPI.BYTE]))
+            pending().append(self._comm.Iallgather([nothing, MPI.BYTE], [everyone, MPI.BYTE]))
 
 
 class Arrival:
@@ -140,7 +140,7 @@ class Arrival:
         self._size = comm.Get_size()
         self._rank = comm.Get_rank()
         self._asked: MPI.Comm = comm  # whom a mismatch is gathered from
-        self._since = time.monotonic()  # when this rank arrived last
+        self._since = monotonic()  # when this rank arrived last
 
     def meet(self, call: Call, seq: int) -> Meeting:
         """Wait until every rank has arrived at a call, and compare.
@@ -196,10 +196,10 @@ class Arrival:
 
         If it had arrived, it is this rank's arrival that lets the allreduce end, and MPI forget it.
         """
-        now = time.monotonic()
+        now = monotonic()
         if now - self._since > _PAUSE:
             # MPI may not see at once that a message has come.
-            while time.monotonic() < now + _LOOK:
+            while monotonic() < now + _LOOK:
                 self._peers.poll()
         self._since = now
         for rank, notice in self._peers.left.items():
@@ -343,8 +343,8 @@ class BoardArrival(Arrival):
         for place in self._memory.leavers(seq):
             rank = self._near[place]
             # It has sent its reasons before it left the mark; they need a moment.
-            until = time.monotonic() + _NEWS
-            while rank not in self._peers.left and time.monotonic() < until:
+            until = monotonic() + _NEWS
+            while rank not in self._peers.left and monotonic() < until:
                 self._peers.poll()
             notice = self._peers.left.get(rank)
             text = "left the group" if notice is None else notice.text

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from _thread import start_new_thread
 
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
-from ..runtime.process import process
+from ..runtime.process import monotonic, process, start_thread
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
 from .progress import QUIET, Engine, engine
@@ -43,7 +42,7 @@ class Background:
                 )
             self._engine.alarms[self._wake] = None
             self._thread = True  # nothing strikes before the next call returns
-            start_new_thread(self._work, ())
+            start_thread(self._work)
         self._wake.set()
 
     def _work(self) -> None:
@@ -79,7 +78,7 @@ class Background:
             check_threads()
             watchdog().add(self._look_at_steps)
             self._keeper = True  # nothing strikes before the next call returns
-            start_new_thread(self._keep, ())
+            start_thread(self._keep)
             watchdog().wake()
 
     def _keep(self) -> None:
@@ -108,8 +107,8 @@ class Background:
         self._stop = True
         self._wake.set()
         self._unpark.set()
-        until = time.monotonic() + 1.0
-        while self._thread and time.monotonic() < until:
+        until = monotonic() + 1.0
+        while self._thread and monotonic() < until:
             time.sleep(1e-3)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import time
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from ..errors import CollectiveMismatchError, CollectiveTimeoutError, Unsupporte
 from ..runtime import agreement
 from ..runtime.library import IDLE, MPI, Steps, shrink_tag, until
 from ..runtime.memory import whereabouts
+from ..runtime.process import monotonic
 from ..runtime.processes import Identity, identity
 from ..runtime.settings import survives_deaths
 from ..runtime.topology import Nodes
@@ -223,7 +223,7 @@ def _agree_on_shrinking(
             if comm_is_revoked(peers.comm):  # others have the plan, and go on
                 return sorted({*excluded, *peers.dead})
             raise
-        late = time.monotonic() - deadline
+        late = monotonic() - deadline
         decider = next(r for r in range(peers.size) if r not in {*excluded, *peers.dead})
         if decider == peers.rank:
             plan = _plan_shrinking(peers, excluded, late > 0)
@@ -306,7 +306,7 @@ def _agree_on_part(peers: Peers, ranks: Sequence[int], deadline: float) -> Steps
         peers.join(first, json.dumps(wish))
     while True:
         peers.poll()
-        late = time.monotonic() - deadline
+        late = monotonic() - deadline
         if peers.rank == first:
             others = [rank for rank in ranks if rank != first]
             joined = _joined(peers, "part")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 from ..errors import CollectiveTimeoutError, MpicollError, RemoteRankError
+from ..runtime.process import monotonic
 from .peers import Peers
 from .rollcall import SHOWN, Verdict
 from .tasks import GroupState, Task
 
 LOOK_AHEAD = 0.5  # seconds before a deadline at which peers are asked, at most
+NOT_COMPARED = ": it was not compared (checks='first'), and peers may have called something else"
 
 
 def look_ahead(task: Task) -> float:
@@ -34,15 +35,21 @@ def waits_for(task: Task) -> Task:
 
 def ask(task: Task, asked: set[int]) -> None:
     """Begin to find out, shortly before its deadline, what holds a task up."""
-    state = task.group_state
     head = waits_for(task)
+    if task.call.kind.queued and head.seq and not head.recovers:
+        head.group_state.peers.call_roll(head.seq, task.deadline)
+    else:
+        ask_where(task, asked)
+
+
+def ask_where(task: Task, asked: set[int]) -> None:
+    """Ask peers where they are, but for those that were asked: of a message its other end."""
+    state = task.group_state
     if not task.call.kind.queued:
         peers = {task.call.peer} if task.call.peer >= 0 else set(range(state.peers.size))
         some = sorted(peers - asked)[:SHOWN]
         state.peers.ask(some)
         asked.update(some)
-    elif head.seq and not head.recovers:
-        state.peers.call_roll(head.seq, task.deadline)
     elif state.once is not None:
         state.peers.ask()
 
@@ -53,7 +60,7 @@ def says_the_same(head: Task, verdict: Verdict | None) -> bool:
         verdict is not None
         and verdict.seq == head.seq
         and head.group_state.peers.rank not in verdict.missing
-        and head.deadline - time.monotonic() <= look_ahead(head)
+        and head.deadline - monotonic() <= look_ahead(head)
     )
 
 
@@ -79,10 +86,10 @@ def why_late(task: Task, elapsed: float, states: Iterable[GroupState]) -> Mpicol
         return None
     if peers.rank in verdict.missing:
         return _came_too_late(verdict)
-    return too_late(task, elapsed, verdict, _crossed(head, verdict, states))
+    return too_late(task, elapsed, verdict, crossed(head, verdict, states))
 
 
-def _crossed(head: Task, verdict: Verdict, all_states: Iterable[GroupState]) -> str:
+def crossed(head: Task, verdict: Verdict, all_states: Iterable[GroupState]) -> str:
     """Say whether one that is missing waits in another group, for this rank."""
     state, me = head.group_state, head.group_state.peers.rank
     states = {other.mark: other for other in all_states if other.mark and other is not state}
@@ -99,17 +106,11 @@ def _crossed(head: Task, verdict: Verdict, all_states: Iterable[GroupState]) -> 
     return ""
 
 
-def _was_late(task: Task, elapsed: float) -> str:
-    number = f" (call #{task.seq})" if task.seq else ""
-    name = task.group_state.name
-    return f"{task.call.describe()}{number} of group {name!r} was not done after {elapsed:.3f} s"
-
-
 def _late(
     task: Task, elapsed: float, text: str, missing: Sequence[int] = (), *, breaks_group: bool = True
 ) -> CollectiveTimeoutError:
     return CollectiveTimeoutError(
-        _was_late(task, elapsed) + text,
+        f"{named(task)} was not done after {elapsed:.3f} s{text}",
         op=task.call.kind.name,
         seq=task.seq,
         elapsed=elapsed,
@@ -118,29 +119,38 @@ def _late(
     )
 
 
+def named(task: Task) -> str:
+    """Say which call of which group a task is."""
+    number = f" (call #{task.seq})" if task.seq else ""
+    return f"{task.call.describe()}{number} of group {task.group_state.name!r}"
+
+
 def too_late(
     task: Task, elapsed: float, verdict: Verdict | None = None, crossed: str = ""
 ) -> CollectiveTimeoutError:
+    missing = () if verdict is None else verdict.missing
+    return _late(task, elapsed, who_is_late(task, verdict, crossed), missing)
+
+
+def who_is_late(task: Task, verdict: Verdict | None, crossed: str) -> str:
+    """Go on after `named` with who is missing, and where they are."""
     if verdict is None or not verdict.missing:
-        text = ", although all ranks have arrived: a peer is slow or stuck in moving the data"
-        return _late(task, elapsed, text)
+        return ", although all ranks have arrived: a peer is slow or stuck in moving the data"
     missing = list(verdict.missing)
     text = f": ranks {missing[:SHOWN]}{_more(len(missing))} have not arrived"
     if task.call.met:
         text += ", or can't be reached any more"
-    text += _in_words(task.group_state.peers.describe(verdict)) + crossed
-    return _late(task, elapsed, text, missing)
+    return text + _in_words(task.group_state.peers.describe(verdict)) + crossed
 
 
 def _not_compared(task: Task, elapsed: float) -> CollectiveTimeoutError:
     """Say where the peers are in a call of whose arrival nothing is known."""
-    text = ": it was not compared (checks='first'), and peers may have called something else"
-    return _late(task, elapsed, text + _answered(task.group_state.peers))
+    return _late(task, elapsed, NOT_COMPARED + answered(task.group_state.peers))
 
 
 def late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> CollectiveTimeoutError:
     """Say what became of a message, and what its other end is doing."""
-    call, peers = task.call, task.group_state.peers
+    call = task.call
     if not call.kind.receives:
         text = ": the receiver did not take the message"
     elif cancelled:
@@ -150,11 +160,16 @@ def late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> Colle
             ": its message has begun to come, and its sender goes no further. Such a receive can't "
             "be cancelled, so the group is broken, and the array may still be written"
         )
-    if call.peer < 0:
-        text += _answered(peers)
-    elif call.peer != peers.rank:
-        text += _in_words({call.peer: peers.whereabouts(call.peer)})
+    text += other_end(task)
     return _late(task, elapsed, text, breaks_group=not (call.kind.receives and cancelled))
+
+
+def other_end(task: Task) -> str:
+    """Say what those are doing who could send or take a message, as far as they have answered."""
+    peers, peer = task.group_state.peers, task.call.peer
+    if peer < 0:
+        return answered(peers)
+    return "" if peer == peers.rank else _in_words({peer: peers.whereabouts(peer)})
 
 
 def _came_too_late(verdict: Verdict) -> RemoteRankError:
@@ -164,7 +179,7 @@ def _came_too_late(verdict: Verdict) -> RemoteRankError:
     )
 
 
-def _answered(peers: Peers) -> str:
+def answered(peers: Peers) -> str:
     """Say where those are that have answered."""
     answers = peers.answers()
     more = _more(len(answers))

@@ -3,6 +3,8 @@
 - An uncaught exception, in the main program or in a thread, and an exit code that is not 0 are
   failures: the peers hear of them at once, and raise in the call in which they wait, or in their
   next one.  If it was a thread's, and the main program doesn't hear of it, it is ended after them.
+  The tracebacks come to the terminal whole, and in turn (tracebacks.py), where the program has set
+  no hook for them.
 - A rank that ends well says so in a last arrival on every open group, and waits for the others',
   as MPI_Finalize would.
 - Members of a broken group take leave of one another at their ends.  Those that know of the failure
@@ -23,7 +25,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from _thread import start_new_thread
 from collections.abc import Callable
 from types import ModuleType, TracebackType
@@ -37,16 +38,16 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.library import MPI, nothing_pending
-from ..runtime.process import process
-from ..runtime.settings import default_timeout, grace, survives_deaths
+from ..runtime.process import monotonic, process
+from ..runtime.settings import debugging, default_timeout, grace, survives_deaths, warn_after
 from ..runtime.waiting import Backoff
 from ..runtime.watchdog import end_job
 from .background import background
 from .progress import engine
 from .recorder import leave_trace
 from .tasks import GroupState, struck
+from .tracebacks import HEARD, LONGEST, announce, cause, describe, show, tail
 
-HEARD = 0.005  # seconds in which a notice that was sent long ago is surely seen
 UNFINISHED = 2.0  # seconds at the end for calls that were given up, and for groups half made
 _MAINS = ("<module>", "_run_module_as_main")  # the outermost function of a program
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ended, as shells give it
@@ -62,7 +63,9 @@ class _Ending:
         self.failure = ""  # why it ends, in words for the peers
         self.in_thread = False  # the failure: by itself it gives the process no bad exit code
         self.code = 0
+        self.rank, self.size = 0, 1  # in the world
         self._leaving = False
+        self._showing = 0  # tracebacks that are being written
 
     # ---- hooks ----
 
@@ -70,8 +73,10 @@ class _Ending:
         """Have the ends of this process noticed, from now on."""
         if self.hooked:
             return
-        grace()  # a wrong MPICOLL_GRACE is refused now, not at the end
+        for read in (grace, warn_after, debugging):
+            read()  # what is wrong there is refused now, not at the end
         self.hooked = True
+        self.rank, self.size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
         leave = sys.exit
 
         def exit_with(status: object = None, /) -> None:
@@ -80,7 +85,9 @@ class _Ending:
             raise _Exit() if status is None else _Exit(status)
 
         sys.exit = exit_with  # type: ignore[assignment]
-        _after_each_thread(self._thread_raised)
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = self._main_raised
+        _at_each_thread(self._thread_raised)
         # Before threads are joined, which may wait for the peers.  (At the very end there is none.)
         with contextlib.suppress(AttributeError, RuntimeError):
             vars(threading)["_register_atexit"](self._look_for_an_exception)
@@ -95,25 +102,67 @@ class _Ending:
         """
         error = getattr(sys, "last_value", None)
         trace = getattr(sys, "last_traceback", None)
-        if not isinstance(error, BaseException) or trace is None:
-            return
-        if hasattr(sys, "ps1") or sys.flags.inspect:  # at a prompt, the program goes on
-            return
-        outermost = trace.tb_frame
-        if outermost.f_back is None and outermost.f_code.co_name in _MAINS:
-            self.code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, BaseException) and self._ends_the_program(error, trace):
             self.raised(type(error), error, trace)
 
-    def _thread_raised(self, args: threading.ExceptHookArgs) -> None:
-        """Tell the peers of an exception that ended a thread."""
-        ended = issubclass(args.exc_type, SystemExit)  # as a thread may
-        if args.exc_value is None or ended or self.forked or not self._has_peers():
-            return
-        self.in_thread, self.code = True, self.code or 1
+    def _ends_the_program(self, error: BaseException, trace: TracebackType | None) -> bool:
+        if trace is None or hasattr(sys, "ps1") or sys.flags.inspect:  # prompts go on
+            return False
+        outermost = trace.tb_frame
+        if outermost.f_back is not None or outermost.f_code.co_name not in _MAINS:
+            return False
+        self.code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        return True
+
+    def _main_raised(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Write what ended the main program: this is its `sys.excepthook`."""
+        if self.forked or self.size == 1 or not self._ends_the_program(error, trace):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            self._leaving = True
+            self._report(kind, error, trace)
+
+    def _thread_raised(
+        self,
+        args: threading.ExceptHookArgs,
+        hook: Callable[[threading.ExceptHookArgs], object],
+    ) -> None:
+        """Write what ended a thread, or let the program's hook do so, and tell the peers."""
+        kind, error, trace = args.exc_type, args.exc_value, args.exc_traceback
+        plain = error is None or self.forked or issubclass(kind, SystemExit)  # as a thread may end
+        fails = not plain and self._has_peers()
         name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
-        self.raised(args.exc_type, args.exc_value, args.exc_traceback, f" in {name}")
-        if not sys.is_finalizing():  # when no thread can be started
-            start_new_thread(self._outlive, ())
+        if fails:
+            self.in_thread, self.code = True, self.code or 1
+        try:
+            if error is None or plain or self.size == 1 or hook is not threading.__excepthook__:
+                hook(args)
+            else:
+                self._report(kind, error, trace, f" in {name}")
+        finally:
+            if fails and error is not None:
+                self.raised(kind, error, trace, f" in {name}")
+                if not sys.is_finalizing():  # when no thread can be started
+                    start_new_thread(self._outlive, ())
+
+    def _report(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+        where: str = "",
+    ) -> None:
+        """Tell the peers of an exception that nobody caught, and write it in turn with theirs."""
+        text, follows = describe(kind, error, trace), self._peer_failed(error)
+        self._showing += 1
+        try:
+            turn = announce(text, where, follows=follows, rank=self.rank, size=self.size)
+            self.raised(kind, error, trace, where)
+            show(turn, error)
+        finally:
+            self._showing -= 1
 
     def _note_fork(self) -> None:
         self.forked = True
@@ -133,8 +182,8 @@ class _Ending:
         if self._peer_failed(error):
             self.fail(f"ends, because of {type(error).__name__}: {error}")
         else:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            self.fail(f"raised{where}:\n{text[-2500:]}")
+            text = tail(describe(kind, error, trace))
+            self.fail(f"raised{where and f'{where},'} {cause(kind, error)}\n{text}")
 
     @staticmethod
     def _peer_failed(error: BaseException | None) -> bool:
@@ -178,7 +227,7 @@ class _Ending:
         try:
             self._leave()
         except BaseException as error:
-            if interrupts(error):  # MPI_Finalize would hang where we have stopped
+            if interrupts(error) and not process().is_thread:  # MPI_Finalize would hang
                 end_job(self.code or _INTERRUPTED, f"{type(error).__name__} interrupted its end")
             raise
 
@@ -189,9 +238,12 @@ class _Ending:
         leave_trace()
         if MPI.Is_finalized():
             return
-        self._look_for_an_exception()
+        if self.hooked:
+            self._look_for_an_exception()
         self._leaving = True
-        start = time.monotonic()
+        start = monotonic()
+        while self._showing and monotonic() < start + LONGEST:  # in a thread
+            time.sleep(1e-3)
         background().stop()
         if self.code and not self.failure:
             self.fail(f"left the program with exit code {self.code}")
@@ -230,15 +282,15 @@ class _Ending:
             state for state in engine().broken if not (survives_deaths() and state.peers.dead)
         ]
         if not states:
-            last = time.monotonic() + UNFINISHED
-            while not (over := nothing_pending()) and time.monotonic() < last:
+            last = monotonic() + UNFINISHED
+            while not (over := nothing_pending()) and monotonic() < last:
                 time.sleep(1e-3)
             return over or survives_deaths()
         _flush()
         for state in states:
             _go(state, settled=False)
         settled: list[GroupState] = []
-        start = since = start or time.monotonic()
+        start = since = start or monotonic()
         for_unaware, for_aware = start + grace(), start + default_timeout()
         seen: object = None
         while not until():
@@ -250,7 +302,7 @@ class _Ending:
                     _go(state, settled=True)
             if len(settled) == len(states) and _all_settled(states):
                 return True
-            now = time.monotonic()
+            now = monotonic()
             if seen != (seen := (known, unknown, sum(len(x.peers.settled) for x in states))):
                 since = now  # those who were the last to come have their time, too
             stuck = any(x.peers.is_stuck() for x in states)
@@ -276,8 +328,8 @@ def _arrive_everywhere(seconds: float) -> None:
     states = [x for x in states if x.peers.size > 1 or x.beside]
     # Where somebody has left already, an arrival would never be complete.  MPI may not see at
     # once that a notice has come.
-    heard = time.monotonic() + HEARD
-    while (engine().run_pollers() or states) and time.monotonic() < heard:
+    heard = monotonic() + HEARD
+    while (engine().run_pollers() or states) and monotonic() < heard:
         for state in states:
             with contextlib.suppress(MPI.Exception):
                 state.peers.poll()
@@ -287,9 +339,9 @@ def _arrive_everywhere(seconds: float) -> None:
             break
         else:
             state.channel.arrive_finally()
-    backoff, until, last = Backoff(), time.monotonic() + seconds, math.inf
+    backoff, until, last = Backoff(), monotonic() + seconds, math.inf
     while engine().busy:
-        now = time.monotonic()
+        now = monotonic()
         if any(state.channel.is_open for state in engine().active()):
             last = now + seconds
         given_up = (
@@ -346,19 +398,18 @@ def _all_settled(states: list[GroupState]) -> bool:
     )
 
 
-def _after_each_thread(act: Callable[[threading.ExceptHookArgs], None]) -> None:
-    """Have a call made for each exception that ends a thread, after `threading.excepthook`.
+def _at_each_thread(
+    act: Callable[[threading.ExceptHookArgs, Callable[[threading.ExceptHookArgs], object]], object],
+) -> None:
+    """Have a call made for each exception that ends a thread, with `threading.excepthook`.
 
-    Whoever sets that later, as pytest does, sets what is called before: the module itself finds
-    ours under this name.
+    Whoever sets that later, as pytest does, sets what is handed over: the module itself finds ours
+    under this name.
     """
     current = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs, /) -> None:
-        try:
-            current(args)
-        finally:
-            act(args)
+        act(args, current)
 
     def get(module: ModuleType) -> Callable[[threading.ExceptHookArgs], object]:
         return current

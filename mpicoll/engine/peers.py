@@ -12,6 +12,8 @@ group's communicator, under a tag of our own:
     HEARD  "I know that it is broken"     by a rank that only follows another's failure
     GONE   "I am leaving the process"     by every member of a broken group, at its end; again
                                           when MPI has nothing pending there
+    RAISED "this traceback is mine"       before it is written for the user, and
+    WRITTEN "it is, for these"            after that (tracebacks.py)
     JOIN   "I am in shrink_group"         to the rank that decides there, and
     PLAN   "these will be members"        its answer (communicators.py)
 
@@ -25,19 +27,19 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from ..runtime import processes
 from ..runtime.library import MPI, Taken, notice_tag, pending, take
+from ..runtime.process import monotonic
 from ..runtime.processes import Identity, watch
 from ..runtime.settings import survives_deaths
 from ..runtime.world import lost
 from .board import NO_BOARD, Board
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
-QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT = range(10)
+QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT, RAISED, WRITTEN = range(12)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
@@ -87,6 +89,7 @@ class Peers:
         settled: those of them with whom MPI has nothing pending.
         begun: how many meetings of records over MPI, and gatherings of who called what, those at
             their ends have begun.
+        raised, shown: what is said of the tracebacks that each is to write, and any has written.
         joined: what was said by those who are in `shrink_group` or `subgroup`.
         plan: what was decided there.
         silence: what is said of those who don't answer.
@@ -104,6 +107,8 @@ class Peers:
         self.gone: set[int] = set()
         self.settled: set[int] = set()
         self.begun: dict[int, tuple[int, int]] = {}
+        self.raised: dict[int, str] = {}
+        self.shown: dict[str, None] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
         self.board = board
@@ -210,6 +215,15 @@ class Peers:
         """
         self._tell_all(GONE, met << _BITS | told, waiting=not settled)
 
+    def announce(self, text: str) -> None:
+        """Tell every peer of a traceback that this rank is to write."""
+        self._tell_all(RAISED, text=text)
+
+    def show(self, text: str) -> None:
+        """Note, and tell every peer, for whom this rank has written which one."""
+        self.shown[text] = None
+        self._tell_all(WRITTEN, text=text)
+
     def join(self, rank: int, text: str) -> None:
         """Tell the rank that decides what this one wants where a part is made; "": no more."""
         self._tell(rank, JOIN, text=text)
@@ -220,7 +234,7 @@ class Peers:
 
     def poll(self) -> None:
         """Read what the peers have said; answer their questions."""
-        if self.size == 1 or self._is_freed():
+        if self.size == 1 or self.is_freed():
             return
         self.look()
         try:
@@ -255,7 +269,7 @@ class Peers:
             self._answers[source] = said
             if seq in self._rolls:
                 told = Said(said, tuple((mark, number) for mark, number in json.loads(calls)))
-                self._rolls[seq].hear(source, waiting, from_ranges(arrived), told, time.monotonic())
+                self._rolls[seq].hear(source, waiting, from_ranges(arrived), told, monotonic())
         elif what == ROLL:
             self._is_called(source, seq, text)
         elif what == ABSENT:
@@ -265,6 +279,10 @@ class Peers:
             self.joined[source] = text
         elif what == PLAN:
             self.plan = text
+        elif what == RAISED:
+            self.raised[source] = text
+        elif what == WRITTEN:
+            self.shown[text] = None
         else:
             self.aware.add(source)
             if what == LEFT:
@@ -283,10 +301,11 @@ class Peers:
 
     def _answer(self, rank: int, seq: int) -> None:
         """Tell a peer where this rank is, and who is known to have arrived in call `seq`."""
-        state = self._state(seq)
+        state = self._state(abs(seq))
         arrived = ""
         if state.arrived:
-            arrived = to_ranges([r for r in self.board.ranks if self.board.has_arrived(r, seq)])
+            here = [r for r in self.board.ranks if self.board.has_arrived(r, abs(seq))]
+            arrived = to_ranges(here)
         arrived = arrived if len(arrived) <= _RANKS else ""
         calls = json.dumps(state.said.calls)
         text = f"{arrived}\0{calls}\0{_cut(state.said.text, _TEXT - len(arrived) - len(calls))}"
@@ -294,10 +313,10 @@ class Peers:
 
     def drop_messages(self) -> None:
         """Receive what was sent to this rank, and that nobody will receive: its sender may end."""
-        while not self._is_freed() and (found := self.unwanted()):
-            pending.append(found.request)
+        while not self.is_freed() and (found := self.unwanted()):
+            pending().append(found.request)
 
-    def _is_freed(self) -> bool:
+    def is_freed(self) -> bool:
         """Return whether the communicator was given back; a failure may have struck after that."""
         return bool(self.comm == MPI.COMM_NULL)
 
@@ -333,16 +352,19 @@ class Peers:
     # ---- who is missing ----
 
     def call_roll(self, seq: int, deadline: float) -> RollCall:
-        """Begin to find out who will be missing in call `seq` at its deadline."""
+        """Begin to find out who will be missing in call `seq` at its deadline.
+
+        For a warning the roll is called under the number -seq: nothing is decided by that.
+        """
         roll = self._rolls.get(seq)
         if roll is None:
             roll = self._rolls[seq] = RollCall(
                 seq,
                 self.rank,
                 self.size,
-                time.monotonic(),
+                monotonic(),
                 near=self.board.ranks,
-                sees=lambda rank: self.board.has_arrived(rank, seq),
+                sees=lambda rank: self.board.has_arrived(rank, abs(seq)),
                 lost=self._is_lost,
             )
             for rank in self.left:
@@ -353,7 +375,7 @@ class Peers:
     def find_missing(self, seq: int, deadline: float) -> Verdict | None:
         """Return who is missing in call `seq`, or None while that is being found out."""
         roll = self.call_roll(seq, deadline)
-        now = time.monotonic()
+        now = monotonic()
         if roll.verdict is None and now >= deadline + LOST:
             roll.give_up_waiting(now)
         with contextlib.suppress(MPI.Exception):
@@ -366,6 +388,22 @@ class Peers:
         self._decided = roll.verdict
         return roll.verdict
 
+    def find_late(self, seq: int, until: float, *, anew: bool) -> Verdict | None:
+        """Return who has not arrived in call `seq`, as `find_missing`, but where nobody gives up.
+
+        That takes a roll call of its own, begun `anew` or gone on with.
+        """
+        if anew and -seq in self._rolls and self._rolls[-seq].verdict is not None:
+            del self._rolls[-seq]  # a peer has asked for it
+        roll = self.call_roll(-seq, until)
+        now = monotonic()
+        if roll.verdict is None and now >= until + LOST:
+            roll.give_up_waiting(now)
+        self._go_on(roll)
+        if roll.verdict is not None:  # the next time another is called
+            self._rolls.pop(-seq, None)
+        return roll.verdict
+
     def describe(self, verdict: Verdict) -> dict[int, str]:
         """Say what is known of those who are missing, but for all that are beyond `SHOWN`."""
         found = {}
@@ -374,7 +412,8 @@ class Peers:
                 found[rank] = self.dead[rank]
             elif verdict.said is not None:
                 said = verdict.said.get(rank)
-                known = f"last heard of in call #{verdict.seq - 1}" if verdict.seq > 1 else ""
+                before = abs(verdict.seq) - 1
+                known = f"last heard of in call #{before}" if before else ""
                 found[rank] = said.text if said is not None else self._silent(rank, last=known)
         return found
 
@@ -382,8 +421,8 @@ class Peers:
         """Answer a peer that wants this rank to decide who is missing."""
         remaining, _, arrived = text.partition("\0")
         in_time = float(remaining)
-        if self._state(seq).arrived:
-            now = time.monotonic()
+        if self._state(abs(seq)).arrived:
+            now = monotonic()
             self.call_roll(seq, now + in_time).is_called(rank, from_ranges(arrived), in_time, now)
         self._answer(rank, seq)
 
@@ -397,12 +436,12 @@ class Peers:
 
     def _go_on(self, roll: RollCall) -> None:
         """Take a turn in a roll call: look, call, ask, and pass on what was decided."""
-        now = time.monotonic()
-        state = self._state(roll.seq)
+        now = monotonic()
+        state = self._state(abs(roll.seq))
         if not (state.waiting or roll.followers):
             self._rolls.pop(roll.seq, None)
             return
-        for rank in self.board.ranks if roll.verdict is None else ():
+        for rank in self.board.ranks if roll.verdict is None and roll.seq > 0 else ():
             if rank != self.rank and (text := self.board.notice(rank, roll.seq)):
                 roll.adopt(Verdict.decode(text))
         if roll.verdict is None:
@@ -421,7 +460,8 @@ class Peers:
         """Tell those who wait for the verdict; on the node it is there to be seen."""
         assert roll.verdict is not None
         text = roll.verdict.encode()
-        if self._posted is not roll.verdict and self.board.post_notice(roll.seq, text.encode()):
+        final = roll.seq > 0 and self._posted is not roll.verdict
+        if final and self.board.post_notice(roll.seq, text.encode()):
             self._posted = roll.verdict
         for rank in roll.followers:
             if self._posted is not roll.verdict or rank not in self.board.ranks:
@@ -454,7 +494,7 @@ class Peers:
         return not self.all_sent() and any(rank in self.aware for rank, _, _ in self._kept)
 
     def _tell_all(self, what: int, seq: int = 0, text: str = "", waiting: bool = False) -> None:
-        for rank in () if self._is_freed() else range(self.size):
+        for rank in () if self.is_freed() else range(self.size):
             if rank != self.rank and rank not in self.dead:
                 self._tell(rank, what, seq, text, waiting)
 
@@ -491,7 +531,7 @@ class Every:
         self.next = 0.0
 
     def due(self, now: float | None = None) -> bool:
-        now = time.monotonic() if now is None else now
+        now = monotonic() if now is None else now
         if now < self.next:
             return False
         self.next = now + self._interval

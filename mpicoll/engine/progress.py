@@ -41,7 +41,6 @@ import itertools
 import math
 import sys
 import threading
-import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
@@ -56,10 +55,11 @@ from ..errors import (
     interrupts,
 )
 from ..runtime.library import IDLE, MPI, PROGRESSED, Steps
-from ..runtime.process import process
+from ..runtime.process import monotonic, process
 from ..runtime.processes import watch
 from ..runtime.waiting import Backoff, Signal
 from ..runtime.watchdog import watchdog
+from . import patience
 from .claims import Claims, apart
 from .deadlines import ask, due, late_message, says_the_same, why_late
 from .peers import Every
@@ -396,7 +396,7 @@ class Engine(UnderWay):
             and task is not None
             and free is not None
             and task is not self._freed
-            and time.monotonic() >= task.deadline
+            and monotonic() >= task.deadline
         ):
             self._freed = task
             free()
@@ -474,7 +474,7 @@ class Engine(UnderWay):
             self._admit(task)
 
     def _pass(self, wanted: Task | None = None) -> int:
-        now, found = time.monotonic(), IDLE
+        now, found = monotonic(), IDLE
         if now - self._looked > QUIET:  # before a deadline counts, there must be a while of looking
             self._looking = now
         self._looked = now
@@ -496,7 +496,7 @@ class Engine(UnderWay):
             found = max(found, moved)
         if found == PROGRESSED and now < self._poll.next:
             return found  # what is busy must not keep the others' deadlines from being looked at
-        now = time.monotonic()
+        now = monotonic()
         if self._hear(now):
             found = PROGRESSED
         self._look_at_clock(now)
@@ -617,6 +617,8 @@ class Engine(UnderWay):
 
     def _look_at_clock(self, now: float) -> None:
         for state in list(self._active):
+            if now >= state.warn_at:
+                state.warn_at = patience.look(state, now, self._group_states)
             if now < state.due:
                 continue
             quiet = now - max(self._looking, state.moved) >= QUIET
@@ -649,7 +651,7 @@ class Engine(UnderWay):
             self._end(task, error)
 
     def _shorten(self, task: Task, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         if deadline < task.deadline:
             task.deadline = deadline
             task.timeout = timeout

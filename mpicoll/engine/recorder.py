@@ -17,18 +17,16 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 from sys import _getframe
-from time import monotonic
 from types import CodeType
 from typing import Any
 
 from ..errors import interrupts
-from ..runtime.process import process
+from ..runtime.process import monotonic, process
 from ..runtime.settings import trace_folder
 from .call import Call
 
@@ -288,6 +286,8 @@ def _put(folder: str, recorders: Sequence[Recorder]) -> None:
         "groups": [recorder.report(epoch) for recorder in recorders],
     }
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    import tempfile
+
     handle, part = tempfile.mkstemp(prefix=f".rank-{world_rank}-", dir=folder)
     try:
         with open(handle, "w") as file:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import operator
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import CallInterruptedError, MpicollError
 from ..runtime.library import MPI, Steps
+from ..runtime.process import monotonic
 from .board import NO_BOARD, Board
 from .peers import Peers, State
 from .recorder import Recorder, end, number, place
@@ -77,6 +77,8 @@ class Task:
         "seq",
         "steps",
         "timeout",
+        "warn_at",
+        "warning",
     )
 
     steps: Steps  # given at the launch
@@ -88,7 +90,7 @@ class Task:
         self.call = call
         self.seq = seq
         self.timeout = timeout
-        self.called = time.monotonic()
+        self.called = monotonic()
         self.deadline = self.called + timeout
         self.queued = call.kind.queued  # or it goes on beside its group's queue
         self.done = False
@@ -96,6 +98,8 @@ class Task:
         self.fetched = False  # the user has heard of the error
         self.failure: Failure | None = None
         self.asked = False
+        self.warn_at = 0.0  # when to say for whom it waits; 0: not known yet
+        self.warning = False  # that is being found out
         self.released = False  # its memory may be used otherwise
         self.left = False  # an exception ended the user's wait for it
         self.outside: Blocking[Any] | None = None  # what is to be done without the lock
@@ -249,6 +253,7 @@ class GroupState:
         self.beside: OrderedDict[Task, None] = OrderedDict()
         self.due = math.inf  # when a deadline is to be looked at
         self.moved = 0.0  # when a pass last moved something
+        self.warn_at = 0.0  # when to look whether something has waited for long
         self.broken: BaseException | None = None
         self.closed = ""
         self.said = False  # the peers have been told that it is broken

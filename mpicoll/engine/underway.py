@@ -7,7 +7,6 @@ may strike in the middle (progress.py).
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from ..errors import (
     translate,
 )
 from ..runtime.library import MPI, Abandoned
+from ..runtime.process import monotonic
 from ..runtime.processes import watch
 from .claims import Claims
 from .deadlines import LOOK_AHEAD, due, too_late
@@ -159,8 +159,8 @@ class UnderWay:
             return self._stuck(task)
         ours = translate(error, task.call.kind.name)
         if isinstance(ours, TransportError) and not task.recovers:
-            peers, until = task.group_state.peers, time.monotonic() + NEWS
-            while not peers.dead and time.monotonic() < until:
+            peers, until = task.group_state.peers, monotonic() + NEWS
+            while not peers.dead and monotonic() < until:
                 watch().look()
                 with contextlib.suppress(MPI.Exception):
                     peers.poll()
@@ -171,7 +171,7 @@ class UnderWay:
         return ours
 
     def _stuck(self, task: Task) -> MpicollError:
-        return too_late(task, time.monotonic() - task.called)
+        return too_late(task, monotonic() - task.called)
 
     def _end(self, task: Task, error: MpicollError | None) -> None:
         state = task.group_state
@@ -216,7 +216,7 @@ class UnderWay:
     def _abandon(self, task: Task) -> None:
         """Leave a task's steps where they are, and keep what they hold.
 
-        What they wait for goes to `library.pending`.  The frames through which the exception went
+        What they wait for goes to `library.pending()`.  The frames through which the exception went
         hold the arrays that MPI may still use.
         """
         steps = getattr(task, "steps", None)  # none, if it was done at once

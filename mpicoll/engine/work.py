@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from .tasks import Task
 
 if TYPE_CHECKING:
     from ..transports.shm._native import Posted
+    from .future import Future
 
 _settling = threading.RLock()  # so that one thread marks a future as running
 
@@ -194,6 +193,10 @@ class Work(Task, Unique):
             future = pg.allreduce(np.ones(3)).get_future()
             (total,) = future.result(timeout=30)
         """
+        from concurrent.futures import InvalidStateError
+
+        from .future import Future
+
         future = Future()
 
         def settle() -> None:  # once more, if an exception struck here; or by two threads at once
@@ -203,7 +206,7 @@ class Work(Task, Unique):
                 if not (future.running() or future.set_running_or_notify_cancel()):
                     return  # whoever asked for it has cancelled it; the call is what it is
             error = self.exception()
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # the other was faster
+            with contextlib.suppress(InvalidStateError):  # the other was faster
                 if error is not None:
                     future.set_exception(error)
                 else:
@@ -215,6 +218,8 @@ class Work(Task, Unique):
         return future
 
     def __await__(self) -> Generator[Any, None, bool]:
+        import asyncio  # who awaits has it
+
         yield from asyncio.wrap_future(self.get_future()).__await__()
         return True
 
@@ -313,6 +318,7 @@ class MessageWork(Work):
         self.timeout, self.called = posted.timeout, posted.called
         self.deadline = self.called + self.timeout
         self.queued = self.fetched = self.asked = self.released = self.left = False
+        self.warn_at, self.warning = 0.0, False
         self.error = self.failure = self.outside = None
         self.callbacks = []
         self._entry = posted.entry
@@ -370,33 +376,6 @@ def _warn(file: str, line: int, call: str) -> None:
 
 
 _warned: dict[str, dict[Any, Any]] = {}  # by file, so that each line is warned of once
-
-
-class Future(concurrent.futures.Future[Any]):
-    """A `concurrent.futures.Future` that also answers to torch.futures' names."""
-
-    def wait(self) -> Any:
-        """Block until done, and return the value."""
-        return self.result()
-
-    def value(self) -> Any:
-        """Return the value of a future that is done."""
-        return self.result(0)
-
-    def then(self, callback: Callable[[Future], Any]) -> Future:
-        """Return a future of what `callback` makes of this one, once it is done."""
-        after = Future()
-
-        def run(_: object) -> None:
-            if not after.set_running_or_notify_cancel():
-                return
-            try:
-                after.set_result(callback(self))
-            except BaseException as error:
-                after.set_exception(error)
-
-        self.add_done_callback(run)
-        return after
 
 
 def wait_all(works: Iterable[Work], timeout: float | timedelta | None = None) -> bool:

@@ -125,13 +125,13 @@ class ProcessGroup(Unique):
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take where it doesn't say otherwise; `timedelta.max`: for ever."""
+        """How long a call may take where it doesn't say otherwise; `timedelta.max` is for ever."""
         limit = self._caller.timeout
         return timedelta.max if limit >= NEVER else timedelta(seconds=limit)
 
     @property
     def device(self) -> str:
-        """The device whose memory the group moves, besides the host's: "cpu" means none."""
+        """The device whose memory the group moves besides the host's; "cpu" means none."""
         return self._caller.options.device
 
     @property

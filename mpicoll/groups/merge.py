@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Generator, Sequence
 
 import numpy as np
@@ -35,6 +34,7 @@ from ..errors import (
 )
 from ..runtime.agreement import Decides, before, decision, too_late
 from ..runtime.library import MPI, POLL, Steps, greeting_tag, merge_tag, pause, pending
+from ..runtime.process import monotonic
 from ..runtime.processes import NOBODY, Identity, watch
 from ..stores import Store
 from . import rendezvous
@@ -139,7 +139,7 @@ def _take_in(
     what = f"the merge with group {peer['name']!r}"
 
     def connect() -> MPI.Intercomm:
-        seconds = min(CONNECTING, max(1, math.ceil(deadline - time.monotonic())))
+        seconds = min(CONNECTING, max(1, math.ceil(deadline - monotonic())))
         info = MPI.Info.Create({"timeout": str(seconds)})  # Open MPI knows no such thing
         try:
             return (merged.Connect if joins else merged.Accept)(port, info, 0)
@@ -243,7 +243,7 @@ class _Talk:
             failed = self._said("failed")
             if failed is not None:
                 raise CollectiveTimeoutError(failed)
-            if time.monotonic() > self._deadline:
+            if monotonic() > self._deadline:
                 raise CollectiveTimeoutError(
                     f"group {peer['name']!r} was there, but has not gone on in time: "
                     "its rank 0 is stopped or dead"
@@ -278,5 +278,5 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
         try:
             yield from before(request, deadline, POLL, op)
         except BaseException:
-            pending.extend(requests[place + 1 :])
+            pending().extend(requests[place + 1 :])
             raise

@@ -18,6 +18,7 @@ from ..engine.work import Work
 from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
 from ..runtime import launcher
 from ..runtime.library import MPI, Steps, start
+from ..runtime.process import process
 from ..runtime.settings import (
     default_timeout,
     environment,
@@ -36,7 +37,25 @@ from .caller import Caller, wait_through
 from .group import ProcessGroup
 from .reclaim import Children
 
-_creation_key = 0  # of the attribute that holds a communicator's creation state; 0: none yet
+
+class Default:
+    """What `new_group` works on where it is given no communicator.
+
+    Attributes:
+        comm: None: MPI.COMM_WORLD.
+    """
+
+    comm: MPI.Intracomm | None = None
+
+    def enlist(self) -> None:
+        """Have the engine listen there, as if a group were being made; to be told of a failure."""
+        if self.comm is not None:
+            _creation_state(self.comm)
+
+
+def default() -> Default:
+    """Return this rank's."""
+    return process().the(Default)
 
 
 def new_group(
@@ -99,7 +118,7 @@ def new_group(
     """
     start(timeout)
     check_process()
-    parent = MPI.COMM_WORLD if comm is None else comm
+    parent = (default().comm or MPI.COMM_WORLD) if comm is None else comm
     if not isinstance(parent, MPI.Intracomm) or parent == MPI.COMM_NULL:
         raise InvalidCallError(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
@@ -160,13 +179,9 @@ def new_group(
 
 def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:
     """Return the state in which groups over `parent` are made, its recorder, and those groups."""
-    global _creation_key
-    if not _creation_key:
-        ending().hook()
-        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
-        _creation_key = MPI.Comm.Create_keyval()
+    key = process().the(_first_of_rank)
     # It is an attribute, since that goes with the communicator: a handle may come to mean another.
-    made: Any = parent.Get_attr(_creation_key)
+    made: Any = parent.Get_attr(key)
     if made is not None and made[0].broken is not None and parent.Get_size() == 1:
         made = None  # there is no other rank, with which the order could be lost
     if made is None:
@@ -180,17 +195,27 @@ def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Childr
             "gave no answer: it is in another group's call, busy outside mpicoll, stopped or dead"
         )
         made = state, recorder, Children()
-        parent.Set_attr(_creation_key, made)
+        parent.Set_attr(key, made)
     state, recorder, children = made
     engine().enlist(state)
     recorder.open()
     return state, recorder, children
 
 
+def _first_of_rank() -> int:
+    """Prepare a rank for its first group; return the key of communicators' creation states."""
+    if process().is_thread:
+        share_machine(MPI.COMM_WORLD.Get_size())
+    else:
+        ending().hook()
+        share_machine(ranks_on_node() or MPI.COMM_WORLD.Get_size())
+    return MPI.Comm.Create_keyval()
+
+
 def _refuse_singleton() -> None:
     """Refuse to work alone where the launcher has started several ranks."""
     world = MPI.COMM_WORLD.Get_size()
-    if world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
+    if process().is_thread or world > 1 or MPI.Comm.Get_parent() != MPI.COMM_NULL or single():
         return  # a program that spawns ranks gets as many as it asked for
     vendor, _ = MPI.get_vendor()
     found = launchers(environment())

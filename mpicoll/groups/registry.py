@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 from datetime import timedelta
 from typing import Any, Protocol
@@ -75,7 +75,7 @@ def make(
     """
     name = MPI.Get_processor_name()
     host = name if len(set(base.allgather_object(name))) > 1 else "localhost"
-    secret = secrets.token_hex(16)
+    secret = os.urandom(16).hex()
     store = TCPStore(host, 0, is_master=True, secret=secret) if base.rank() == 0 else None
     address = (store.host, store.port, secret) if store is not None else None
     host, port, secret = base.broadcast_object(address, 0)

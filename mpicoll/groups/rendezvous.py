@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..engine.communicators import FOREIGN, Plan, host_mark, world_ranks
 from ..errors import MpicollError, interrupts
 from ..runtime import agreement, launcher
 from ..runtime.library import MPI, Steps, pause, until
+from ..runtime.process import monotonic
 from ..runtime.processes import identity
 from ..runtime.settings import daemon, environment
 from ..stores import Store
@@ -188,7 +188,7 @@ def meet(store: Store, mine: Entry, deadline: float) -> Generator[int, None, Pla
     try:
         meeting = _Meeting(store, mine)
         while (plan := meeting.look()) is None:
-            if time.monotonic() > deadline:
+            if monotonic() > deadline:
                 size = mine["size"]
                 return {"late": f"not all of {size} ranks were there in time, {meeting.came()}"}
             yield from pause(BEAT)

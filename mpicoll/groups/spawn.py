@@ -12,8 +12,6 @@ merge, which blocks, rank 0 of each side sends messages over MPI's intercommunic
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +24,7 @@ from ..errors import InvalidCallError, UnsupportedError
 from ..runtime import launcher
 from ..runtime.agreement import Decides, decision
 from ..runtime.library import MPI, greeting_tag, pause, pending
+from ..runtime.process import monotonic
 from ..runtime.settings import environment, launchers
 from ..transports.select import GroupOptions
 from .caller import SLACK, Caller
@@ -57,6 +56,9 @@ def spawn(parents: Caller, argv: Sequence[str], n: object, timeout: object) -> C
         why = launcher.spawnless(vendor, launchers(environment()), spawned=spawned)
         if why:
             raise UnsupportedError(f"spawn: {why}")
+
+        import shutil  # which few programs need
+
         if rank == 0 and shutil.which(words[0]) is None:  # MPICH would wait for it for ever
             raise InvalidCallError(f"argv must begin with a program, but got {words[0]!r}")
         text = "\0".join(words).encode("utf-8", "surrogateescape")
@@ -110,7 +112,7 @@ def _start(
         )
     except MPI.Exception as error:
         raise UnsupportedError(f"spawn: {_why(comm, n, error)}") from error
-    deadline = max(deadline, time.monotonic() + STARTED)
+    deadline = max(deadline, monotonic() + STARTED)
     meet = partial(_meet_children, inter, hello, deadline)
     yield from decision(comm, meet, deadline, "spawn")
     return (yield from _merge(inter, deadline, joins=False))
@@ -192,13 +194,13 @@ def _say(inter: MPI.Intercomm, word: str, more: Hello | None = None) -> None:
     """Send a message to the other side's rank 0, without waiting for it."""
     message = json.dumps(more if more is not None else word).encode()
     _kept.append(message)
-    pending.append(inter.Isend([message, MPI.BYTE], 0, greeting_tag()))
+    pending().append(inter.Isend([message, MPI.BYTE], 0, greeting_tag()))
 
 
 def _hear(inter: MPI.Intercomm, deadline: float) -> Generator[int, None, Any]:
     """Wait for a message of the other side's rank 0; return None if none comes in time."""
     while (word := _read(inter)) is None:
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             return None
         yield from pause(_LOOK)
     return word

@@ -23,7 +23,6 @@ These exchanges are not here, as they need something of their own:
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ import numpy as np
 
 from ..errors import CollectiveTimeoutError
 from .library import IDLE, MPI, Abandoned, Steps, pending, until
+from .process import monotonic
 
 Array = np.ndarray[Any, Any]
 Numbers = Generator[int, None, Array]
@@ -142,11 +142,11 @@ def before(request: MPI.Request, deadline: float, mood: int, op: str) -> Steps:
     """Wait for a request; raise if the deadline passes, as where a process of the peers' died."""
     try:
         while not request.Test():
-            if time.monotonic() > deadline + _LAST_WORD:
+            if monotonic() > deadline + _LAST_WORD:
                 raise too_late("some that were there have not gone on in time", op)
             yield mood
     except (Abandoned, CollectiveTimeoutError):
-        pending.append(request)
+        pending().append(request)
         raise
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ import numpy as np
 from ..errors import InvalidCallError, TransportError
 from . import world
 from .launcher import abortive, library_file, remedy, serves, worldless
+from .process import monotonic, process
 from .settings import (
     default_timeout,
     environment,
@@ -120,20 +120,36 @@ def _check(loaded: Any) -> None:
 
 
 class _LazyMPI(ModuleType):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._names: dict[str, Any] = {}  # of MPI, once that is initialized
+        self._asks = False  # which MPI it is depends on the thread
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        mpi = process().mpi
+        if mpi is not None:
+            return getattr(mpi, name)
         self.start()
-        return self.__dict__[name] if name in self.__dict__ else getattr(load(), name)
+        return self._names[name] if name in self._names else getattr(load(), name)
 
     def start(self, timeout: object = None) -> None:
         """Load MPI and initialize it, if that has not been done; see `initialize`."""
-        if "COMM_WORLD" in self.__dict__:
+        if self._names or process().mpi is not None:
             return
         loaded = load()
         initialize(loaded, timeout)
         mark_rank()
-        self.__dict__.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
+        self._names.update({k: v for k, v in vars(loaded).items() if not k.startswith("__")})
+        if not self._asks:
+            self.__dict__.update(self._names)
+
+    def ask_threads(self) -> None:
+        """Look up each name anew from now on: threads may have something else for the library."""
+        self._asks = True
+        for name in self._names:
+            self.__dict__.pop(name, None)
 
 
 if TYPE_CHECKING:
@@ -209,8 +225,8 @@ def join_world(
 
 def pause(seconds: float) -> Steps:
     """Let others go on for a while."""
-    resume = time.monotonic() + seconds
-    while time.monotonic() < resume:
+    resume = monotonic() + seconds
+    while monotonic() < resume:
         yield IDLE
 
 
@@ -249,20 +265,28 @@ def take(comm: MPI.Comm, source: int, tag: int) -> Taken | None:
     return Taken(status.Get_source(), tag, data, request)
 
 
-pending: list[MPI.Request] = []
-"""What abandoned steps were waiting for.  MPI can't be finalized before all of it is complete."""
+class _Pending(list["MPI.Request"]):
+    """What abandoned steps were waiting for.
+
+    MPI can't be finalized before all of it is complete.
+    """
+
+
+def pending() -> list[MPI.Request]:
+    """Return what this rank's abandoned steps were waiting for."""
+    return process().the(_Pending)
 
 
 def nothing_pending() -> bool:
     """Return whether MPI has done with everything that was ever abandoned."""
-    for request in list(pending):
+    for request in list(pending()):
         try:
             done = request.Test()
         except MPI.Exception:  # it failed, so it is over
             done = True
         if done:
-            pending.remove(request)
-    return not pending
+            pending().remove(request)
+    return not pending()
 
 
 def until(request: MPI.Request, mood: int = POLL) -> Steps:
@@ -277,7 +301,7 @@ def until(request: MPI.Request, mood: int = POLL) -> Steps:
         while not request.Test():
             yield mood
     except BaseException:
-        pending.append(request)
+        pending().append(request)
         raise
 
 
@@ -287,7 +311,7 @@ def until_all(requests: list[MPI.Request]) -> Steps:
         try:
             yield from until(request)
         except BaseException:
-            pending.extend(requests[i + 1 :])
+            pending().extend(requests[i + 1 :])
             raise
 
 

@@ -30,7 +30,6 @@ import operator
 import os
 import platform
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from itertools import repeat
@@ -40,6 +39,7 @@ import numpy as np
 
 from . import agreement
 from .library import IDLE, MPI, PROGRESSED, Steps
+from .process import process
 from .settings import has_cores_for
 
 Array = np.ndarray[Any, Any]
@@ -109,7 +109,7 @@ class NodeMemory:
         self._file = None if file is None else os.fdopen(file, "r+b", buffering=0)
         self.words = memoryview(self._map).cast("q")
         # A peer on a core of its own is there in a moment; one that shares our core needs it first.
-        self._spins = range(SPINS if has_cores_for(size) else 0)
+        self._spins = range(SPINS if has_cores_for(size) and not process().is_thread else 0)
         self.peers = [r for r in range(size) if r != rank]
         self._whole = np.frombuffer(self._map, dtype=np.uint8)
         self._views: dict[tuple[str, np.dtype[Any]], list[list[Array]]] = {}
@@ -407,6 +407,8 @@ def _map(
     rank, size = comm.Get_rank(), comm.Get_size()
     file, path = -1, ""
     if rank == 0:
+        import tempfile
+
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="mpicoll-", dir=_FOLDER)
     name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")

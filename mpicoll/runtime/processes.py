@@ -70,8 +70,8 @@ class Watch:
 
         A foreign process belongs to another MPI world, which may end before this one.
         """
-        if who in self._watched or who in self.dead:
-            return
+        if who in self._watched or who in self.dead or who == identity():
+            return  # (ranks that are threads are of one process)
         if foreign:
             self._foreign.add(who)
         try:

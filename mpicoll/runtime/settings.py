@@ -19,6 +19,7 @@ NEVER = 9e9  # seconds, 285 years: what "no deadline" comes to, as a thread can'
 SLURM_INTERACTIVE = "4294967290"  # the step in which a shell of `salloc` may run
 
 SETTINGS = (
+    "MPICOLL_DEBUG",
     "MPICOLL_GRACE",
     "MPICOLL_NATIVE",
     "MPICOLL_NODES",
@@ -27,6 +28,7 @@ SETTINGS = (
     "MPICOLL_STORE_SECRET",
     "MPICOLL_TIMEOUT",
     "MPICOLL_TRACE_DIR",
+    "MPICOLL_WARN_AFTER",
     "MPICOLL_WARN_DROPPED",
     "MPICOLL_WORLD",
 )
@@ -128,32 +130,48 @@ def default_timeout() -> float:
     return value
 
 
-def native_wanted() -> bool:
-    """Whether compiled code is to be used where it is there: MPICOLL_NATIVE, else yes."""
-    text = os.environ.get("MPICOLL_NATIVE", "1")
-    if text not in ("0", "1"):
-        raise InvalidCallError(f"MPICOLL_NATIVE must be 0 or 1, but is {text!r}")
-    return text == "1"
+def warn_after() -> float:
+    """Seconds that a call waits until a line says for whom: MPICOLL_WARN_AFTER, else 60; 0: never.
+
+    Then again each time that it has waited for twice as long.
+    """
+    return _at_least_0("MPICOLL_WARN_AFTER", os.environ.get("MPICOLL_WARN_AFTER", "60")) or math.inf
 
 
 def warns_of_dropped() -> bool:
     """Whether to warn of a Work that is dropped unfinished: MPICOLL_WARN_DROPPED, else yes."""
-    text = os.environ.get("MPICOLL_WARN_DROPPED", "1")
-    if text not in ("0", "1"):
-        raise InvalidCallError(f"MPICOLL_WARN_DROPPED must be 0 or 1, but is {text!r}")
-    return text == "1"
+    return _yes_or_no("MPICOLL_WARN_DROPPED", os.environ.get("MPICOLL_WARN_DROPPED", "1"))
 
 
 def grace() -> float:
     """Seconds that a rank which failed gives peers that don't know of it: MPICOLL_GRACE, else 3."""
-    text = os.environ.get("MPICOLL_GRACE", "3")
+    return _at_least_0("MPICOLL_GRACE", os.environ.get("MPICOLL_GRACE", "3"))
+
+
+def _at_least_0(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (0 <= value < math.inf):
-        raise InvalidCallError(f"MPICOLL_GRACE must be a number of seconds, but is {text!r}")
+        raise InvalidCallError(f"{name} must be a number of seconds, but is {text!r}")
     return value
+
+
+def native_wanted() -> bool:
+    """Whether compiled code is to be used where it is there: MPICOLL_NATIVE, else yes."""
+    return _yes_or_no("MPICOLL_NATIVE", os.environ.get("MPICOLL_NATIVE", "1"))
+
+
+def debugging() -> bool:
+    """Whether tracebacks are to show the library's own frames: MPICOLL_DEBUG, else no."""
+    return _yes_or_no("MPICOLL_DEBUG", os.environ.get("MPICOLL_DEBUG", "") or "0")
+
+
+def _yes_or_no(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise InvalidCallError(f"{name} must be 0 or 1, but is {text!r}")
+    return text == "1"
 
 
 def survives_deaths() -> bool:
@@ -286,17 +304,14 @@ def _in_step(environ: Mapping[str, str]) -> bool:
 
 def single() -> bool:
     """Whether a rank that is alone is meant to be, whatever its launcher says: MPICOLL_SINGLE."""
-    text = os.environ.get("MPICOLL_SINGLE", "")
-    if text not in ("", "0", "1"):
-        raise InvalidCallError(f"MPICOLL_SINGLE must be 0 or 1, but is {text!r}")
-    return text == "1"
+    return _yes_or_no("MPICOLL_SINGLE", os.environ.get("MPICOLL_SINGLE", "") or "0")
 
 
 def refusals(world: int) -> tuple[str, ...]:
     """Return what `new_group` would say, in a world so large, of variables that can't be so."""
     found = []
-    read_at_once = (default_timeout, grace, single, native_wanted, warns_of_dropped)
-    for read in (*read_at_once, lambda: node_sizes(world)):
+    reads = default_timeout, grace, warn_after, single, native_wanted, debugging, warns_of_dropped
+    for read in (*reads, lambda: node_sizes(world)):
         try:
             read()
         except InvalidCallError as error:

@@ -20,7 +20,7 @@ class _Machine:
 
 def share_machine(ranks: int) -> None:
     """Say how many ranks share this machine, so that waiting suits them."""
-    process().the(_Machine).crowded = not has_cores_for(ranks)
+    process().the(_Machine).crowded = process().is_thread or not has_cores_for(ranks)
 
 
 class Backoff:
@@ -34,6 +34,7 @@ class Backoff:
     def __init__(self, *, background: bool = False) -> None:
         self._start = self.YIELDS if background else 0
         self._crowded = process().the(_Machine).crowded
+        self._yield = _let_threads_go_on if process().is_thread else os.sched_yield
         self.reset()
 
     def reset(self) -> None:
@@ -51,11 +52,15 @@ class Backoff:
         self._idle += 1
         if found == POLL and self._idle <= self._start + self.EAGERLY:
             if self._idle > self.SPINS or self._crowded:
-                os.sched_yield()
+                self._yield()
         elif self._idle > self.YIELDS:
             time.sleep(min(self.LONGEST, 1e-5 * (self._idle - self.YIELDS)))
         elif self._idle > self.SPINS or self._crowded:
-            os.sched_yield()
+            self._yield()
+
+
+def _let_threads_go_on() -> None:
+    time.sleep(0)  # lets go of the interpreter, as sched_yield does not before Python 3.13
 
 
 class Signal:

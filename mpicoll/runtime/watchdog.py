@@ -10,13 +10,12 @@ import contextlib
 import os
 import sys
 import time
-from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 
 from . import world
 from .library import MPI
 from .memory import unlink_segments
-from .process import process
+from .process import process, start_thread
 from .processes import watch
 from .settings import survives_deaths
 from .waiting import Signal
@@ -33,6 +32,7 @@ class Watchdog:
         self._guarded: dict[int, tuple[float, str]] = {}  # until when, and what
         self._looks: list[Callable[[], bool]] = []
         self._runs = False  # whether the thread was started
+        self._stop = False
         self._wake = Signal()  # there is something to watch that the thread may not know of
 
     @contextlib.contextmanager
@@ -62,14 +62,19 @@ class Watchdog:
         """Look again, as there is something to look at once more."""
         self._wake.set()
 
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop = True
+        self._wake.set()
+
     def _start(self) -> None:
         # (At the end of the interpreter none can be started: what blocks then is not bounded.)
         if not (self._runs or sys.is_finalizing()):
             self._runs = True  # nothing strikes before the next call returns
-            start_new_thread(self._watch, ())
+            start_thread(self._watch)
 
     def _watch(self) -> None:
-        while True:
+        while not self._stop:
             self._wake.wait()
             lost = len(_lost())
             while self._look_at_others() or self._guarded:

@@ -14,16 +14,14 @@ import fcntl
 import importlib
 import json
 import os
-import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from _thread import start_new_thread
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CollectiveTimeoutError, InvalidCallError, TransportError
 from .settings import (
@@ -34,6 +32,9 @@ from .settings import (
     take_place,
     torchrun_attempt,
 )
+
+if TYPE_CHECKING:
+    import subprocess
 
 KEY = "mpicoll/world"
 _AGAIN = 0.05  # seconds between two tries to reach the manager
@@ -129,7 +130,9 @@ def join_torchrun(here: Launcher, seconds: float) -> None:
 
 def _start_manager(size: int, seconds: float) -> dict[str, Any]:
     """Start a process manager; return how it is reached."""
-    secret = secrets.token_hex(16)
+    import subprocess
+
+    secret = os.urandom(16).hex()
     file = Path(__file__).with_name("pmi.py")
     try:
         # In a session of its own: when a rank fails, torchrun ends rank 0's whole session, but

@@ -10,12 +10,13 @@ import numpy as np
 
 from ..arrays.dtypes import Reduction
 from ..engine.call import Call
+from ..runtime.process import process
 
 Array = np.ndarray[Any, Any]
 
 PIECE = 2**15  # elements that are encoded at a time
 
-_UFUNC = {
+UFUNCS = {
     "SUM": np.add,
     "PROD": np.multiply,
     "MIN": np.minimum,
@@ -69,11 +70,11 @@ def late(plan: Reduction) -> bool:
 
 def encode_and_fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
     """Reduce arrays of the user's type, in order, into one of them, in pieces that stay cached."""
-    ufunc = _UFUNC[plan.mpi_op]
+    ufunc = UFUNCS[plan.mpi_op]
     for start, end in spans(out.size, PIECE):
         total = plan.encode(arrays[0][start:end])
         for array in arrays[1:]:
-            _QUIETLY(ufunc, total, plan.encode(array[start:end]), out=total)
+            process().the(_quietly)(ufunc, total, plan.encode(array[start:end]), out=total)
         plan.decode(total, out[start:end])
 
 
@@ -81,10 +82,10 @@ def combine(plan: Reduction, arrays: list[Array], out: Array) -> None:
     if len(arrays) == 1:
         out[...] = arrays[0]
         return
-    ufunc = _UFUNC[plan.mpi_op]
-    _QUIETLY(ufunc, arrays[0], arrays[1], out=out)
+    ufunc = UFUNCS[plan.mpi_op]
+    process().the(_quietly)(ufunc, arrays[0], arrays[1], out=out)
     for array in arrays[2:]:
-        _QUIETLY(ufunc, out, array, out=out)
+        process().the(_quietly)(ufunc, out, array, out=out)
 
 
 def _quietly() -> Callable[..., object]:
@@ -96,6 +97,3 @@ def _quietly() -> Callable[..., object]:
     context = contextvars.copy_context()
     context.run(np.seterr, all="ignore")
     return context.run
-
-
-_QUIETLY = _quietly()

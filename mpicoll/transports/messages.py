@@ -9,7 +9,6 @@ header has come, and only if the array is of the right dtype and size.
 from __future__ import annotations
 
 import struct
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from functools import partial
@@ -39,6 +38,7 @@ from ..runtime.library import (
     until,
     until_all,
 )
+from ..runtime.process import monotonic
 from .base import Transport
 from .tuning import Tuning
 
@@ -243,7 +243,7 @@ class Messages:
             for request in requests:
                 if request != MPI.REQUEST_NULL:
                     request.Cancel()
-                    pending.append(request)
+                    pending().append(request)
             raise
         except BaseException as error:  # `Expired`, or a signal handler's
             begun = len(requests) > 1
@@ -485,10 +485,10 @@ def _cancelled(request: MPI.Request, status: MPI.Status, because: BaseException)
     if request == MPI.REQUEST_NULL:  # it was found complete just before
         return bool(status.Is_cancelled())
     request.Cancel()
-    until_then = time.monotonic() + CANCELLING
+    until_then = monotonic() + CANCELLING
     while not request.Test(status):
-        if time.monotonic() > until_then:
-            pending.append(request)
+        if monotonic() > until_then:
+            pending().append(request)
             raise Uncancelled from because
     return bool(status.Is_cancelled())
 
@@ -499,8 +499,8 @@ def _finish(request: MPI.Request, because: BaseException) -> None:
     Raises:
         Uncancelled: its sender goes no further.
     """
-    until_then = time.monotonic() + CANCELLING
+    until_then = monotonic() + CANCELLING
     while not request.Test():
-        if time.monotonic() > until_then:
-            pending.append(request)
+        if monotonic() > until_then:
+            pending().append(request)
             raise Uncancelled from because

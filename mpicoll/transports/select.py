@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engine import communicators
 from ..engine.arrival import Arrival, BoardArrival, NodesArrival
@@ -29,11 +29,6 @@ from ..runtime.settings import (
 )
 from ..runtime.topology import Nodes
 from .base import Transport
-from .cuda import binding, probe
-from .cuda import gpu as cuda
-from .cuda.aware import AwareTransport
-from .cuda.nccl import Nccl, NcclTransport, Turns
-from .cuda.staged import StagedTransport
 from .hierarchical import HierarchicalTransport
 from .mpi import MpiTransport
 from .shm import rings
@@ -41,6 +36,10 @@ from .shm.inline import Inline
 from .shm.rings import RingMemory
 from .shm.transport import ShmTransport
 from .tuning import Tuning
+
+if TYPE_CHECKING:  # what is in `cuda` is imported by the groups that use it
+    from .cuda.gpu import Gpu
+    from .cuda.nccl import Nccl
 
 OWN = ("auto", "gloo", "mpi", "staged", "nccl")
 """The names that mpicoll serves itself.  "gloo" means "auto", so that _dist2 scripts run."""
@@ -107,7 +106,7 @@ class GroupOptions:
         """The device without its number: "cpu" or "cuda"."""
         return self.device.partition(":")[0]
 
-    def on(self, gpu: cuda.Gpu) -> GroupOptions:
+    def on(self, gpu: Gpu) -> GroupOptions:
         """Return the same on a GPU of this rank's: there its group's children stay."""
         return replace(self, device=f"cuda:{gpu.device}")
 
@@ -159,7 +158,7 @@ class Resources:
     near: MPI.Intracomm | None = None
     across: MPI.Intracomm | None = None
     neighbours: dict[int, Identity] = field(default_factory=dict)
-    gpu: cuda.Gpu | None = None
+    gpu: Gpu | None = None
     nccl: Nccl | None = None
     aware: bool = False
 
@@ -187,9 +186,12 @@ def prepare(
     resources = yield from _share(comm, options, deadline)
     if options.device == "cpu":
         return resources
+    from .cuda import probe
+    from .cuda.gpu import open_gpu
+
     gpu, why = None, ""
     try:
-        gpu = cuda.open_gpu(options.device, (yield from _local_rank(comm, options)))
+        gpu = open_gpu(options.device, (yield from _local_rank(comm, options)))
     except UnsupportedError as error:
         why = str(error)
     rank, reason = yield from first_reason(comm, why)
@@ -223,8 +225,10 @@ def prepare(
 _FindsNccl: TypeAlias = "Generator[int, None, tuple[Nccl | None, str]]"
 
 
-def _nccl(comm: MPI.Intracomm, gpu: cuda.Gpu) -> _FindsNccl:
+def _nccl(comm: MPI.Intracomm, gpu: Gpu) -> _FindsNccl:
     """Make a communicator of NCCL, on all ranks or on none; in the second case return why."""
+    from .cuda import binding
+
     size, own = comm.Get_size(), comm.Get_rank()
     version, identity, why = 0, "", ""
     order_nccl_launches()
@@ -387,6 +391,10 @@ def transport(resources: Resources) -> Transport:
     host = _host_transport(resources)
     if resources.gpu is None:
         return host
+    from .cuda.aware import AwareTransport
+    from .cuda.nccl import NcclTransport, Turns
+    from .cuda.staged import StagedTransport
+
     if resources.nccl is not None:
         return NcclTransport(host, resources.gpu, resources.nccl, process().the(Turns), tuning)
     if resources.aware:

@@ -349,6 +349,7 @@ def test_objects_whose_pickling_fails_or_calls(direct):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_records_are_in_the_same_words(direct, kind):
     """A rank whose peer is late posts twice: by the core, and by the general way."""
+    kind.require()
     memory, state, compiled = (
         direct._caller.transport._memory,
         direct._caller.group_state,

@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 
 import mpicoll as mc
 from mpicoll.errors import (
@@ -23,6 +22,7 @@ from mpicoll.errors import (
     InvalidCallError,
     RemoteRankError,
 )
+from mpicoll.runtime.library import MPI
 from tests.contract.arrays import NUMPY, data, reduced
 from tests.contract.conftest import NODES
 from tests.soak import soak
@@ -57,6 +57,7 @@ def test_set_timeout(fresh):
         fresh.set_timeout(0)
 
 
+@pytest.mark.processes
 def test_the_communicator_is_a_private_duplicate(pg, world):
     assert MPI.Comm.Compare(pg.comm, MPI.COMM_WORLD) == MPI.CONGRUENT
     x = data(pg.rank(), 1000)
@@ -364,6 +365,7 @@ def test_groups_can_be_made_and_closed_again_and_again():
             pg.barrier().wait()
 
 
+@pytest.mark.processes
 def test_registered_backends_are_called_as_dist2_calls_them(world, request):
     seen = {}
 
@@ -397,6 +399,7 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.processes
 def test_a_closed_group_is_gone_without_the_collector(fresh):
     """Its mapped file, too: a loop that makes groups must not wait for a collection."""
     gc.collect()
@@ -424,6 +427,7 @@ def held():
         return sum("/dev/shm/mpicoll-" in line for line in maps), open_files()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("end", ["shutdown", "with", "abort"])
 def test_groups_that_were_closed_hold_no_memory_and_no_files(fresh, end):
     """Though the program keeps them all."""

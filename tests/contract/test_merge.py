@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
-from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.runtime.library import MPI
 from tests.contract.arrays import NUMPY, data, reduced
 
 pytestmark = pytest.mark.mpi(min_size=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 import mpicoll as mc
 from tests.contract.arrays import BFLOAT16, KINDS, OPS, data, reduced, small
-from tests.contract.conftest import GROUP_TIMEOUT, verdicts
+from tests.contract.conftest import GROUP_TIMEOUT, finish
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: torch)")
 import torch.distributed as dist  # noqa: E402
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TENSORS = KINDS[1]
 LIMIT = timedelta(seconds=0.4)
 TORCH_DTYPES = [np.dtype(code) for code in "?bBhilefd"] + [BFLOAT16]
-_made: dict[str, int] = {}
 
 
 def end() -> None:
@@ -36,18 +34,20 @@ def end() -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-@pytest.fixture
-def world_group() -> Iterator[TorchGroup]:
-    """The default group, made anew after a failure."""
-    if not dist.is_initialized() or _made["stamp"] != verdicts.broken:
-        end()
-        dist.init_process_group("mpicoll", timeout=timedelta(seconds=GROUP_TIMEOUT))
-        _made["stamp"] = verdicts.broken
+def own() -> TorchGroup:
     group = dist.group.WORLD
     assert isinstance(group, TorchGroup)
-    yield group
-    if group.mpicoll.is_broken or group.mpicoll.is_closed:
+    return group
+
+
+@pytest.fixture
+def world_group() -> TorchGroup:
+    """The default group, made anew after a failure."""
+    if dist.is_initialized() and (own().mpicoll.is_broken or own().mpicoll.is_closed):
         end()
+    if not dist.is_initialized():
+        dist.init_process_group("mpicoll", timeout=timedelta(seconds=GROUP_TIMEOUT))
+    return own()
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_a_call_that_nobody_waits_for_goes_on(me, n, world):
     while x[-1] != n or (me == 1 and y[-1] != 7):
         assert time.monotonic() < until, "it did not go on"
         time.sleep(1e-3)
-    verdicts.finish(world.Ibarrier())
+    finish(world.Ibarrier())
     dist.barrier()
 
 
@@ -629,7 +629,7 @@ def test_a_deadline_names_who_is_missing(world_group, me, n, world, way):
         time.sleep(1.0)
         with pytest.raises(RuntimeError):
             dist.all_reduce(torch.ones(2))
-    verdicts.finish(world.Ibarrier())
+    finish(world.Ibarrier())
 
 
 @pytest.mark.mpi(min_size=2)
@@ -647,7 +647,7 @@ def test_a_peers_abort_arrives_with_its_reason(world_group, me, n, world):
     else:
         with pytest.raises(RuntimeError, match="rank 0.*ran out of data"):
             dist.all_reduce(torch.ones(70_001))
-    verdicts.finish(world.Ibarrier())
+    finish(world.Ibarrier())
 
 
 @pytest.mark.mpi(min_size=2)
@@ -662,4 +662,4 @@ def test_a_failure_in_the_backward_of_a_model_is_told_in_words(world_group, me, 
         time.sleep(1.0)
         with contextlib.suppress(RuntimeError):
             dist.barrier()
-    verdicts.finish(world.Ibarrier())
+    finish(world.Ibarrier())

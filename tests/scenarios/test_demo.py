@@ -21,6 +21,7 @@ def test_demo(tmp_path: Path) -> None:
     assert ended.code == 0 and not ended.timed_out, ended.output
     assert "agree with NumPy on all 3 ranks" in ended.output
     assert "WRONG" not in ended.output
+    assert "time    of a call in which each rank hands in so many bytes" in ended.output
     assert "  The same: the losses differ by" in ended.output
     assert str(picture) in ended.output
     assert picture.read_bytes().startswith(b"\x89PNG")

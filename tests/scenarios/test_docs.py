@@ -24,11 +24,13 @@ import mpicoll as mc
 from mpicoll import errors
 from mpicoll.arrays import dtypes
 from mpicoll.arrays.ops import BY_NAME, ReduceOp
+from mpicoll.cli import COMMANDS
 from tests.harness import ROOT, environment, mpiexec, run_bounded
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOON = 20.0  # seconds in which a program that fails must have ended
-SHOWN = {"python", "shell", "text", "{toctree}"}  # what a fence may hold
+# What a fence may hold.
+SHOWN = {"python", "shell", "text", "yaml", "{toctree}", "{literalinclude}"}
 
 
 @dataclass
@@ -124,19 +126,36 @@ def test_program_that_fails(page: Path, snippet: Snippet, ranks: int, tmp_path: 
     assert "AssertionError" not in ended.output, ended.output
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page: its headings, as GitHub and the site write them."""
+    outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)", outside, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if not link.startswith(("http:", "https:")):
-                target = (page.parent / link.partition("#")[0]).resolve()
+                path, _, anchor = link.partition("#")
+                target = (page.parent / path).resolve() if path else page
                 assert target.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-def test_the_reference_holds_every_public_name() -> None:
-    reference = (ROOT / "docs" / "api.rst").read_text()
-    for name in set(mc.__all__) - {"__version__"}:
-        error = getattr(getattr(mc, name), "__module__", "") == errors.__name__
-        assert error or f" mpicoll.{name}" in reference, name  # all of mpicoll.errors stands there
+NAMED = {  # what a page may name, and whether there is such a thing
+    r"\bpg\.(\w+)": lambda name: hasattr(mc.ProcessGroup, name) or name == "comm",
+    r"\bmc\.(\w+)": lambda name: hasattr(mc, name),
+    r"-m mpicoll (\w+)": lambda name: name in COMMANDS,
+    r"`((?:docs|examples|mpicoll|scripts|tests)/[\w./-]+)": lambda name: (ROOT / name).exists(),
+}
+
+
+def test_what_is_named_is_there() -> None:
+    for page in PAGES:
+        for pattern, exists in NAMED.items():
+            for name in re.findall(pattern, page.read_text()):
+                assert exists(name) or name == "COMMAND", f"{page.name}: {name}"
 
 
 def table(page: str, heading: str) -> list[list[str]]:

@@ -63,6 +63,8 @@ except MpicollError as error:
         assert (rank["error"], rank["rank"]) == (error, 1), rank
         assert rank["wall"] - began <= AT_ONCE, rank
         assert "rank 1" in rank["text"] and words in rank["text"], rank
+    if cause == "an exception in a thread":
+        assert "mpicoll: rank 1 raised in thread 'Thread-" in ended.output, ended.output
 
 
 @pytest.mark.parametrize("cause", ["an uncaught exception", "sys.exit", "an exception in a thread"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -32,14 +33,32 @@ def check(ended: Ended) -> None:
     assert len(verdicts) == 1, f"rank 0, and no other, says that it is correct:\n{ended.output}"
 
 
+def kept(name: str) -> str:
+    """What a page shows of a program's output, below the command."""
+    return (ROOT / "docs" / "examples" / f"{name}.txt").read_text().partition("\n")[2]
+
+
+def steady(output: str) -> str:
+    """An output without what rounding makes of it."""
+    return re.sub(r"\d[\d.]*e[+-]\d+", "rounding", output)
+
+
 RUNS = [(name, ranks) for name in EXAMPLES for ranks in (2, 3)]
-SLOW = [("ddp.py", 3), ("fsdp.py", 3)]  # PyTorch takes seconds to load on each rank
+SLOW = [
+    ("ddp.py", 3),
+    ("dist2_script.py", 3),
+    ("fsdp.py", 3),
+]  # PyTorch takes seconds to load
 
 
 @pytest.mark.parametrize("name, ranks", [run for run in RUNS if run not in SLOW])
 def test_example(name: str, ranks: int) -> None:
     need(name)
-    check(run_bounded([*mpiexec(ranks), sys.executable, f"examples/{name}"], 60, environment()))
+    ended = run_bounded([*mpiexec(ranks), sys.executable, f"examples/{name}"], 60, environment())
+    check(ended)
+    if ranks == 2:
+        shown = kept(Path(name).stem)
+        assert steady(ended.output) == steady(shown), "python -m scripts.examples writes it anew"
 
 
 def test_dist2_script_is_one(tmp_path: Path) -> None:

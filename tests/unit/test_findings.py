@@ -183,7 +183,7 @@ FULL = Token("/dev/shm/x", 0, "No space left on device")
         ),
         (
             everywhere(settings={"MPICOLL_XYZZY": "x"}),
-            *(WARNING, "settings", "MPICOLL_XYZZY", "what there is: MPICOLL_GRACE"),
+            *(WARNING, "settings", "MPICOLL_XYZZY", "what there is: MPICOLL_DEBUG, MPICOLL_GRACE"),
         ),
         (
             job({"settings": {"MPICOLL_NODES": "2"}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -219,6 +220,16 @@ def test_native(monkeypatch, text, meant):
         settings.native_wanted()
 
 
+@pytest.mark.parametrize("text, seconds", [(None, 60), ("0.5", 0.5), ("0", math.inf)])
+def test_warn_after(monkeypatch, text, seconds):
+    if text is not None:
+        monkeypatch.setenv("MPICOLL_WARN_AFTER", text)
+    assert settings.warn_after() == seconds
+    monkeypatch.setenv("MPICOLL_WARN_AFTER", "-1")
+    with pytest.raises(InvalidCallError, match="MPICOLL_WARN_AFTER must be a number of seconds"):
+        settings.warn_after()
+
+
 def test_every_variable_that_is_read_is_known():
     read = set(
         re.findall(
@@ -226,6 +237,11 @@ def test_every_variable_that_is_read_is_known():
         )
     )
     assert read == set(settings.SETTINGS)
+
+
+def test_every_variable_stands_in_the_table():
+    rows = re.findall(r"^\| `(MPICOLL_\w+)` \|", (ROOT / "docs/api/settings.md").read_text(), re.M)
+    assert rows == sorted(settings.SETTINGS)
 
 
 def test_under_torchrun_alone_nothing_can_be_spawned():

@@ -116,6 +116,20 @@ class Active:
             self._driver.ctxSetCurrent(self._before)
 
 
+class _Pages:
+    """Memory as an array takes it: the array keeps this, and this the memory."""
+
+    def __init__(self, pages: mmap.mmap) -> None:
+        self.address: int = np.frombuffer(pages, np.uint8).ctypes.data
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (len(pages),),
+            "data": (self.address, False),
+        }
+        self._pages = pages
+
+
 class Gpu:
     """One GPU, as the protocols of `transports` want it: `Copies`, `Device`, `Queue`.
 
@@ -168,15 +182,14 @@ class Gpu:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
         # not what the driver allocates.  Whole pages, as no page can be pinned twice.
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        array: Array = np.frombuffer(pages, np.uint8)
-        address = array.ctypes.data
+        held = _Pages(pages)
         with self.active():
-            self._runtime.hostRegister(address, nbytes, 0)
-        # Of the array, which all views keep, and which is gone before the pages are unmapped; a
-        # finalizer of the pages themselves would come after that.
-        unpin = weakref.finalize(array, self._unpin, address)
+            self._runtime.hostRegister(held.address, nbytes, 0)
+        # Of what all views keep, and what keeps the pages: it runs before they are unmapped. A
+        # finalizer of the pages would come after that, and from NumPy 2.5 on, so would an array's.
+        unpin = weakref.finalize(held, self._unpin, held.address)
         unpin.atexit = False  # the driver may be gone before Python
-        return array
+        return np.asarray(held)
 
     def _unpin(self, address: int) -> None:
         with self.active():

@@ -28,6 +28,7 @@ from ...engine.tasks import GroupState
 from ...engine.work import DoneWork, MessageWork
 from ...runtime.library import MPI
 from ...runtime.memory import IN_LINE, MIX, READ, NodeMemory
+from ...runtime.process import process
 from ...runtime.settings import native_wanted
 from ..tuning import Tuning
 from .inline import SHARED_WORK
@@ -51,6 +52,8 @@ LAYOUT = 10  # numbers that say where things lie in a memory
 
 def why_not() -> str:
     """Return why calls can't go through compiled code here; "" if they can."""
+    if process().is_thread:
+        return "the ranks are threads, which the lock that it holds would keep from going on"
     if _native is None:
         return "it was not compiled when mpicoll was installed"
     if not native_wanted():

@@ -155,7 +155,7 @@ class RingMessages(Messages):
             self._begin(requests, self.comm.Isend, payload, call.peer, tag)
             yield from _send(posted)
         except BaseException:
-            pending.extend(requests)
+            pending().extend(requests)
             raise
         yield from until_all(requests)
 

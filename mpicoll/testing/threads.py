@@ -1,0 +1,197 @@
+"""Ranks in threads of one process: no mpiexec, no MPI, one debugger."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from ..engine.exit import ending
+from ..engine.progress import QUIET
+from ..errors import InvalidCallError, RankFailedError, RemoteRankError
+from ..runtime.library import MPI
+from ..runtime.process import Process, belong_to, process
+from ..runtime.settings import NEVER
+from ..runtime.watchdog import watchdog
+from .standin import Ended, Mpi, World
+
+T = TypeVar("T")
+
+_LAST = 1.0  # seconds that ranks get to end once their world has been ended
+_WAITS = 3  # fruitless looks for a message after which a rank is taken to wait
+
+
+def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: float = 60) -> list[T]:
+    """Run a function as several ranks, each in a thread of this process; return what they return.
+
+    In it `mpicoll.new_group()` makes a group of all of them, and everything else is as under
+    mpiexec: checks, deadlines, errors, splits and merges.  No MPI library is needed.  What the
+    threads share (globals, the current directory, signals) processes would not share; and the
+    compiled code of small calls is not used, so figures of speed mean nothing.
+
+    Args:
+        ranks: how many, at least 1.
+        program: called once per rank, with `arguments`.
+        arguments: the same objects for all ranks.
+        timeout: seconds that all of it may take by the real clock, which `advance` doesn't move;
+            `math.inf` for a debugger.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        Exception: the one that the lowest rank raised which was not just told of another's.
+        TimeoutError: some have not ended in time; with their stacks.  Those threads are left
+            behind, and end at their next call of mpicoll.
+    """
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise InvalidCallError(f"ranks must be an integer above 0, but got {ranks!r}")
+    MPI.ask_threads()  # type: ignore[attr-defined]
+    _have_threads_belong()
+    world = World(ranks)
+    threads = [_Rank(world, r, functools.partial(program, *arguments)) for r in range(ranks)]
+    world.processes = [thread.process for thread in threads]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + min(timeout, NEVER)
+    try:
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+    except BaseException:
+        world.end("the test was interrupted")
+        raise
+    late = [thread for thread in threads if thread.is_alive()]
+    if late:
+        stacks = "".join(thread.stack() for thread in late)
+        world.end("the test took too long")
+        for thread in late:
+            thread.join(_LAST)
+        who = [thread.rank for thread in late]
+        raise TimeoutError(f"ranks {who} have not ended in {timeout} s\n{stacks}")
+    failed = [thread for thread in threads if thread.error is not None]
+    if failed:
+        raise _cause(failed, world)
+    return [cast(T, thread.result) for thread in threads]
+
+
+def advance(seconds: float) -> None:
+    """Move the clock of all ranks on, as soon as every other rank waits in mpicoll or has ended.
+
+    So a deadline of 30 seconds takes a moment in a test.  Only in a rank of `run`.
+
+    When it returns, calls whose deadlines have passed have raised.
+
+    Raises:
+        InvalidCallError: this thread is no such rank; or `seconds` is below 0.
+    """
+    mpi = process().mpi
+    if mpi is None:
+        raise InvalidCallError("advance: only ranks of mpicoll.testing.run have a clock that moves")
+    if not seconds >= 0:
+        raise InvalidCallError(f"seconds must not be below 0, but got {seconds!r}")
+    world: World = mpi.world
+    others = [rank for rank in range(world.size) if rank != mpi.COMM_WORLD.Get_rank()]
+    before = list(world.polls)
+    while any(r not in world.gone and world.polls[r] < before[r] + _WAITS for r in others):
+        world.check()
+        time.sleep(1e-3)
+    for rank in world.processes:
+        rank.ahead += seconds
+    time.sleep(2 * QUIET)  # in which the others see that deadlines have passed
+
+
+class _Rank(threading.Thread):
+    """One rank: what it runs, and what came of it."""
+
+    result: object = None
+    error: BaseException | None = None
+
+    def __init__(self, world: World, rank: int, program: Callable[[], object]) -> None:
+        super().__init__(name=f"rank {rank}", daemon=True)
+        self.rank = rank
+        self.process = Process(Mpi(world, rank))
+        self._world, self._program = world, program
+        self._context = contextvars.copy_context()
+
+    def run(self) -> None:
+        belong_to(self.process)
+        try:
+            self.result = self._context.run(self._program)
+        except BaseException as error:
+            self._fail(error)
+        try:
+            ending().leave()
+        except Ended as ended:
+            self.error = self.error or ended
+        finally:
+            watchdog().stop()
+            self._world.gone.add(self.rank)
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, SystemExit) and not isinstance(error, Ended):
+            ending().note_exit(error.code)
+            if not ending().code:
+                return
+        self.error = error
+        if isinstance(error, Exception):
+            ending().raised(type(error), error, error.__traceback__)
+
+    def stack(self) -> str:
+        """Return where the thread is."""
+        frame = sys._current_frames().get(self.ident or 0)
+        lines = traceback.format_stack(frame) if frame else []
+        return f"\nrank {self.rank}:\n{''.join(lines)}"
+
+
+def _cause(failed: list[_Rank], world: World) -> BaseException:
+    """Return the error that a test is to see: not one that only tells of another rank's."""
+
+    def weight(thread: _Rank) -> int:
+        told = isinstance(thread.error, (RemoteRankError, RankFailedError))
+        return 2 if isinstance(thread.error, Ended) else int(told)
+
+    first = min(failed, key=weight)
+    error = first.error
+    assert error is not None
+    if isinstance(error, Ended):
+        error = RuntimeError(world.ended)
+    said = traceback.format_exception_only(type(error), error)[-1]
+    notes = []
+    for thread in failed:
+        if thread is first:
+            notes.append(f"raised by rank {thread.rank}")
+        elif weight(thread):
+            notes.append(f"rank {thread.rank} was told of it")
+        else:
+            text = traceback.format_exception_only(type(thread.error), thread.error)[-1]
+            notes.append(
+                f"rank {thread.rank} raised {'the same' if text == said else text.strip()}"
+            )
+    if hasattr(error, "add_note"):  # since Python 3.11
+        error.add_note("\n".join(notes))
+    return error
+
+
+@functools.cache
+def _have_threads_belong() -> None:
+    """Have a thread that a rank starts belong to that rank."""
+    start = threading.Thread.start
+
+    def start_of(thread: threading.Thread) -> None:
+        rank = process()
+        if rank.is_thread and not isinstance(thread, _Rank):
+            run = thread.run
+
+            def run_as() -> None:
+                belong_to(rank)
+                run()
+
+            thread.run = run_as  # type: ignore[method-assign]
+        start(thread)
+
+    threading.Thread.start = start_of  # type: ignore[method-assign, assignment]

@@ -1,0 +1,224 @@
+"""Ranks in threads: `mpicoll.testing.run`, its clock, and what it says of failures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import mpicoll as mc
+from mpicoll.cli.trials import TRIALS
+from mpicoll.testing import advance, run
+
+
+@pytest.mark.parametrize("backend", ["auto", "mpi"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_collective(ranks, backend):
+    def program():
+        with mc.new_group(backend) as pg:
+            for count in (0, 5, 200_000):
+                for name, make in TRIALS.items():
+                    trial = make(pg, count)
+                    trial.call()
+                    assert trial.agrees(), (name, count)
+            return pg.rank(), pg.size()
+
+    assert run(ranks, program) == [(rank, ranks) for rank in range(ranks)]
+
+
+def test_every_collective_over_nodes(monkeypatch):
+    monkeypatch.setenv("MPICOLL_NODES", "2")
+
+    def program():
+        pg = mc.new_group()
+        for name, make in TRIALS.items():
+            trial = make(pg, 30_000)
+            trial.call()
+            assert trial.agrees(), name
+        return str(pg)
+
+    assert all("hierarchical" in said for said in run(4, program))
+
+
+def test_arguments_are_handed_on_and_results_come_by_rank():
+    def program(factor, offset):
+        return mc.new_group().rank() * factor + offset
+
+    assert run(3, program, 10, 1) == [1, 11, 21]
+
+
+def test_a_mismatch_is_refused_and_the_group_stays_usable():
+    def program():
+        pg = mc.new_group()
+        with pytest.raises(mc.CollectiveMismatchError, match=r"rank 0 .*\[3\].* rank 1 .*\[4\]"):
+            pg.allreduce(np.zeros(3 + pg.rank())).wait()
+        x = np.ones(2)
+        pg.allreduce(x).wait()
+        return x[0]
+
+    assert run(2, program) == [2, 2]
+
+
+def test_a_deadline_passes_when_the_clock_is_moved():
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 2:
+            advance(10)  # not enough
+            advance(3000)
+            return ""
+        with pytest.raises(mc.CollectiveTimeoutError) as caught:
+            pg.allreduce(np.zeros(3), timeout=3000).wait()
+        assert caught.value.missing == (2,)
+        return str(caught.value)
+
+    start = time.monotonic()
+    said = run(3, program)
+    assert "ranks [2] have not arrived" in said[0] and "ranks [2]" in said[1]
+    assert time.monotonic() - start < 30
+
+
+def test_the_first_error_is_raised_with_what_became_of_the_others():
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            raise KeyError("mine")
+        pg.barrier().wait()
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        run(3, program)
+    if sys.version_info >= (3, 11):
+        (note,) = caught.value.__notes__
+        assert note.splitlines() == [
+            "rank 0 was told of it",
+            "raised by rank 1",
+            "rank 2 was told of it",
+        ]
+
+
+def test_peers_hear_the_error_itself():
+    heard = []
+
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 0:
+            raise ValueError("of rank 0")
+        try:
+            pg.barrier().wait()
+        except mc.RemoteRankError as error:
+            heard.append(str(error))
+            raise
+
+    with pytest.raises(ValueError):
+        run(3, program)
+    assert len(heard) == 2 and all("ValueError: of rank 0" in text for text in heard)
+
+
+def test_an_exit_code_is_a_failure_and_a_good_one_is_not():
+    def program(code):
+        pg = mc.new_group()
+        if pg.rank() == 0:
+            sys.exit(code)
+        pg.rank()
+
+    run(2, program, 0)
+    with pytest.raises(SystemExit):
+        run(2, program, 3)
+
+
+def test_ranks_that_do_not_end_are_named_with_their_stacks():
+    stop = threading.Event()
+
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            stop.wait(20)
+        pg.barrier().wait()
+
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]") as caught:
+        run(2, program, timeout=0.5)
+    assert "stop.wait(20)" in str(caught.value) and "pg.barrier().wait()" in str(caught.value)
+    stop.set()
+    assert run(2, lambda: mc.new_group().size()) == [2, 2]  # the next world is a new one
+
+
+def test_groups_split_merge_and_shrink(tmp_path):
+    store = mc.FileStore(str(tmp_path / "store"))
+
+    def program():
+        pg = mc.new_group()
+        half = pg.split(pg.rank() % 2)
+        x = np.ones(1)
+        half.allreduce(x).wait()
+        everyone = half.merge_remote_group(store, 4, timeout=20)
+        everyone.allreduce(x).wait()
+        if pg.rank() == 3:
+            return x[0], None
+        return x[0], pg.shrink_group([3]).size()
+
+    assert run(4, program) == [(8, 3), (8, 3), (8, 3), (8, None)]
+
+
+def test_a_thread_of_a_rank_belongs_to_it():
+    def program():
+        pg, got = mc.new_group(), []
+
+        def work():
+            x = np.ones(1)
+            pg.allreduce(x).wait()
+            got.append(x[0])
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        future = pg.allreduce(np.ones(1)).get_future()
+        assert future.result(timeout=10)
+        return got
+
+    assert run(3, program) == [[3], [3], [3]]
+
+
+def test_threads_and_files_are_given_back():
+    def program():
+        mc.new_group().barrier().wait()
+
+    run(3, program)
+    before = threading.active_count()
+    for _ in range(5):
+        run(3, program)
+    assert threading.active_count() == before
+
+
+def test_what_threads_cannot_do_is_refused():
+    def program():
+        mc.new_group().spawn([sys.executable, "-c", ""], 1)
+
+    with pytest.raises(mc.UnsupportedError, match="mpiexec"):
+        run(2, program)
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 1.5, "2", True])
+def test_wrong_numbers_of_ranks_are_refused(ranks):
+    with pytest.raises(mc.InvalidCallError, match="ranks must be an integer above 0"):
+        run(ranks, lambda: None)
+
+
+def test_the_clock_is_that_of_ranks_in_threads():
+    with pytest.raises(mc.InvalidCallError, match="advance"):
+        advance(1)
+    with pytest.raises(mc.InvalidCallError, match="below 0"):
+        run(1, advance, -1)
+
+
+def test_no_mpi_library_is_needed():
+    program = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "import mpicoll as mc\n"
+        "from mpicoll.testing import run\n"
+        "print(run(2, lambda: mc.new_group().allgather_object(5)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[[5, 5], [5, 5]]", done.stderr
