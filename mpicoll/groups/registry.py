@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -18,17 +19,12 @@ class ProcessGroupFactory(Protocol):
     """What `register_backend` takes: called on every rank, it returns a group of its own kind.
 
     The arguments are those of `_dist2`: a `TCPStore` that rank 0 serves, a `timedelta`, the device
-    (a `torch.device` where torch is loaded), and the options that `new_group` was given.
+    (a `torch.device` where torch is loaded), and the options that `new_group` was given, by name: a
+    factory that has none need not take any.
     """
 
     def __call__(
-        self,
-        store: Any,
-        rank: int,
-        world_size: int,
-        timeout: timedelta,
-        device: Any,
-        **options: Any,
+        self, store: Any, rank: int, world_size: int, timeout: timedelta, device: Any, /
     ) -> Any:
         """Make a group."""
 
@@ -62,7 +58,7 @@ def factory_of(name: object) -> ProcessGroupFactory | None:
 
 
 def make(
-    factory: ProcessGroupFactory,
+    factory: Callable[..., Any],
     base: ProcessGroup,
     timeout: float,
     device: str,

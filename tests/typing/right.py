@@ -57,6 +57,21 @@ class RedOpType:
     value = 0
 
 
+def simple(store: Any, rank: int, size: int, timeout: timedelta, device: object) -> list[int]:
+    """A factory without options."""
+    return [rank]
+
+
+def optional(
+    store: Any, rank: int, world_size: int, timeout: timedelta, device: Any, **options: Any
+) -> mc.ProcessGroup:
+    return mc.new_group("mpi", timeout)
+
+
+mc.register_backend("simple", simple)
+mc.register_backend("optional", optional)
+
+
 def groups(name: str, ranks: list[int], color: int | None, store: mc.FileStore) -> None:
     mc.new_group()
     mc.new_group("mpi", 60, "cuda:0", checks="node", progress="thread")

@@ -16,6 +16,7 @@ def groups(pg: mc.ProcessGroup, color: int | None) -> None:
     mc.new_group(checks=1)  # E: arg-type
     mc.new_group("mpi", comm="world")  # E: arg-type
     mc.parent_group("soon")  # E: arg-type
+    mc.register_backend("mine", lambda store, rank: pg)  # E: arg-type
     mc.join_world("store", 0, 1)  # E: arg-type
     pg.set_timeout("soon")  # E: arg-type
     pg.split("red")  # E: call-overload

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT
+from tests.harness import ROOT, environment
 from tests.scenarios.test_docs import PAGES, snippets
 
 FOLDER = ROOT / "tests" / "typing"
@@ -67,7 +67,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, str, 
     folder = tmp_path_factory.mktemp("typing")
     argv = [sys.executable, "-m", "mypy", "--config-file", FOLDER / "mypy.ini"]
     argv += [RIGHT, WRONG, *sorted(programs(folder).glob("*.py"))]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    here = environment()  # this checkout, whatever is installed
+    ran = subprocess.run(argv, cwd=ROOT, env=here, capture_output=True, text=True, timeout=120)
     assert ran.returncode in (0, 1), ran.stdout + ran.stderr
     errors = re.findall(r"^(.*?):(\d+): error: (.*?)(?:  \[([\w-]+)\])?$", ran.stdout, re.M)
     assert errors, ran.stdout + ran.stderr
