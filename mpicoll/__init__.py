@@ -8,6 +8,7 @@
 Importing costs little and touches no MPI; the first `new_group` loads it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .arrays.ops import ReduceOp
@@ -33,10 +34,10 @@ from .groups.new import new_group, parent_group
 from .groups.registry import ProcessGroupFactory, register_backend
 from .runtime.library import join_world
 from .runtime.settings import child_environment
-from .stores import FileStore, PrefixStore, TCPStore
 
 if TYPE_CHECKING:
     from .engine.future import Future
+    from .stores import FileStore, PrefixStore, TCPStore
 
 __version__ = "0.2.0"
 
@@ -80,9 +81,16 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Future":  # imports what few programs need
-        from .engine.future import Future
+_LATER = {  # what few programs need, and takes a while to load
+    "Future": "engine.future",
+    "FileStore": "stores",
+    "PrefixStore": "stores",
+    "TCPStore": "stores",
+}
 
-        return Future
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return globals()[name]

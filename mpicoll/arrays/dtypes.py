@@ -10,7 +10,6 @@ What has no exact rule is refused, with the remedy; nothing is ever approximated
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedError
+from ..runtime.digests import blake2b
 from .ops import ReduceOp
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -128,7 +128,7 @@ def described(dtype: np.dtype[Any]) -> DType:
     """Return the `DType` of a NumPy dtype that is in no table: it is known by its description."""
     name = _description(dtype)
     whole = name.encode(errors="backslashreplace")
-    code = int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+    code = int.from_bytes(blake2b(whole, 8), "little")
     code = code % _DESCRIBED + _DESCRIBED
     if len(name) > _LONGEST:  # it must fit into messages, and differ where the whole does
         name = f"{name[: _LONGEST // 2]}... of {dtype.itemsize} bytes, {code:x}}}"

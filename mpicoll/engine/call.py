@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..arrays.buffers import Blocks, Buffer
 from ..arrays.dtypes import DType, Reduction
 from ..arrays.ops import ReduceOp
+from ..runtime.digests import blake2b
 from .kinds import Kind
 
 
@@ -289,4 +289,4 @@ def _spans(blocks: Blocks | None) -> Spans:
 def digest(*numbers: int) -> int:
     """Condense integers to 63 bits, equal in every process (unlike `hash`)."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(blake2b(packed, 8), "little") >> 1

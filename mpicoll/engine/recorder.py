@@ -20,12 +20,12 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from hashlib import blake2b
 from sys import _getframe
 from types import CodeType
 from typing import Any
 
 from ..errors import interrupts
+from ..runtime.digests import blake2b
 from ..runtime.process import monotonic, process
 from ..runtime.settings import trace_folder
 from .call import Call
@@ -106,7 +106,7 @@ class Recorder:
         self.checks = checks
         self.ring: deque[Entry] = deque(maxlen=CAPACITY)
         self._up = frames + 1
-        alike = blake2b(repr((name, *ranks)).encode(), digest_size=16).digest()
+        alike = blake2b(repr((name, *ranks)).encode(), 16)
         made = recordings().made
         self.ordinal = made[alike]
         self.mark = f"{alike.hex()}-{self.ordinal}"  # the same on all members

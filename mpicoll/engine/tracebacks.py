@@ -23,10 +23,10 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from types import TracebackType
 
 from ..errors import MpicollError
+from ..runtime.digests import blake2b
 from ..runtime.library import MPI
 from ..runtime.processes import watch
 from ..runtime.settings import debugging, grace, ranks_on_node
@@ -248,4 +248,4 @@ def _without(text: str, error: BaseException | None, peers: Peers) -> str:
 
 
 def _digest(text: str) -> str:
-    return blake2b(text.encode(errors="replace"), digest_size=12).hexdigest()
+    return blake2b(text.encode(errors="replace"), 12).hex()

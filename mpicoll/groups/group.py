@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace, TracebackType
-from typing import Any, Literal, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,11 +21,13 @@ from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import Unique
 from ..runtime.settings import NEVER, seconds
-from ..stores import Store
 from ..typing import Array, Arrays, Op
 from . import coalesced, derive, merge, shrink, spawn
 from .caller import Caller
 from .subgroup import subgroup
+
+if TYPE_CHECKING:
+    from ..stores import Store
 
 SUM = ReduceOp.SUM
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,10 +37,12 @@ from ..runtime.agreement import Decides, before, decision, too_late
 from ..runtime.library import MPI, POLL, Steps, greeting_tag, merge_tag, pause, pending
 from ..runtime.process import monotonic
 from ..runtime.processes import NOBODY, Identity, watch
-from ..stores import Store
 from . import rendezvous
 from .caller import SLACK, Caller
 from .rendezvous import BEAT, PREFIX, Entry
+
+if TYPE_CHECKING:
+    from ..stores import Store
 
 CONNECTING = 10  # seconds that MPI's call may take on a side that has said it is about to make it
 

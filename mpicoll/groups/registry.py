@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
-from ..stores import TCPStore
 from ..transports.select import OWN
 from .group import ProcessGroup
 
@@ -69,6 +68,8 @@ def make(
     Args:
         base: a group of the ranks, over which they learn of the store; it is shut down.
     """
+    from ..stores import TCPStore  # which few programs need
+
     name = MPI.Get_processor_name()
     host = name if len(set(base.allgather_object(name))) > 1 else "localhost"
     secret = os.urandom(16).hex()

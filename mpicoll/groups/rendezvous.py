@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from ..runtime.library import MPI, Steps, pause, until
 from ..runtime.process import monotonic
 from ..runtime.processes import identity
 from ..runtime.settings import daemon, environment
-from ..stores import Store
+
+if TYPE_CHECKING:
+    from ..stores import Store
 
 Entry = dict[str, Any]
 """What a leader writes about its group, as JSON can hold it."""

@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from _thread import start_new_thread
@@ -34,6 +33,7 @@ from .settings import (
 )
 
 if TYPE_CHECKING:
+    import socket
     import subprocess
 
 KEY = "mpicoll/world"
@@ -165,6 +165,8 @@ def _start_manager(size: int, seconds: float) -> dict[str, Any]:
 
 def addresses() -> list[str]:
     """Return by what names other machines may reach this one, the likeliest first."""
+    import socket  # takes 2 ms to load, and is needed by few
+
     found = [_address_towards(host) for host in (master_address(), "192.0.2.1")]  # RFC 5737: nobody
     found.append(socket.gethostname())
     return list(dict.fromkeys(x for x in found if x and not x.startswith("127.") and x != "::1"))
@@ -172,6 +174,8 @@ def addresses() -> list[str]:
 
 def _address_towards(host: str) -> str:
     """Return this machine's address on the way to another; "" if there is no way."""
+    import socket
+
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as sock:
@@ -235,6 +239,8 @@ def _connect(known: dict[str, Any], deadline: float) -> socket.socket:
     Raises:
         OSError: none does.
     """
+    import socket
+
     near = known["machine"] == machine()
     failed: OSError = OSError("it has no address")
     for host in ["127.0.0.1"] if near else known["hosts"]:

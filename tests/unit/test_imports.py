@@ -17,7 +17,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     (
         "runtime",
         [
-            *("process", "pmi", "settings", "launcher", "world", "library", "processes"),
+            *("digests", "process", "pmi", "settings", "launcher", "world", "library", "processes"),
             *("agreement", "memory", "topology", "waiting", "watchdog"),
         ],
     ),
@@ -146,6 +146,7 @@ def test_only_the_settings_read_the_environment(module):
 HEAVY = {
     *("mpi4py", "torch", "cupy", "jax", "matplotlib", "sklearn", "ml_dtypes", "mpicoll.torch"),
     *("asyncio", "concurrent", "logging", "multiprocessing", "random", "secrets"),
+    *("hashlib", "hmac", "ipaddress", "socket", "mpicoll.stores", "mpicoll.testing"),
     *(
         "shutil",
         "ssl",
