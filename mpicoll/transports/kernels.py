@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import numpy as np
 
 from ..arrays.dtypes import Reduction
 from ..engine.call import Call
-from ..runtime.process import process
 
 Array = np.ndarray[Any, Any]
 
@@ -74,7 +73,7 @@ def encode_and_fold(plan: Reduction, arrays: list[Array], out: Array) -> None:
     for start, end in spans(out.size, PIECE):
         total = plan.encode(arrays[0][start:end])
         for array in arrays[1:]:
-            process().the(_quietly)(ufunc, total, plan.encode(array[start:end]), out=total)
+            _quiet.call(ufunc, total, plan.encode(array[start:end]), out=total)
         plan.decode(total, out[start:end])
 
 
@@ -83,17 +82,22 @@ def combine(plan: Reduction, arrays: list[Array], out: Array) -> None:
         out[...] = arrays[0]
         return
     ufunc = UFUNCS[plan.mpi_op]
-    process().the(_quietly)(ufunc, arrays[0], arrays[1], out=out)
+    _quiet.call(ufunc, arrays[0], arrays[1], out=out)
     for array in arrays[2:]:
-        process().the(_quietly)(ufunc, out, array, out=out)
+        _quiet.call(ufunc, out, array, out=out)
 
 
-def _quietly() -> Callable[..., object]:
-    """Return what calls a ufunc so that overflow is inf without a warning, as in MPI.
+class _Quiet(threading.local):
+    """What calls a ufunc so that overflow is inf without a warning, as in MPI.
 
     A context whose error state is set once costs 0.1 us a call, `np.errstate` 0.6 us.  It can't be
-    entered twice at a time, and isn't: only the engine's steps do, under its lock.
+    entered twice at a time, and isn't: each thread has its own, which only the engine enters.
     """
-    context = contextvars.copy_context()
-    context.run(np.seterr, all="ignore")
-    return context.run
+
+    def __init__(self) -> None:
+        context = contextvars.copy_context()
+        context.run(np.seterr, all="ignore")
+        self.call = context.run
+
+
+_quiet = _Quiet()
