@@ -160,6 +160,14 @@ class DroppedWorkWarning(RuntimeWarning):
     """
 
 
+for _shown in (  # tracebacks have the names under which users know them
+    *(MpicollError, InvalidCallError, UnsupportedError, GroupClosedError, GroupBrokenError),
+    *(CallInterruptedError, CollectiveTimeoutError, CollectiveMismatchError, RankFailedError),
+    *(RemoteRankError, TransportError, DroppedWorkWarning),
+):
+    _shown.__module__ = "mpicoll"
+
+
 class _CopyError(InvalidCallError, TypeError):
     """Also a TypeError, as `copy` and `pickle` raise of what they can't copy."""
 

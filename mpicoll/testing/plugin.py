@@ -381,7 +381,7 @@ class Ranks:
     def _in_a_line(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
         """Say where an exception was raised, and its first line."""
         lines = [text for line in excinfo.exconly().splitlines() if (text := line.strip())]
-        said = " ".join(lines[: 1 + lines[0].endswith(":")]).removeprefix("mpicoll.errors.")
+        said = " ".join(lines[: 1 + lines[0].endswith(":")]).removeprefix("mpicoll.")
         said = said[:_SHOWN]
         outside = (_LIBRARY, str(Path(pytest.__file__).parents[1]) + os.sep)
         places = [x for x in excinfo.traceback if not str(x.path).startswith(outside)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from .standin import Ended, Mpi, World
 
 T = TypeVar("T")
 
+_LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LAST = 1.0  # seconds that ranks get to end once their world has been ended
 _WAITS = 3  # fruitless looks for a message after which a rank is taken to wait
 
@@ -49,6 +51,7 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
         TimeoutError: some have not ended in time; with their stacks.  Those threads are left
             behind, and end at their next call of mpicoll.
     """
+    __tracebackhide__ = True  # pytest shows the test's own frames
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise InvalidCallError(f"ranks must be an integer above 0, but got {ranks!r}")
     MPI.ask_threads()  # type: ignore[attr-defined]
@@ -119,6 +122,7 @@ class _Rank(threading.Thread):
         self._context = contextvars.copy_context()
 
     def run(self) -> None:
+        __tracebackhide__ = True
         belong_to(self.process)
         try:
             self.result = self._context.run(self._program)
@@ -144,28 +148,34 @@ class _Rank(threading.Thread):
     def stack(self) -> str:
         """Return where the thread is."""
         frame = sys._current_frames().get(self.ident or 0)
-        lines = traceback.format_stack(frame) if frame else []
-        return f"\nrank {self.rank}:\n{''.join(lines)}"
+        frames = traceback.extract_stack(frame) if frame else []
+        users = [x for x in frames if not x.filename.startswith((_LIBRARY, threading.__file__))]
+        return f"\nrank {self.rank}:\n{''.join(traceback.format_list(users or frames))}"
 
 
 def _cause(failed: list[_Rank], world: World) -> BaseException:
     """Return the error that a test is to see: not one that only tells of another rank's."""
 
     def weight(thread: _Rank) -> int:
+        if isinstance(thread.error, Ended):
+            return 3
         told = isinstance(thread.error, (RemoteRankError, RankFailedError))
-        return 2 if isinstance(thread.error, Ended) else int(told)
+        return 2 if told else int(_is_skip(thread.error))
 
     first = min(failed, key=weight)
     error = first.error
     assert error is not None
     if isinstance(error, Ended):
         error = RuntimeError(world.ended)
+    skipped = [thread.rank for thread in failed if _is_skip(thread.error)]
+    if _is_skip(error) and len(skipped) < world.size:
+        error = AssertionError(f"ranks {skipped} skipped what others did not: {error}")
     said = traceback.format_exception_only(type(error), error)[-1]
     notes = []
     for thread in failed:
         if thread is first:
             notes.append(f"raised by rank {thread.rank}")
-        elif weight(thread):
+        elif weight(thread) > 1:
             notes.append(f"rank {thread.rank} was told of it")
         else:
             text = traceback.format_exception_only(type(thread.error), thread.error)[-1]
@@ -175,6 +185,11 @@ def _cause(failed: list[_Rank], world: World) -> BaseException:
     if hasattr(error, "add_note"):  # since Python 3.11
         error.add_note("\n".join(notes))
     return error
+
+
+def _is_skip(error: BaseException | None) -> bool:
+    """Whether an exception is pytest's, by which a test is left out.  pytest need not be there."""
+    return type(error).__name__ == "Skipped" and not isinstance(error, Exception)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def test_a_cause_and_then_what_follows_once(job):
     cause, rest = found.values()
     assert cause.startswith("Traceback (most recent call last):\n") and "in load" in cause
     assert "\nValueError: no part-1.npy\n" in cause
-    last = "mpicoll.errors.RemoteRankError: rank 1 raised ValueError: no part-1.npy"
+    last = "mpicoll.RemoteRankError: rank 1 raised ValueError: no part-1.npy"
     assert last in rest.splitlines(), rest
     assert "pg.allreduce(x).wait()" in rest and "mpicoll/engine" not in ended.output, rest
     assert ended.output.count("no part-1.npy") == 3  # in the line of code, too

@@ -159,19 +159,33 @@ HEAVY = {
 }
 
 
-def test_importing_loads_what_every_program_needs_and_no_more():
+def test_importing_loads_what_is_asked_for_and_no_more():
     script = """
-import sys, numpy
+import sys
 before = set(sys.modules)
 import mpicoll
+print(sorted(set(sys.modules) - before))
+import numpy
+before = set(sys.modules)
+mpicoll.new_group
 print(sorted(set(sys.modules) - before))
 mpicoll.Future
 print("concurrent.futures" in sys.modules)
 """
     output = subprocess.check_output([sys.executable, "-c", script], text=True).splitlines()
-    loaded = ast.literal_eval(output[0])
+    at_first, loaded = map(ast.literal_eval, output[:2])
+    assert [m for m in at_first if m.startswith(("mpicoll.", "numpy"))] == []
     assert [m for m in loaded if any(m == h or m.startswith(f"{h}.") for h in HEAVY)] == []
-    assert "mpicoll.transports.select" in loaded and output[1] == "True"
+    assert "mpicoll.transports.select" in loaded and output[2] == "True"
+
+
+def test_every_public_name_is_found():
+    everything: dict[str, object] = {}
+    exec("from mpicoll import *", everything)
+    assert set(mpicoll.__all__) <= set(everything)
+    assert mpicoll.errors.MpicollError is mpicoll.MpicollError
+    with pytest.raises(AttributeError, match="no attribute 'new_grup'"):
+        _ = mpicoll.new_grup
 
 
 def test_the_picture_of_the_rooms_is_of_today():

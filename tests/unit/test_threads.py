@@ -129,6 +129,17 @@ def test_an_exit_code_is_a_failure_and_a_good_one_is_not():
         run(2, program, 3)
 
 
+@pytest.mark.parametrize("ranks", [(1,), (0, 1, 2)])
+def test_a_skip_is_one_if_all_ranks_make_it(ranks):
+    def program():
+        if mc.new_group().rank() in ranks:
+            pytest.skip("not today")
+
+    kind = pytest.skip.Exception if len(ranks) == 3 else AssertionError
+    with pytest.raises(kind, match="not today"):
+        run(3, program)
+
+
 def test_ranks_that_do_not_end_are_named_with_their_stacks():
     stop = threading.Event()
 
@@ -140,7 +151,9 @@ def test_ranks_that_do_not_end_are_named_with_their_stacks():
 
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]") as caught:
         run(2, program, timeout=0.5)
-    assert "stop.wait(20)" in str(caught.value) and "pg.barrier().wait()" in str(caught.value)
+    said = str(caught.value)
+    assert "stop.wait(20)" in said and "pg.barrier().wait()" in said
+    assert "progress.py" not in said  # nothing of the library's own
     stop.set()
     assert run(2, lambda: mc.new_group().size()) == [2, 2]  # the next world is a new one
 
