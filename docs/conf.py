@@ -53,6 +53,7 @@ napoleon_use_ivar = True
 nitpick_ignore_regex = [
     ("py:.*", r"(array|asyncio|collections|concurrent|datetime|os|types|typing)\..*"),
     ("py:.*", r"(mpi4py|numpy|torch)\..*"),
+    ("py:class", "timedelta"),  # as Sphinx finds it in the signature of a protocol
 ]
 nitpick_ignore = [
     ("py:class", "mpicoll.runtime.world.Store"),  # a part of mpicoll.stores.Store
