@@ -46,8 +46,9 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     Returns:
         What each rank returned, by rank.
 
+    If ranks raise, so does this: what the lowest of them raised that was not told of another's.
+
     Raises:
-        Exception: the one that the lowest rank raised which was not just told of another's.
         TimeoutError: some have not ended in time; with their stacks.  Those threads are left
             behind, and end at their next call of mpicoll.
     """
