@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -222,3 +223,19 @@ def test_no_mpi_library_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[[5, 5], [5, 5]]", done.stderr
+
+
+def test_what_one_world_leaves_to_the_collector_is_nothing_to_the_next():
+    def waits():
+        if threading.current_thread().name == "rank 0":
+            mc.new_group()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TimeoutError):
+            run(2, waits, timeout=0.2)
+        run(1, gc.collect)  # ends the steps of that group: there they may not be waited for
+    finally:
+        gc.enable()
+    gc.collect()
