@@ -13,6 +13,7 @@ import pytest
 
 import mpicoll as mc
 from mpicoll.cli.trials import TRIALS
+from mpicoll.runtime.process import monotonic
 from mpicoll.testing import advance, run
 
 
@@ -239,3 +240,79 @@ def test_what_one_world_leaves_to_the_collector_is_nothing_to_the_next():
     finally:
         gc.enable()
     gc.collect()
+
+
+def _fails(error, peers):
+    """Return a program in which rank 1 raises, and the others do something."""
+
+    def program():
+        if threading.current_thread().name == "rank 1":
+            raise error
+        peers()
+
+    return program
+
+
+def test_who_fails_before_it_has_a_group_ends_those_that_wait_for_it():
+    with pytest.raises(KeyError, match="mine"):
+        run(3, _fails(KeyError("mine"), mc.new_group), timeout=20)
+    with pytest.raises(SystemExit):
+        run(3, _fails(SystemExit(3), mc.new_group), timeout=20)
+
+
+def test_ranks_that_do_not_end_tell_of_one_that_failed():
+    stop = threading.Event()
+    with pytest.raises(TimeoutError, match=r"ranks \[0\]") as caught:
+        run(2, _fails(KeyError("mine"), lambda: stop.wait(20)), timeout=0.3)
+    assert isinstance(caught.value.__cause__, KeyError)
+    stop.set()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_goes_back_to_another_rank_is_not_the_first_error(again):
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            raise KeyError("mine")
+        try:
+            pg.barrier().wait()
+        except mc.RemoteRankError as error:
+            if not again:
+                raise RuntimeError("of rank 0") from error
+        pg.barrier().wait()  # of a broken group
+
+    with pytest.raises(KeyError, match="mine"):
+        run(2, program)
+
+
+def test_what_ends_a_thread_of_a_rank_ends_the_rank():
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            thread = threading.Thread(target=lambda: {}["mine"])
+            thread.start()
+            thread.join()
+            with pytest.raises(mc.GroupBrokenError, match="raised in thread"):
+                pg.barrier().wait()
+        else:
+            pg.barrier().wait()
+
+    with pytest.raises(KeyError, match="mine"):
+        run(2, program)
+
+
+def test_several_may_move_the_clock():
+    def program():
+        mc.new_group()
+        before = monotonic()
+        advance(500)
+        mc.new_group().barrier().wait()
+        return monotonic() - before > 1000
+
+    assert run(2, program, timeout=20) == [True, True]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "2", True])
+def test_wrong_timeouts_are_refused(timeout):
+    with pytest.raises(mc.InvalidCallError, match="timeout must be"):
+        run(1, lambda: None, timeout=timeout)
