@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from ..engine.exit import ending, peer_failed
-from ..engine.progress import QUIET, engine
+from ..engine.progress import QUIET, Engine, engine
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
 from ..runtime.process import Process, belong_to, process
@@ -23,6 +23,7 @@ from .standin import Ended, Mpi, World
 T = TypeVar("T")
 
 _LAST = 1.0  # seconds that ranks get to end once their world has been ended
+_SEEN = 5.0  # seconds in which they see that deadlines have passed
 _WAITS = 3  # fruitless looks for a message after which a rank is taken to wait
 
 
@@ -111,7 +112,12 @@ def advance(seconds: float) -> None:
     with world.lock:
         for rank in world.processes:
             rank.ahead += seconds
-    time.sleep(2 * QUIET)  # in which the others see that deadlines have passed
+    engines = [rank.the(Engine) for rank in world.processes if rank is not process()]
+    until = time.monotonic() + _SEEN
+    while any(other.is_overdue() for other in engines) and time.monotonic() < until:
+        world.check()
+        time.sleep(1e-3)
+    time.sleep(2 * QUIET)  # in which the others raise
 
 
 class _Rank(threading.Thread):

@@ -13,6 +13,7 @@ import pytest
 
 import mpicoll as mc
 from mpicoll.cli.trials import TRIALS
+from mpicoll.engine.work import Unattended
 from mpicoll.runtime.process import monotonic
 from mpicoll.testing import advance, run
 
@@ -316,3 +317,35 @@ def test_several_may_move_the_clock():
 def test_wrong_timeouts_are_refused(timeout):
     with pytest.raises(mc.InvalidCallError, match="timeout must be"):
         run(1, lambda: None, timeout=timeout)
+
+
+def test_when_the_clock_has_been_moved_calls_have_ended(monkeypatch):
+    monkeypatch.setattr("mpicoll.testing.threads.QUIET", 0)
+    works = []
+
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 0:
+            pg.barrier().wait()
+            advance(3000)
+            return works[0].done
+        works.append(pg.recv(np.empty(1), 0, timeout=2000))
+        pg.barrier().wait()
+        with pytest.raises(mc.CollectiveTimeoutError):
+            works[0].wait()
+        return True
+
+    assert run(2, program) == [True, True]
+
+
+def test_who_was_told_that_a_call_is_over_is_not_warned_of_it():
+    def program():
+        pg = mc.new_group()
+        for _ in range(20):
+            ring = [pg.allreduce(np.ones(40_000))]
+            ring.append(ring)  # so that the collector frees it, perhaps inside of the engine
+            while not ring[0].is_completed():
+                pass
+            assert type(ring[0]) is not Unattended
+
+    run(2, program)
