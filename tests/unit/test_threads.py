@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -14,7 +16,7 @@ import pytest
 import mpicoll as mc
 from mpicoll.cli.trials import TRIALS
 from mpicoll.engine.work import Unattended
-from mpicoll.runtime.process import monotonic
+from mpicoll.runtime.process import monotonic, process
 from mpicoll.testing import advance, run
 
 
@@ -349,3 +351,19 @@ def test_who_was_told_that_a_call_is_over_is_not_warned_of_it():
             assert type(ring[0]) is not Unattended
 
     run(2, program)
+
+
+def test_a_world_that_is_ended_leaves_no_memory_behind(monkeypatch):
+    made = []
+
+    def make(**options):
+        made.append(mkstemp(**options))
+        process().mpi.world.end("while a group is made")
+        return made[0]
+
+    mkstemp = tempfile.mkstemp
+    monkeypatch.setattr(tempfile, "mkstemp", make)
+    with pytest.raises(RuntimeError, match="while a group is made"):
+        run(2, mc.new_group)
+    ((_, path),) = made
+    assert not os.path.exists(path)
