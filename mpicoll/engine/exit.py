@@ -132,7 +132,7 @@ class _Ending:
         """Write what ended a thread, or let the program's hook do so, and tell the peers."""
         kind, error, trace = args.exc_type, args.exc_value, args.exc_traceback
         plain = error is None or self.forked or issubclass(kind, SystemExit)  # as a thread may end
-        fails = not plain and self._has_peers()
+        fails = not plain and self.has_peers()
         name = "a thread" if args.thread is None else f"thread {args.thread.name!r}"
         if fails:
             self.in_thread, self.code = True, self.code or 1
@@ -155,7 +155,7 @@ class _Ending:
         where: str = "",
     ) -> None:
         """Tell the peers of an exception that nobody caught, and write it in turn with theirs."""
-        text, follows = describe(kind, error, trace), self._peer_failed(error)
+        text, follows = describe(kind, error, trace), peer_failed(error)
         self._showing += 1
         try:
             turn = announce(text, where, follows=follows, rank=self.rank, size=self.size)
@@ -168,7 +168,8 @@ class _Ending:
         self.forked = True
 
     @staticmethod
-    def _has_peers() -> bool:
+    def has_peers() -> bool:
+        """Return whether there is an open group whose members hear of a failure."""
         return any(state.peers.size > 1 for state in engine().group_states())
 
     def raised(
@@ -179,20 +180,11 @@ class _Ending:
         where: str = "",
     ) -> None:
         """Tell the peers of an exception that nobody caught."""
-        if self._peer_failed(error):
+        if peer_failed(error):
             self.fail(f"ends, because of {type(error).__name__}: {error}")
         else:
             text = tail(describe(kind, error, trace))
             self.fail(f"raised{where and f'{where},'} {cause(kind, error)}\n{text}")
-
-    @staticmethod
-    def _peer_failed(error: BaseException | None) -> bool:
-        """Return whether an exception goes back to a peer's failure."""
-        while error is not None:
-            if isinstance(error, (RemoteRankError, RankFailedError)):
-                return True
-            error = error.__cause__
-        return False
 
     def fail(self, why: str) -> None:
         """Break all open groups, and let their members know why."""
@@ -312,6 +304,15 @@ class _Ending:
                 return False
             time.sleep(1e-3)
         return False
+
+
+def peer_failed(error: BaseException | None) -> bool:
+    """Return whether an exception goes back to a peer's failure."""
+    while error is not None:
+        if isinstance(error, (RemoteRankError, RankFailedError)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _arrive_everywhere(seconds: float) -> None:

@@ -336,6 +336,11 @@ class Engine(UnderWay):
         if self._struck:
             self.between_steps(lambda: None)
 
+    def is_overdue(self) -> bool:
+        """Return whether a call whose deadline has passed is still under way."""
+        with self._lock:
+            return any(task.deadline < monotonic() for task in self.unfinished())
+
     def delist(self, state: GroupState) -> None:
         """Listen to a group no more: it is closed, or made."""
         with self._lock:

@@ -90,15 +90,18 @@ def write(text: str) -> None:
 
 
 def _leave_out(told: traceback.TracebackException, error: BaseException) -> None:
-    stack = told.stack
-    if stack and (isinstance(error, MpicollError) or not _is_ours(stack[-1].filename)):
-        stack[:] = [frame for frame in stack if not _is_ours(frame.filename)] or stack
-    pairs = [(told.__cause__, error.__cause__), (told.__context__, error.__context__)]
-    several = getattr(told, "exceptions", None) or (), getattr(error, "exceptions", ())
-    pairs += zip(*several, strict=False)  # an ExceptionGroup's
-    for inner, beneath in pairs:
-        if inner is not None and beneath is not None:
-            _leave_out(inner, beneath)
+    pairs: list[tuple[traceback.TracebackException | None, BaseException | None]]
+    pairs = [(told, error)]  # to be done: there may be more than Python goes deep
+    while pairs:
+        inner, beneath = pairs.pop()
+        if inner is None or beneath is None:
+            continue
+        stack = inner.stack
+        if stack and (isinstance(beneath, MpicollError) or not _is_ours(stack[-1].filename)):
+            stack[:] = [frame for frame in stack if not _is_ours(frame.filename)] or stack
+        pairs += (inner.__cause__, beneath.__cause__), (inner.__context__, beneath.__context__)
+        several = getattr(inner, "exceptions", None) or (), getattr(beneath, "exceptions", ())
+        pairs += zip(*several, strict=False)  # an ExceptionGroup's
 
 
 def _is_ours(file: str) -> bool:

@@ -343,6 +343,13 @@ class Unattended(Work):
         self._attend()
         return self.wait(timeout)
 
+    def is_completed(self) -> bool:
+        """Return whether the call is over, well or not."""
+        over = super().is_completed()
+        if over:
+            self._attend()
+        return over
+
     def synchronize(self) -> None:
         """Block the host until the call is done."""
         self._attend()

@@ -273,7 +273,7 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
     MPI connects two ranks when the first message goes between them, and crashes where one of them
     has died: so the first message must not be the one that reports a failure.
     """
-    others, tag = foreign_ranks(comm), greeting_tag()
+    others, tag, kept = foreign_ranks(comm), greeting_tag(), pending()
     room = np.zeros((2, comm.Get_size()), dtype=np.uint8)
     requests = [comm.Irecv([room[0, r : r + 1], MPI.BYTE], r, tag) for r in others]
     requests += [comm.Isend([room[1, r : r + 1], MPI.BYTE], r, tag) for r in others]
@@ -281,5 +281,5 @@ def greet(comm: MPI.Intracomm, deadline: float, op: str) -> Steps:
         try:
             yield from before(request, deadline, POLL, op)
         except BaseException:
-            pending().extend(requests[place + 1 :])
+            kept.extend(requests[place + 1 :])
             raise

@@ -273,7 +273,11 @@ class _Pending(list["MPI.Request"]):
 
 
 def pending() -> list[MPI.Request]:
-    """Return what this rank's abandoned steps were waiting for."""
+    """Return what this rank's abandoned steps were waiting for.
+
+    Steps ask for it at their beginning: where ranks are threads, the collector may end a rank's
+    steps in any thread.
+    """
     return process().the(_Pending)
 
 
@@ -294,6 +298,7 @@ def until(request: MPI.Request, mood: int = POLL) -> Steps:
 
     `mood` is IDLE where it may take long because a peer comes late.
     """
+    kept = pending()
     try:
         if request.Test():
             return
@@ -301,17 +306,18 @@ def until(request: MPI.Request, mood: int = POLL) -> Steps:
         while not request.Test():
             yield mood
     except BaseException:
-        pending().append(request)
+        kept.append(request)
         raise
 
 
 def until_all(requests: list[MPI.Request]) -> Steps:
     """Wait for several MPI requests."""
+    kept = pending()
     for i, request in enumerate(requests):
         try:
             yield from until(request)
         except BaseException:
-            pending().extend(requests[i + 1 :])
+            kept.extend(requests[i + 1 :])
             raise
 
 

@@ -411,24 +411,28 @@ def _map(
 
         with contextlib.suppress(OSError):
             file, path = tempfile.mkstemp(prefix="mpicoll-", dir=_FOLDER)
-    name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")
-    if rank > 0 and name:
-        with contextlib.suppress(OSError):
-            file = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-    if file >= 0 and lock is not None:
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
-    # The inode: another node may hold a file of that name.
-    found = os.fstat(file).st_ino if file >= 0 else _NO_FILE
-    share = nbytes // size // _PAGE * _PAGE
-    end = nbytes - (size - 1 - rank) * share
-    start = end - share if rank else 0
     try:
-        if file >= 0 and end > start:
-            os.posix_fallocate(file, start, end - start)
-    except OSError:
-        found = _FULL
-    mine = found, -os.fstat(file).st_ino if file >= 0 else 0
-    lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
+        name = (yield from agreement.bytes_of(comm, path.encode(), _NAME)).rstrip(b"\0")
+        if rank > 0 and name:
+            with contextlib.suppress(OSError):
+                file = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        if file >= 0 and lock is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, lock)
+        # The inode: another node may hold a file of that name.
+        found = os.fstat(file).st_ino if file >= 0 else _NO_FILE
+        share = nbytes // size // _PAGE * _PAGE
+        end = nbytes - (size - 1 - rank) * share
+        start = end - share if rank else 0
+        try:
+            if file >= 0 and end > start:
+                os.posix_fallocate(file, start, end - start)
+        except OSError:
+            found = _FULL
+        mine = found, -os.fstat(file).st_ino if file >= 0 else 0
+        lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
+    except BaseException:  # nobody will open it any more
+        _give_up(file, path)
+        raise
     if path:
         with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
             os.unlink(path)
@@ -446,6 +450,14 @@ def _map(
     if file >= 0:
         os.close(file)
     return room, None
+
+
+def _give_up(file: int, path: str) -> None:
+    if path:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    if file >= 0:
+        os.close(file)
 
 
 def unlink_segments() -> None:

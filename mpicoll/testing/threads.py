@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from ..engine.exit import ending
-from ..engine.progress import QUIET
-from ..errors import InvalidCallError, RankFailedError, RemoteRankError
+from ..engine.exit import ending, peer_failed
+from ..engine.progress import QUIET, Engine, engine
+from ..errors import InvalidCallError
 from ..runtime.library import MPI
 from ..runtime.process import Process, belong_to, process
-from ..runtime.settings import NEVER
+from ..runtime.settings import seconds as in_seconds
 from ..runtime.watchdog import watchdog
 from .standin import Ended, Mpi, World
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LAST = 1.0  # seconds that ranks get to end once their world has been ended
+_SEEN = 5.0  # seconds in which they see that deadlines have passed
 _WAITS = 3  # fruitless looks for a message after which a rank is taken to wait
 
 
@@ -34,7 +35,8 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     In it `mpicoll.new_group()` makes a group of all of them, and everything else is as under
     mpiexec: checks, deadlines, errors, splits and merges.  No MPI library is needed.  What the
     threads share (globals, the current directory, signals) processes would not share; and the
-    compiled code of small calls is not used, so figures of speed mean nothing.
+    compiled code of small calls is not used, so figures of speed mean nothing.  A rank that fails
+    while it has no group ends the others, at their next call.
 
     Args:
         ranks: how many, at least 1.
@@ -46,38 +48,41 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     Returns:
         What each rank returned, by rank.
 
-    If ranks raise, so does this: what the lowest of them raised that was not told of another's.
+    If ranks raise, or threads that they started, so does this: what the lowest of them raised
+    that does not go back to another's.
 
     Raises:
         TimeoutError: some have not ended in time; with their stacks.  Those threads are left
-            behind, and end at their next call of mpicoll.
+            behind, and end at their next call of mpicoll.  Its cause is what a rank raised by then.
     """
     __tracebackhide__ = True  # pytest shows the test's own frames
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise InvalidCallError(f"ranks must be an integer above 0, but got {ranks!r}")
+    limit = in_seconds(timeout, 60)
     MPI.ask_threads()  # type: ignore[attr-defined]
     _have_threads_belong()
     world = World(ranks)
     threads = [_Rank(world, r, functools.partial(program, *arguments)) for r in range(ranks)]
     world.processes = [thread.process for thread in threads]
-    for thread in threads:
-        thread.start()
-    until = time.monotonic() + min(timeout, NEVER)
+    until = time.monotonic() + limit
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
     except BaseException:
         world.end("the test was interrupted")
         raise
     late = [thread for thread in threads if thread.is_alive()]
+    failed = [thread for thread in threads if thread.error is not None]
     if late:
         stacks = "".join(thread.stack() for thread in late)
         world.end("the test took too long")
         for thread in late:
             thread.join(_LAST)
         who = [thread.rank for thread in late]
-        raise TimeoutError(f"ranks {who} have not ended in {timeout} s\n{stacks}")
-    failed = [thread for thread in threads if thread.error is not None]
+        why = _cause(failed, world) if failed else None
+        raise TimeoutError(f"ranks {who} have not ended in {limit:g} s\n{stacks}") from why
     if failed:
         raise _cause(failed, world)
     return [cast(T, thread.result) for thread in threads]
@@ -86,7 +91,8 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
 def advance(seconds: float) -> None:
     """Move the clock of all ranks on, as soon as every other rank waits in mpicoll or has ended.
 
-    So a deadline of 30 seconds takes a moment in a test.  Only in a rank of `run`.
+    So a deadline of 30 seconds takes a moment in a test.  Only in a rank of `run`.  Where several
+    ranks do so at a time, the clock is moved by the sum.
 
     When it returns, calls whose deadlines have passed have raised.
 
@@ -99,21 +105,29 @@ def advance(seconds: float) -> None:
     if not seconds >= 0:
         raise InvalidCallError(f"seconds must not be below 0, but got {seconds!r}")
     world: World = mpi.world
-    others = [rank for rank in range(world.size) if rank != mpi.COMM_WORLD.Get_rank()]
+    own = mpi.COMM_WORLD.Get_rank()
+    others = [rank for rank in range(world.size) if rank != own]
     before = list(world.polls)
     while any(r not in world.gone and world.polls[r] < before[r] + _WAITS for r in others):
         world.check()
+        world.polls[own] += 1  # for another that moves the clock, this one waits, too
         time.sleep(1e-3)
-    for rank in world.processes:
-        rank.ahead += seconds
-    time.sleep(2 * QUIET)  # in which the others see that deadlines have passed
+    world.polls[own] += _WAITS
+    with world.lock:
+        for rank in world.processes:
+            rank.ahead += seconds
+    engines = [rank.the(Engine) for rank in world.processes if rank is not process()]
+    until = time.monotonic() + _SEEN
+    while any(other.is_overdue() for other in engines) and time.monotonic() < until:
+        world.check()
+        time.sleep(1e-3)
+    time.sleep(2 * QUIET)  # in which the others raise
 
 
 class _Rank(threading.Thread):
     """One rank: what it runs, and what came of it."""
 
     result: object = None
-    error: BaseException | None = None
 
     def __init__(self, world: World, rank: int, program: Callable[[], object]) -> None:
         super().__init__(name=f"rank {rank}", daemon=True)
@@ -122,29 +136,37 @@ class _Rank(threading.Thread):
         self._world, self._program = world, program
         self._context = contextvars.copy_context()
 
+    @property
+    def error(self) -> BaseException | None:
+        errors = self.process.the(_Errors)
+        return errors[0] if errors else None
+
     def run(self) -> None:
         __tracebackhide__ = True
         belong_to(self.process)
         try:
-            self.result = self._context.run(self._program)
-        except BaseException as error:
-            self._fail(error)
-        try:
+            try:
+                self.result = self._context.run(self._program)
+            except SystemExit as error:
+                self._exit(error)
+            except BaseException as error:
+                _fail(error)
+            heard = ending().has_peers() or engine().broken
             ending().leave()
-        except Ended as ended:
-            self.error = self.error or ended
+            if self.error is not None and not heard:
+                self._world.end(f"rank {self.rank} failed, and had no group to tell")
+        except BaseException as error:  # as the world was ended
+            self.process.the(_Errors).append(error)
         finally:
             watchdog().stop()
             self._world.gone.add(self.rank)
 
-    def _fail(self, error: BaseException) -> None:
-        if isinstance(error, SystemExit) and not isinstance(error, Ended):
+    def _exit(self, error: SystemExit) -> None:
+        if not isinstance(error, Ended):
             ending().note_exit(error.code)
             if not ending().code:
                 return
-        self.error = error
-        if isinstance(error, Exception):
-            ending().raised(type(error), error, error.__traceback__)
+        self.process.the(_Errors).append(error)
 
     def stack(self) -> str:
         """Return where the thread is."""
@@ -154,14 +176,23 @@ class _Rank(threading.Thread):
         return f"\nrank {self.rank}:\n{''.join(traceback.format_list(users or frames))}"
 
 
+class _Errors(list[BaseException]):
+    """What ended a rank, and threads that it had started, in this order."""
+
+
+def _fail(error: BaseException, where: str = "") -> None:
+    """Note what ended this thread, and tell the rank's peers."""
+    process().the(_Errors).append(error)
+    ending().raised(type(error), error, error.__traceback__, where)
+
+
 def _cause(failed: list[_Rank], world: World) -> BaseException:
     """Return the error that a test is to see: not one that only tells of another rank's."""
 
     def weight(thread: _Rank) -> int:
         if isinstance(thread.error, Ended):
             return 3
-        told = isinstance(thread.error, (RemoteRankError, RankFailedError))
-        return 2 if told else int(_is_skip(thread.error))
+        return 2 if peer_failed(thread.error) else int(_is_skip(thread.error))
 
     first = min(failed, key=weight)
     error = first.error
@@ -205,7 +236,12 @@ def _have_threads_belong() -> None:
 
             def run_as() -> None:
                 belong_to(rank)
-                run()
+                try:
+                    run()
+                except BaseException as error:
+                    if ending().over or isinstance(error, SystemExit):
+                        raise
+                    _fail(error, f" in thread {thread.name!r}")
 
             thread.run = run_as  # type: ignore[method-assign]
         start(thread)

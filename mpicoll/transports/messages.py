@@ -218,7 +218,7 @@ class Messages:
             buffer, requests = bytearray(self._room), []
         else:
             buffer, requests = taken.data, [taken.request]
-        status, wrong = MPI.Status(), None
+        status, wrong, kept = MPI.Status(), None, pending()
         try:
             if not requests:
                 post(requests, self.comm.Irecv, [buffer, MPI.BYTE], call.peer, call.tag)
@@ -243,7 +243,7 @@ class Messages:
             for request in requests:
                 if request != MPI.REQUEST_NULL:
                     request.Cancel()
-                    pending().append(request)
+                    kept.append(request)
             raise
         except BaseException as error:  # `Expired`, or a signal handler's
             begun = len(requests) > 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -12,6 +15,8 @@ import pytest
 
 import mpicoll as mc
 from mpicoll.cli.trials import TRIALS
+from mpicoll.engine.work import Unattended
+from mpicoll.runtime.process import monotonic, process
 from mpicoll.testing import advance, run
 
 
@@ -235,3 +240,143 @@ def test_no_mpi_library_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[[5, 5], [5, 5]]", done.stderr
+
+
+def test_what_one_world_leaves_to_the_collector_is_nothing_to_the_next():
+    def waits():
+        if threading.current_thread().name == "rank 0":
+            mc.new_group()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TimeoutError):
+            run(2, waits, timeout=0.2)
+        run(1, gc.collect)  # ends the steps of that group: there they may not be waited for
+    finally:
+        gc.enable()
+    gc.collect()
+
+
+def _fails(error, peers):
+    """Return a program in which rank 1 raises, and the others do something."""
+
+    def program():
+        if threading.current_thread().name == "rank 1":
+            raise error
+        peers()
+
+    return program
+
+
+def test_who_fails_before_it_has_a_group_ends_those_that_wait_for_it():
+    with pytest.raises(KeyError, match="mine"):
+        run(3, _fails(KeyError("mine"), mc.new_group), timeout=20)
+    with pytest.raises(SystemExit):
+        run(3, _fails(SystemExit(3), mc.new_group), timeout=20)
+
+
+def test_ranks_that_do_not_end_tell_of_one_that_failed():
+    stop = threading.Event()
+    with pytest.raises(TimeoutError, match=r"ranks \[0\]") as caught:
+        run(2, _fails(KeyError("mine"), lambda: stop.wait(20)), timeout=0.3)
+    assert isinstance(caught.value.__cause__, KeyError)
+    stop.set()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_goes_back_to_another_rank_is_not_the_first_error(again):
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            raise KeyError("mine")
+        try:
+            pg.barrier().wait()
+        except mc.RemoteRankError as error:
+            if not again:
+                raise RuntimeError("of rank 0") from error
+        pg.barrier().wait()  # of a broken group
+
+    with pytest.raises(KeyError, match="mine"):
+        run(2, program)
+
+
+def test_what_ends_a_thread_of_a_rank_ends_the_rank():
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 1:
+            thread = threading.Thread(target=lambda: {}["mine"])
+            thread.start()
+            thread.join()
+            with pytest.raises(mc.GroupBrokenError, match="raised in thread"):
+                pg.barrier().wait()
+        else:
+            pg.barrier().wait()
+
+    with pytest.raises(KeyError, match="mine"):
+        run(2, program)
+
+
+def test_several_may_move_the_clock():
+    def program():
+        mc.new_group()
+        before = monotonic()
+        advance(500)
+        mc.new_group().barrier().wait()
+        return monotonic() - before > 1000
+
+    assert run(2, program, timeout=20) == [True, True]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "2", True])
+def test_wrong_timeouts_are_refused(timeout):
+    with pytest.raises(mc.InvalidCallError, match="timeout must be"):
+        run(1, lambda: None, timeout=timeout)
+
+
+def test_when_the_clock_has_been_moved_calls_have_ended(monkeypatch):
+    monkeypatch.setattr("mpicoll.testing.threads.QUIET", 0)
+    works = []
+
+    def program():
+        pg = mc.new_group()
+        if pg.rank() == 0:
+            pg.barrier().wait()
+            advance(3000)
+            return works[0].done
+        works.append(pg.recv(np.empty(1), 0, timeout=2000))
+        pg.barrier().wait()
+        with pytest.raises(mc.CollectiveTimeoutError):
+            works[0].wait()
+        return True
+
+    assert run(2, program) == [True, True]
+
+
+def test_who_was_told_that_a_call_is_over_is_not_warned_of_it():
+    def program():
+        pg = mc.new_group()
+        for _ in range(20):
+            ring = [pg.allreduce(np.ones(40_000))]
+            ring.append(ring)  # so that the collector frees it, perhaps inside of the engine
+            while not ring[0].is_completed():
+                pass
+            assert type(ring[0]) is not Unattended
+
+    run(2, program)
+
+
+def test_a_world_that_is_ended_leaves_no_memory_behind(monkeypatch):
+    made = []
+
+    def make(**options):
+        made.append(mkstemp(**options))
+        process().mpi.world.end("while a group is made")
+        return made[0]
+
+    mkstemp = tempfile.mkstemp
+    monkeypatch.setattr(tempfile, "mkstemp", make)
+    with pytest.raises(RuntimeError, match="while a group is made"):
+        run(2, mc.new_group)
+    ((_, path),) = made
+    assert not os.path.exists(path)

@@ -84,3 +84,14 @@ def test_the_cause_is_a_line():
     assert cause(ValueError, ValueError("no such file\nat all")) == "ValueError: no such file"
     assert cause(Mute, Mute()) == "Mute"
     assert cause(KeyboardInterrupt, KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_a_chain_may_be_longer_than_python_goes_deep():
+    def chained():
+        error = None
+        for number in range(sys.getrecursionlimit() + 1):
+            before, error = error, ValueError(number)
+            error.__context__ = before
+        raise error
+
+    assert "ValueError: 0\n" in told(chained)

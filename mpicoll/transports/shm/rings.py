@@ -150,12 +150,13 @@ class RingMessages(Messages):
         """Send a message's header through the ring, and its payload by MPI."""
         assert call.send is not None
         requests: list[MPI.Request] = []
+        kept = pending()
         try:
             payload = call.send.flat().view(np.uint8)
             self._begin(requests, self.comm.Isend, payload, call.peer, tag)
             yield from _send(posted)
         except BaseException:
-            pending().extend(requests)
+            kept.extend(requests)
             raise
         yield from until_all(requests)
 
