@@ -13,13 +13,13 @@ import pytest
 from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 
-def run(folder, n, tests, *options, env=None, limit=60):
+def run(folder, n, tests, *options, env=None, limit=60, load=True):
     """Run tests on n ranks; 0: without a launcher."""
     for name, text in tests.items():
         (folder / name).write_text(textwrap.dedent(text))
     launcher = mpiexec(n) if n else []
     argv = [*launcher, sys.executable, "-m", "pytest", "--color=no", "--tb=short", f"{folder}"]
-    if n:
+    if n and load:
         options = ("-p", "mpicoll.testing.plugin", *options)
     ended = run_bounded([*argv, *options], limit, environment(env))
     assert not ended.timed_out and not ended.leftovers, ended.output
@@ -221,6 +221,58 @@ def test_collections_that_differ_are_refused(tmp_path):
     ended = run(tmp_path, 2, {}, "-q", "-p", "no:cacheprovider", env={"BREAK": "1"})
     assert ended.code == 2
     assert "No module named 'nothing_of_the_kind'\n---- on rank 1 ----" in ended.output
+
+
+RANK = """
+    import os, time
+    RANK = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+"""
+
+
+def test_a_rank_whose_conftest_fails_ends_the_others_with_that_sentence(tmp_path):
+    conftest = f"""{RANK}
+    if RANK == "2":
+        raise RuntimeError("not on this rank")
+    """
+    files = {"conftest.py": conftest, "test_never.py": "def test_never(): pass"}
+    ended = run(tmp_path, 3, files, "-p", "no:cacheprovider")
+    assert ended.code != 0 and ended.seconds < 20
+    said = "Exit: rank 2 ended before its tests: RuntimeError: not on this rank"
+    assert ended.output.count(said) == 1, ended.output
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_does_not_come_from_its_collection_is_named_with_its_place(tmp_path, late):
+    text = f"""{RANK}
+    if RANK == "{late}":
+        time.sleep(1000)
+    def test_never(): pass
+    """
+    ended = run(tmp_path, 2, {"test_late.py": text}, "--mpicoll-limit=5", "-p", "no:cacheprovider")
+    assert ended.code != 0 and ended.seconds < 30
+    assert "not all ranks have collected their tests, 10 s after others" in ended.output
+    said = rf"rank {late} has not come. It is at .*\n.*test_late\.py\", line 5 in <module>"
+    assert re.search(said, ended.output), ended.output
+
+
+def test_a_rank_that_has_returned_early_is_said_to_have_finished(tmp_path):
+    text = """
+        def test_early(group):
+            if group.rank() == 2:
+                return
+            group.barrier().wait()
+    """
+    ended = run(tmp_path, 3, {"test_early.py": text}, "--mpicoll-limit=2", "-p", "no:cacheprovider")
+    assert ended.code == 1 and "rank 2 has finished test_early" in ended.output, ended.output
+    assert "opposite" not in ended.output and "'pytest'" not in ended.output
+
+
+def test_it_may_be_loaded_by_a_conftest(tmp_path):
+    load = 'pytest_plugins = ["mpicoll.testing.plugin"]'
+    text = "def test_two(group): assert group.size() == 2"
+    files = {"conftest.py": load, "test_two.py": text}
+    ended = run(tmp_path, 2, files, "-q", "-p", "no:cacheprovider", load=False)
+    assert ended.code == 0 and ended.output.count("1 passed") == 1, ended.output
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_cov"), reason="needs pytest-cov")
