@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
+import pdb
 import sys
 import time
 import zlib
@@ -15,11 +16,17 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import pytest
-from _pytest._code.code import ReprFileLocation, TerminalRepr
+from _pytest._code.code import ReprFileLocation, TerminalRepr, TracebackEntry
 from _pytest._io import TerminalWriter
 from _pytest.runner import runtestprotocol
 
-from ..errors import CollectiveTimeoutError, MpicollError, RankFailedError, RemoteRankError
+from ..errors import (
+    CollectiveTimeoutError,
+    MpicollError,
+    RankFailedError,
+    RemoteRankError,
+    UnsupportedError,
+)
 from ..runtime.watchdog import end_job, watchdog
 from .limits import LAST, VERY_LAST, Limit, Overdue
 from .marks import ranks_of
@@ -27,8 +34,11 @@ from .together import MAKING, Left, Lost, Together
 from .verdicts import CAUSE, FOLLOWS, LATE, Part, Phase, Verdict, agree, first_difference, text_of
 
 _LIBRARY = str(Path(__file__).parents[1]) + os.sep
+_CONTRACT = str(Path(__file__).with_name("contract.py"))
+_OURS = (MpicollError, Overdue)
 _PASSED, _BESIDE, _OTHER = range(3)  # on a rank the test passed; was not run; ended otherwise
 COLLECTING = 10.0  # seconds from the first rank's collection to the last's, at least, or the limit
+HEARD = 2.0  # seconds in which a rank hears that rank 0 has ended, too
 _SHOWN = 300  # characters of a failure's first line that the peers hear
 
 Hook = Iterator[None]
@@ -37,9 +47,12 @@ Hook = Iterator[None]
 class Merged(TerminalRepr):
     """A failure on several ranks, as pytest prints one."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict, item: pytest.Item) -> None:
         self.text = verdict.text
-        self.reprcrash = ReprFileLocation(*verdict.place)
+        file, line, message = verdict.place
+        if not file:
+            file, line = str(item.path), (item.location[1] or 0) + 1
+        self.reprcrash = ReprFileLocation(file, line, message)
 
     def toterminal(self, tw: TerminalWriter) -> None:
         """Write it, in pytest's colours."""
@@ -95,6 +108,22 @@ class Ranks:
         if given and not self.config.getoption("usepdb"):
             self._default = float(given)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self) -> None:
+        """Refuse a debugger's prompt on ranks that have no terminal."""
+        if self.together.rank > 0:
+            before, rank = pdb.set_trace, self.together.rank
+
+            def refuse(*args: object, **options: object) -> NoReturn:
+                raise UnsupportedError(
+                    f"breakpoint() on rank {rank}: only rank 0 has the terminal. Ask for "
+                    "group.rank() == 0, or run the ranks in threads with mpicoll.testing.run, "
+                    "where any of them can be debugged"
+                )
+
+            pdb.set_trace = refuse
+            self.config.add_cleanup(lambda: setattr(pdb, "set_trace", before))
+
     def pytest_report_header(self) -> str:
         """Say how long a test may take."""
         limit = "no limit" if self._default == math.inf else f"limit {self._default:g} s"
@@ -138,12 +167,18 @@ class Ranks:
         self._default, self._collected = max(limits), True
 
     def leave_early(self, error: BaseException | None) -> None:
-        """Tell the peers that this rank ends before its tests, and why."""
-        why = "" if error is None else f": {type(error).__name__}: {error}"
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, BaseException):  # of a conftest's failure
-            why = f": {error}"
-        self._leave(f"ended before its tests{why}")
+        """Tell the peers that this rank ends before its tests, and why.
+
+        What is wrong with the command is so on all ranks: rank 0 says it.
+        """
+        said = f"{type(error).__name__}: {error}"
+        if hasattr(error, "cause"):  # of a conftest's failure, which names the cause itself
+            said = str(error)
+        why = f"ended before its tests{'' if error is None else f': {said}'}"
+        repeats = isinstance(error, pytest.UsageError) and self.together.rank > 0 and not self._gone
+        if repeats and error is not None and self.together.hears(0, HEARD) == why:
+            error.args = ()
+        self._leave(why)
 
     def _leave_unseen(self) -> None:
         """Tell the peers of an end of which no hook has told, at the latest when pytest ends."""
@@ -203,6 +238,10 @@ class Ranks:
     def _begin(self, item: pytest.Item) -> None:
         self._test = item.nodeid
         self.left, self._told = "", False
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have the job end if this test goes on past all limits."""
         if self.limit.until < math.inf:
             self._over = time.monotonic() + self.limit.patience + LAST
             last = self._over - time.monotonic() + VERY_LAST
@@ -211,6 +250,16 @@ class Ranks:
     def _end(self) -> None:
         self._over = math.inf
         faulthandler.cancel_dump_traceback_later()
+
+    def pytest_enter_pdb(self) -> None:
+        """Let no limit strike while a debugger's prompt is open on this rank."""
+        self._end()
+        self.limit.pause()
+
+    def pytest_leave_pdb(self) -> None:
+        """Go on with the limit."""
+        self.limit.go_on()
+        self._watch()
 
     def _is_beside(self, item: pytest.Item) -> bool:
         """Whether a test is for other ranks."""
@@ -271,10 +320,11 @@ class Ranks:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Tell the peers of what ended the test here, before anything else; note how it ended."""
-        excinfo, line = call.excinfo, ""
+        excinfo, line, bare = call.excinfo, "", False
         if excinfo is not None and not self._is_beside(item):
             if not self.config.option.fulltrace:
                 excinfo = call.excinfo = _without_library(excinfo)
+                bare = isinstance(excinfo.value, _OURS) and not _places(excinfo)
             line = self._in_a_line(excinfo)
             if isinstance(excinfo.value, pytest.skip.Exception):
                 self.left = self.left or f"skipped {item.name}: {excinfo.value}"
@@ -282,6 +332,9 @@ class Ranks:
                 self.left, self._told = f"failed {item.name}: {line}", True
                 self.together.tell(self.left)
         report = yield
+        if bare and excinfo is not None and report.failed:
+            said = excinfo.exconly().splitlines()
+            report.longrepr = "\n".join(f"E   {text}" for text in said)
         item.stash[_PHASES].append(_phase(report, call, line))
         return report
 
@@ -290,8 +343,7 @@ class Ranks:
         lines = [text for line in excinfo.exconly().splitlines() if (text := line.strip())]
         said = " ".join(lines[: 1 + lines[0].endswith(":")]).removeprefix("mpicoll.errors.")
         said = said[:_SHOWN]
-        outside = (_LIBRARY, str(Path(pytest.__file__).parents[1]) + os.sep)
-        places = [x for x in excinfo.traceback if not str(x.path).startswith(outside)]
+        places = _places(excinfo)
         if not places:
             return said
         path = Path(str(places[-1].path))
@@ -400,8 +452,9 @@ class Ranks:
         if self._gone or together.lost:
             return
         if not self._collected:
-            error = self._uncollected[-1][1].splitlines()[-1:] if self._uncollected else []
-            self._leave(f"ended before its tests{': '.join(['', *error])}")
+            for _, text in self._uncollected[-1:]:
+                self._leave(f"ended before its tests: {text.splitlines()[-1]}")
+            self._leave_unseen()
             return
         try:
             codes, _ = together.meet(int(session.exitstatus), 0, MAKING)
@@ -434,8 +487,7 @@ def _phase(report: pytest.TestReport, call: pytest.CallInfo[None], line: str) ->
         phase.line = phase.text.removeprefix("Skipped: ")
     elif not report.passed:
         phase.text = report.longreprtext
-        for title, content in report.sections:
-            phase.text += f"\n{f' {title} ':-^80}\n{content}"
+        phase.output = list(report.sections)
         crash = getattr(report.longrepr, "reprcrash", None)
         message = line or phase.text.partition("\n")[0]
         phase.place = (
@@ -461,15 +513,27 @@ def _is_late(error: BaseException | None) -> bool:
     )
 
 
+def _is_ours(file: str) -> bool:
+    """Whether a file is the library's, and no test."""
+    return file.startswith(_LIBRARY) and file != _CONTRACT
+
+
+def _places(excinfo: pytest.ExceptionInfo[BaseException]) -> list[TracebackEntry]:
+    """Return the frames that are neither the library's nor of a package beside pytest."""
+    beside = str(Path(pytest.__file__).parents[1]) + os.sep
+    files = ((str(entry.path), entry) for entry in excinfo.traceback)
+    return [x for file, x in files if not _is_ours(file) and not file.startswith(beside)]
+
+
 def _without_library(
     excinfo: pytest.ExceptionInfo[BaseException],
 ) -> pytest.ExceptionInfo[BaseException]:
     """Leave the library's frames out of the traceback of what it raises on purpose."""
     error: BaseException | None = excinfo.value
-    while isinstance(error, (MpicollError, Overdue)):
+    while isinstance(error, _OURS):
         trace, kept = error.__traceback__, []
         while trace is not None:
-            if not trace.tb_frame.f_code.co_filename.startswith(_LIBRARY):
+            if not _is_ours(trace.tb_frame.f_code.co_filename):
                 kept.append(trace)
             trace = trace.tb_next
         for old in reversed(kept):
@@ -502,7 +566,7 @@ def _reports(
                 file, line, _ = verdict.place
                 report.longrepr = (file, line, verdict.text)
             else:
-                report.longrepr, report.sections = Merged(verdict), []
+                report.longrepr, report.sections = Merged(verdict, item), []
         found.append(report)
     if "setup" in said and said["setup"].outcome != "passed":
         del found[1]

@@ -198,6 +198,14 @@ class Together:
 
     # ---- the end ----
 
+    def hears(self, rank: int, seconds: float) -> str:
+        """Return why a rank has left, if that is heard within so many seconds; else ""."""
+        peers, until = self._meeting._caller.group_state.peers, time.monotonic() + seconds
+        while rank not in peers.left and time.monotonic() < until:
+            engine().between_steps(peers.poll)
+            time.sleep(1e-3)
+        return peers.left[rank].text if rank in peers.left else ""
+
     def leave(self, why: str) -> None:
         """Leave before the others; they hear why where they meet."""
         self.tell(why)

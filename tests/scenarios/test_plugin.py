@@ -251,7 +251,7 @@ def test_a_rank_that_does_not_come_from_its_collection_is_named_with_its_place(t
     ended = run(tmp_path, 2, {"test_late.py": text}, "--mpicoll-limit=5", "-p", "no:cacheprovider")
     assert ended.code != 0 and ended.seconds < 30
     assert "not all ranks have collected their tests, 10 s after others" in ended.output
-    said = rf"rank {late} has not come. It is at .*\n.*test_late\.py\", line 5 in <module>"
+    said = rf"rank {late} has not come. It is at .*\n.*test_late\.py\", line 6 in <module>"
     assert re.search(said, ended.output), ended.output
 
 
@@ -265,6 +265,64 @@ def test_a_rank_that_has_returned_early_is_said_to_have_finished(tmp_path):
     ended = run(tmp_path, 3, {"test_early.py": text}, "--mpicoll-limit=2", "-p", "no:cacheprovider")
     assert ended.code == 1 and "rank 2 has finished test_early" in ended.output, ended.output
     assert "opposite" not in ended.output and "'pytest'" not in ended.output
+
+
+def test_a_failure_is_told_once_without_frames_of_pytest(tmp_path):
+    text = """
+        import numpy as np, pytest
+        def test_prints(group):
+            print("this is rank", group.rank())
+            assert group.size() == 77
+        def test_forgets(group):
+            if group.rank() == 0:
+                group.recv(np.ones(3), 1)
+        def test_skips(group):
+            if group.rank() == 1:
+                pytest.skip("not here")
+    """
+    ended = run(tmp_path, 2, {"test_fails.py": text}, "-p", "no:cacheprovider")
+    said = r"ranks 0, 1 of 2 ----\n.*?E   AssertionError: assert 2 == 77\n.*?\n-+ Captured stdout call, rank 0 -+\n"
+    both = said + r"this is rank 0\n-+ Captured stdout call, rank 1 -+\nthis is rank 1\n"
+    assert re.search(both, ended.output, re.DOTALL), ended.output
+    bare = (
+        r"rank 0 of 2 ----\nE   mpicoll.errors.CollectiveMismatchError: .* no message came for it"
+    )
+    assert re.search(bare, ended.output) and "pluggy/" not in ended.output, ended.output
+    ended = run(tmp_path, 2, {}, "--tb=line", "-k", "skips", "-p", "no:cacheprovider")
+    assert re.search(r"test_fails.py:11: rank 1 skipped what rank 0 did not", ended.output)
+
+
+def test_an_error_of_use_is_said_by_rank_0(tmp_path):
+    ended = run(tmp_path, 3, {}, "--nonsense", "-p", "no:cacheprovider")
+    assert ended.code == 4 and ended.output.count("unrecognized arguments") == 1, ended.output
+
+
+def test_a_debugger_has_rank_0_and_time(tmp_path):
+    sleeper = """
+        import pdb, time
+        class Sleeper(pdb.Pdb):
+            def cmdloop(self, intro=None):
+                time.sleep(2)
+                self.onecmd("continue")
+    """
+    text = """
+        import pytest
+        @pytest.mark.limit(1)
+        @pytest.mark.ranks(1)
+        def test_prompt(group):
+            breakpoint()
+            assert group.size() == 1
+        def test_refused(group):
+            if group.rank() == 1:
+                breakpoint()
+    """
+    files = {"sleeper.py": sleeper, "test_debug.py": text}
+    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    ended = run(
+        *(tmp_path, 2, files, "--pdbcls=sleeper:Sleeper", "-p", "no:cacheprovider"), env=path
+    )
+    assert "1 failed, 1 passed" in ended.output, ended.output
+    assert "breakpoint() on rank 1: only rank 0 has the terminal" in ended.output
 
 
 def test_it_may_be_loaded_by_a_conftest(tmp_path):
