@@ -140,11 +140,11 @@ def test_the_page_shows_what_is_reported(tmp_path):
     page = (ROOT / "docs" / "testing.md").read_text()
     tests = dict(re.findall(r"```python\n# (test_\w+\.py)\n(.*?)```", page, re.DOTALL))
     shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
-    assert sorted(tests) == ["test_backend.py", "test_broken.py", "test_mean.py"]
+    assert sorted(tests) == ["test_backend.py", "test_broken.py", "test_halo.py", "test_mean.py"]
     files = {name: f"# {name}\n{text}" for name, text in tests.items()}
     chosen = "-k", "not Mine or float32-3", "-p", "no:cacheprovider"
     ended = run(tmp_path, 3, files, *chosen, env={"MPICOLL_GRACE": "0.3"})
-    assert re.search(r"2 failed, 12 passed, 1 skipped", ended.output), ended.output
+    assert re.search(r"2 failed, 14 passed, 1 skipped", ended.output), ended.output
 
     def plain(text):
         text = re.sub(r"\d+\.\d+ s\b|, compiled|\S*(?=test_broken.py)", "", text)
