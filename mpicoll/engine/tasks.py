@@ -229,6 +229,7 @@ class GroupState:
 
     Attributes:
         channel: what its calls go through; given when that is made.
+        says: what a rank in a call of it says of itself in other groups, instead of that call.
     """
 
     def __init__(
@@ -245,6 +246,7 @@ class GroupState:
         self.board = board
         self.mark = mark
         self.once = once
+        self.says = ""
         self.channel = Channel()
         self._all_active = active
         self.queue: deque[Task] = deque()
@@ -316,11 +318,12 @@ class GroupState:
         if self.queue:
             return Said(f"is in {_placed(self.queue[0])}")
         others = [x for x in self._all_active() if x is not self and x.peers.size > 1]
-        heads = [state.queue[0] for state in others if state.queue]
+        aside = [state.says for state in others if state.says and state.busy]
+        heads = [state.queue[0] for state in others if state.queue and not state.says]
         found = [
             _placed(task, " of this group") for task in itertools.islice(self.beside, _SEVERAL)
         ]
-        messages = (task for state in others for task in state.beside)
+        messages = (task for state in others if not state.says for task in state.beside)
         for task in (*heads, *itertools.islice(messages, _SEVERAL)):
             found.append(_placed(task, f" of group {task.group_state.name!r}"))
         core = self.channel.core
@@ -331,7 +334,8 @@ class GroupState:
         if found:
             text = f"is in {' and in '.join(found[:_SEVERAL])}; last finished here {last}{since}"
         else:
-            text = f"is in no call of this group; last finished {last}{since}"
+            where = aside[0] if aside else "is in no call of this group"
+            text = f"{where}; last finished {last}{since}"
         calls = [
             (task.group_state.mark, task.seq)
             for task in heads

@@ -41,11 +41,12 @@ class Limit:
         self.seconds = math.inf
         self.until = math.inf  # on the monotonic clock
         self._has_more = False
+        self._paused = math.inf  # since when
 
     def begin(self, seconds: float) -> None:
         """Have a test begin that may take so many seconds."""
         self.seconds, self.until = seconds, time.monotonic() + seconds
-        self._has_more = False
+        self._has_more, self._paused = False, math.inf
 
     @property
     def patience(self) -> float:
@@ -70,6 +71,18 @@ class Limit:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+    def pause(self) -> None:
+        """Let no time count, as while a debugger's prompt is open."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._paused = min(self._paused, time.monotonic())
+
+    def go_on(self) -> None:
+        """Have time count again."""
+        self.until += max(0.0, time.monotonic() - self._paused)
+        self._paused = math.inf
+        if self.until < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(0.05, self.until - time.monotonic()))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if _waits() and not self._has_more:

@@ -5,44 +5,31 @@ test on all of them (verdicts.py); the others are silent.  A rank that leaves a 
 the groups that the test may wait in, so its peers hear of it at once.  A test ends at its limit
 (limits.py); a rank that can't be stopped ends the job.
 
-It does nothing, but for the fixture and the marks, where there is one rank.
+Every pytest in the environment loads this module: options, marks, the fixture, and whether there
+are several ranks.  What works with them (ranks.py) is loaded where there are.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
-import sys
 import time
-import zlib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import pytest
-from _pytest._code.code import ReprFileLocation, TerminalRepr
-from _pytest._io import TerminalWriter
-from _pytest.runner import runtestprotocol
 
-from ..errors import CollectiveTimeoutError, MpicollError, RankFailedError, RemoteRankError
-from ..groups.group import ProcessGroup
-from ..groups.new import new_group
 from ..runtime.settings import Launcher, environment, inherited_from, launchers
-from ..runtime.watchdog import end_job, watchdog
-from .limits import LAST, VERY_LAST, Limit, Overdue
-from .together import MAKING, Left, Lost, Together
-from .verdicts import CAUSE, FOLLOWS, LATE, Part, Phase, Verdict, agree, first_difference, text_of
+from .marks import NAME, RANKS, ranks_of
 
-_NAME = "mpicoll.testing.plugin"
-_LIBRARY = str(Path(__file__).parents[1]) + os.sep
+if TYPE_CHECKING:
+    from ..groups.group import ProcessGroup
+    from .ranks import Ranks
+
 _EARLY = 0.8  # of the limit: after that a call says who is missing, before the test is stopped
-_PASSED, _BESIDE, _OTHER = range(3)  # on a rank the test passed; was not run; ended otherwise
-_SHOWN = 300  # characters of a failure's first line that the peers hear
-
-Hook = Iterator[None]
+_LISTS = ("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
 
 
 # ---- what is there on one rank, too ----
@@ -78,9 +65,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test for more ranks than there are."""
-    wanted = _ranks_of(item)
-    ranks: Ranks | None = item.config.pluginmanager.get_plugin(f"{_NAME}.ranks")
-    size = 1 if ranks is None or ranks.together is None else ranks.together.size
+    wanted = ranks_of(item)
+    ranks: Ranks | None = item.config.pluginmanager.get_plugin(RANKS)
+    size = 1 if ranks is None else ranks.together.size
     if wanted is not None and wanted > size:
         pytest.skip(f"it is for {wanted} ranks, and the world has {size}: mpiexec -n {wanted}")
 
@@ -88,12 +75,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
     """A new group of the ranks that run the test."""
-    ranks: Ranks | None = request.config.pluginmanager.get_plugin(f"{_NAME}.ranks")
+    from ..errors import RemoteRankError
+    from ..groups.new import new_group
+
+    ranks: Ranks | None = request.config.pluginmanager.get_plugin(RANKS)
     left = ranks.limit.until - time.monotonic() if ranks is not None else math.inf
     made = new_group(timeout=max(0.1, left * _EARLY), group_name=request.node.name)
     yield made
     why = ranks.left if ranks is not None else ""
-    if ranks is not None and ranks.together is not None and why:
+    if ranks is not None and why:
         ranks.together.tell(why)
     if made.is_broken:
         made.abort()
@@ -102,29 +92,54 @@ def group(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
             made.shutdown()
 
 
-def _ranks_of(item: pytest.Item) -> int | None:
-    """Return on how many ranks a test is to run; None: on all."""
-    call = getattr(item, "callspec", None)
-    return None if call is None else call.params.get("_ranks")
-
-
 # ---- whether there are several ----
 
 
-def _place(config: pytest.Config) -> Launcher | None:
+def _place(options: Namespace) -> Launcher | None:
     """Return what the launcher says of this rank, if tests are to run on several."""
     found = launchers(environment())
+    asked = NAME in (options.plugins or [])
     if not found or inherited_from() is not None:
-        return Launcher("none", "", 0, 1) if _NAME in config.getoption("plugins", []) else None
-    if found[0].ranks > 1 or _NAME in config.getoption("plugins", []):
-        return found[0]
-    return None
+        return Launcher("none", "", 0, 1) if asked else None
+    return found[0] if found[0].ranks > 1 or asked else None
+
+
+def _runs_tests(options: Namespace) -> bool:
+    """Whether pytest is to run tests, not only to list something."""
+    return not any(getattr(options, name, None) for name in (*_LISTS, "collectonly"))
+
+
+_MET = pytest.StashKey["Ranks"]()
+
+
+def _meet(config: pytest.Config) -> Ranks:
+    """Have the ranks meet, if they have not yet."""
+    if _MET not in config.stash:
+        from .ranks import Ranks
+
+        config.stash[_MET] = Ranks(config)
+    return config.stash[_MET]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Iterator[None]:
+    """Have the ranks meet before any code of the tests runs, so that they hear how it ends."""
+    options = early_config.known_args_namespace
+    is_rank = _place(options) is not None and not getattr(options, "numprocesses", None)
+    if not is_rank or not _runs_tests(options):
+        return (yield)
+    ranks = _meet(early_config)
+    try:
+        return (yield)
+    except BaseException as error:
+        ranks.leave_early(error)
+        raise
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Leave to rank 0 what only one rank can do."""
-    place = _place(config)
+    place = _place(config.option)
     if place is None:
         return
     if getattr(config.option, "numprocesses", None):
@@ -146,14 +161,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "limit(seconds): how long the test may take",
     ):
         config.addinivalue_line("markers", line)
-    place = _place(config)
-    if place is None or config.option.collectonly or getattr(config.option, "help", False):
-        if place is not None and place.rank > 0:
-            _silence(config)
-        return
-    if place.rank > 0:
+    place = _place(config.option)
+    if place is not None and place.rank > 0:
         _silence(config)
-    config.pluginmanager.register(Ranks(config), f"{_NAME}.ranks")
+    if place is not None and _runs_tests(config.option):
+        config.pluginmanager.register(_meet(config), RANKS)
 
 
 def _silence(config: pytest.Config) -> None:
@@ -164,438 +176,3 @@ def _silence(config: pytest.Config) -> None:
         config.add_cleanup(nowhere.close)
         silent = pytest.TerminalReporter(config, nowhere)
         config.pluginmanager.register(silent, "terminalreporter")
-
-
-# ---- the ranks ----
-
-
-class Merged(TerminalRepr):
-    """A failure on several ranks, as pytest prints one."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        self.text = verdict.text
-        self.reprcrash = ReprFileLocation(*verdict.place)
-
-    def toterminal(self, tw: TerminalWriter) -> None:
-        """Write it, in pytest's colours."""
-        for line in self.text.splitlines():
-            tw.line(line, red=line.startswith(("E  ", ">")), bold=line.startswith("----"))
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class Ranks:
-    """The hooks of a session on several ranks.
-
-    Attributes:
-        together: this rank among the others; None until the tests were collected.
-        limit: that of the test that runs.
-        left: why this rank has left the test early, in words for the peers; "": it has not.
-    """
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.limit = Limit()
-        self.together: Together | None = None
-        self._uncollected: list[tuple[str, str]] = []
-        self._stderr = os.dup(2)  # it is not captured yet
-        self._test = ""
-        self._over = math.inf  # when the job ends, as no rank came to the meeting
-        self.left = ""
-        self._told = False
-        self._trouble: Left | Lost | None = None
-        self._gone = False
-        given = config.getoption("mpicoll_limit")
-        if given is None:
-            given = float(config.getini("mpicoll_limit"))
-        self._default = math.inf if config.getoption("usepdb") or not given else float(given)
-
-    # ---- before the first test ----
-
-    def pytest_report_header(self) -> str:
-        """Say how long a test may take."""
-        limit = "no limit" if self._default == math.inf else f"limit {self._default:g} s"
-        return f"mpicoll: {launchers(environment())[0].ranks} ranks, {limit}"
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Note what could not be collected."""
-        if report.failed:
-            self._uncollected.append((report.nodeid, report.longreprtext))
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> Iterator[Any]:
-        """Meet before the first test, and after the last one."""
-        self.together = Together()
-        self._default = max(self.together.gather(self._default))
-        self._compare(session)
-        watchdog().add(self._look)
-        with self._last_words():
-            result = yield
-        if not self.together.lost:
-            self._save_coverage()
-            self.together.gather(None)
-        return result
-
-    def _compare(self, session: pytest.Session) -> None:
-        """Have all ranks report the errors of any, and make sure that they have the same tests."""
-        assert self.together is not None
-        names = [item.nodeid for item in session.items]
-        digest = zlib.crc32("\n".join(names).encode())
-        found = self.together.gather((digest, self._uncollected))
-        everyone = {error for _, errors in found for error in errors}
-        for error in sorted(everyone - set(self._uncollected)):
-            ranks = [rank for rank, (_, errors) in enumerate(found) if error in errors]
-            said = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-            text = f"{error[1]}\n---- on {said} ----"
-            report = pytest.CollectReport(error[0], "failed", text, None)
-            session.config.hook.pytest_collectreport(report=report)
-        if len({digest for digest, _ in found}) > 1 and not everyone:
-            difference = first_difference(self.together.gather(names))
-            speaks = self.together.rank == 0
-            self.together.end()
-            self._gone = True
-            said = f"the ranks have collected different tests: {difference}"
-            raise pytest.UsageError(*[said][:speaks])
-
-    # ---- one test ----
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-        """Run a test on the ranks that take part, and report what became of it on all."""
-        assert self.together is not None
-        mark = item.get_closest_marker("limit")
-        seconds = float(mark.args[0]) if mark else self._default
-        self.limit.begin(math.inf if self._default == math.inf else seconds)
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        self._begin(item)
-        try:
-            self.together.enter(min(_ranks_of(item) or self.together.size, self.together.size))
-            item.stash[_PHASES] = []
-            reports = runtestprotocol(item, log=False, nextitem=nextitem)
-            self._end()
-            reports = self._agree(item, reports)
-        except Left as error:
-            self._gone = True
-            pytest.exit(str(error), returncode=2)
-        except BaseException as error:
-            self._leave(f"left the session: {type(error).__name__}: {error}")
-            raise
-        finally:
-            self._end()
-        self._test = ""
-        for report in reports:
-            item.ihook.pytest_runtest_logreport(report=report)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        return True
-
-    def _begin(self, item: pytest.Item) -> None:
-        self._test = item.nodeid
-        self.left, self._told = "", False
-        if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
-            last = self._over - time.monotonic() + VERY_LAST
-            faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
-
-    def _end(self) -> None:
-        self._over = math.inf
-        faulthandler.cancel_dump_traceback_later()
-
-    def _is_beside(self, item: pytest.Item) -> bool:
-        """Whether a test is for other ranks."""
-        assert self.together is not None
-        wanted = _ranks_of(item)
-        return wanted is not None and wanted <= self.together.rank
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> Hook:
-        """Leave out the test on a rank that takes no part; keep the limit on the others."""
-        if self._is_beside(item):
-            pytest.skip("it is for other ranks")
-        with self.limit.kept():
-            yield
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_call(self) -> Hook:
-        """Keep the limit."""
-        with self.limit.kept():
-            yield
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> Hook:
-        """Tear nothing down while a peer is still in the test; keep the limit a moment more."""
-        self._meet_before_teardown(item)
-        with self.limit.kept(self.limit.teardown):
-            yield
-
-    def _meet_before_teardown(self, item: pytest.Item) -> None:
-        assert self.together is not None
-        self._over = math.inf  # the meeting has a deadline of its own
-        late = "" if self._told else self.left
-        try:
-            self._meet(item, late=late)
-        except (Left, Lost) as error:
-            self._trouble = error
-            self.left = self.left or "ends"
-            self.together.tell(self.left)
-        if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
-
-    def _meet(self, item: pytest.Item, code: int = _PASSED, late: str = "") -> list[int]:
-        """Exchange a number with the ranks in the same test."""
-        assert self.together is not None
-        if self._trouble is not None:
-            raise self._trouble
-        key, patience = zlib.crc32(item.nodeid.encode()), min(self.limit.patience, 9e8)
-        codes, same = self.together.meet(code, key, patience, late, self._part(item))
-        if not same:
-            raise Left(f"the ranks are in different tests: {self.together.gather(item.nodeid)}")
-        return codes
-
-    def _part(self, item: pytest.Item) -> Part:
-        """Return what became of a test on this rank, so far."""
-        assert self.together is not None
-        phases = [] if self._is_beside(item) else item.stash[_PHASES]
-        return Part(self.together.rank, phases, self.together.told)
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Tell the peers of what ended the test here, before anything else; note how it ended."""
-        assert self.together is not None
-        excinfo, line = call.excinfo, ""
-        if excinfo is not None and not self._is_beside(item):
-            if not self.config.option.fulltrace:
-                excinfo = call.excinfo = _without_library(excinfo)
-            line = self._in_a_line(excinfo)
-            if isinstance(excinfo.value, pytest.skip.Exception):
-                self.left = self.left or f"skipped {item.name}: {excinfo.value}"
-            elif not self._told:
-                self.left, self._told = f"failed {item.name}: {line}", True
-                self.together.tell(self.left)
-        report = yield
-        item.stash[_PHASES].append(_phase(report, call, line))
-        return report
-
-    def _in_a_line(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-        """Say where an exception was raised, and its first line."""
-        lines = [text for line in excinfo.exconly().splitlines() if (text := line.strip())]
-        said = " ".join(lines[: 1 + lines[0].endswith(":")]).removeprefix("mpicoll.")
-        said = said[:_SHOWN]
-        outside = (_LIBRARY, str(Path(pytest.__file__).parents[1]) + os.sep)
-        places = [x for x in excinfo.traceback if not str(x.path).startswith(outside)]
-        if not places:
-            return said
-        path = Path(str(places[-1].path))
-        if path.is_relative_to(self.config.rootpath):
-            path = path.relative_to(self.config.rootpath)
-        return f"{path}:{places[-1].lineno + 1}: {said}"
-
-    # ---- what became of it ----
-
-    def _agree(
-        self, item: pytest.Item, reports: list[pytest.TestReport]
-    ) -> list[pytest.TestReport]:
-        """Return the reports that all ranks make of a test."""
-        together, mine = self.together, self._part(item)
-        assert together is not None
-        passed = all(phase.outcome == "passed" and phase.xfail is None for phase in mine.phases)
-        code = _OTHER if not passed else _PASSED if mine.phases else _BESIDE
-        try:
-            codes = self._meet(item, code)
-            if max(codes) < _OTHER:
-                return reports if mine.phases else _reports(item, reports, [])
-            parts = together.gather(mine)
-        except Lost as lost:
-            parts = self._without(lost, mine)
-        verdicts = agree(parts, together.size)
-        if together.lost:
-            item.session.shouldstop = "a rank is lost, so the job ends"
-            if together.rank == together.speaker != 0:  # the one that has a terminal is lost
-                said = "\n".join(verdict.text for verdict in verdicts)
-                os.write(self._stderr, f"\n{item.nodeid}\n{said}\n".encode())
-        elif any(verdict.outcome == "failed" for verdict in verdicts) or any(
-            part.told for part in parts
-        ):
-            together.heal()
-        return _reports(item, reports if mine.phases else [], verdicts)
-
-    def _without(self, lost: Lost, mine: Part) -> list[Part]:
-        """Return what became of the test, where ranks are lost."""
-        parts = [part for part in lost.others if isinstance(part, Part)] or [mine]
-        for rank, how in lost.said.items():
-            place = ("", 0, f"rank {rank} {how.splitlines()[0]}")
-            text = f"rank {rank} {how}"
-            parts.append(Part(rank, [Phase("call", "failed", text=text, place=place)]))
-        return sorted(parts, key=lambda part: part.rank)
-
-    def _look(self) -> bool:
-        """In a thread, end the job where no rank has come to the meeting in time."""
-        if time.monotonic() > self._over and self.together is not None:
-            said = self.together.whereabouts()
-            if said is not None:
-                text = f"\nmpicoll: {self._test}: no rank could be stopped past the limit\n{said}\n"
-                os.write(self._stderr, text.encode())
-                self._test = ""
-                end_job(1)
-        return True
-
-    @contextmanager
-    def _last_words(self) -> Iterator[None]:
-        """Have a rank that ends itself say so: the launcher then ends the others at once."""
-        assert self.together is not None
-        leave, own, rank = os._exit, os.getpid(), self.together.rank
-
-        def leave_and_say(status: int) -> NoReturn:
-            if os.getpid() == own and self._test:
-                at = sys._getframe(1)
-                where = f"os._exit({status}) at {at.f_code.co_filename}:{at.f_lineno}"
-                said = f"\nmpicoll: rank {rank} ends in {self._test}, by {where}\n"
-                os.write(self._stderr, said.encode())
-                time.sleep(0.2)  # in which the launcher passes it on
-            leave(status)
-
-        os._exit = leave_and_say
-        try:
-            yield
-        finally:
-            os._exit = leave
-
-    # ---- after the last test ----
-
-    def _save_coverage(self) -> None:
-        """Have rank 0's pytest-cov combine what was measured on all ranks."""
-        assert self.together is not None
-        plugin: Any = self.config.pluginmanager.get_plugin("_cov")
-        controller = getattr(plugin, "cov_controller", None)
-        if controller is not None and self.together.rank > 0:
-            controller.cov.stop()
-            controller.cov.save()
-            controller.finish = lambda: None
-            plugin.options.cov_report, plugin.options.cov_fail_under = {}, None
-
-    def pytest_internalerror(self, excrepr: object) -> None:
-        """Let the peers hear of it."""
-        self._leave(f"left the session: {str(excrepr).splitlines()[-1]}")
-
-    def pytest_keyboard_interrupt(self) -> None:
-        """Let the peers hear of it."""
-        self._leave("was interrupted")
-
-    def _leave(self, why: str) -> None:
-        if self.together is not None and not self._gone and not self.together.lost:
-            self._gone = True
-            self.together.leave(why)
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Hook:
-        """Agree on the exit status."""
-        yield
-        together = self.together
-        if together is None or self._gone or together.lost:
-            return
-        try:
-            codes, _ = together.meet(int(session.exitstatus), 0, MAKING)
-            session.exitstatus = max(codes)
-            together.end()
-        except (Left, Lost) as error:
-            self._gone = True
-            print(f"mpicoll: at the end of the session: {error}", file=sys.stderr)
-            session.exitstatus = session.exitstatus or 1
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_unconfigure(self) -> None:
-        """End the job, where a rank is lost and the others have come to their end."""
-        if self.together is not None and self.together.lost:
-            sys.stdout.flush()
-            self._test = ""
-            self.together.end_the_job()
-
-
-_PHASES = pytest.StashKey[list[Phase]]()
-
-
-def _phase(report: pytest.TestReport, call: pytest.CallInfo[None], line: str) -> Phase:
-    """Return what is to be said of a phase's end on this rank."""
-    xfail = getattr(report, "wasxfail", None)
-    phase = Phase(report.when, report.outcome, xfail, line=line, at=call.stop)
-    error = call.excinfo.value if call.excinfo is not None else None
-    if report.skipped and xfail is None:
-        phase.text, phase.place = text_of(report.longrepr)
-        phase.line = phase.text.removeprefix("Skipped: ")
-    elif not report.passed:
-        phase.text = report.longreprtext
-        for title, content in report.sections:
-            phase.text += f"\n{f' {title} ':-^80}\n{content}"
-        crash = getattr(report.longrepr, "reprcrash", None)
-        message = line or phase.text.partition("\n")[0]
-        phase.place = (
-            ("", 0, message) if crash is None else (crash.path, crash.lineno, crash.message)
-        )
-        phase.line = line or message
-        phase.degree = FOLLOWS if _follows(error) else LATE if _is_late(error) else CAUSE
-    return phase
-
-
-def _follows(error: BaseException | None) -> bool:
-    """Whether an exception goes back to what a peer did."""
-    while error is not None:
-        if isinstance(error, (RemoteRankError, RankFailedError)):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _is_late(error: BaseException | None) -> bool:
-    return isinstance(error, CollectiveTimeoutError) or (
-        isinstance(error, Overdue) and error.waited
-    )
-
-
-def _without_library(
-    excinfo: pytest.ExceptionInfo[BaseException],
-) -> pytest.ExceptionInfo[BaseException]:
-    """Leave the library's frames out of the traceback of what it raises on purpose."""
-    error: BaseException | None = excinfo.value
-    while isinstance(error, (MpicollError, Overdue)):
-        trace, kept = error.__traceback__, []
-        while trace is not None:
-            if not trace.tb_frame.f_code.co_filename.startswith(_LIBRARY):
-                kept.append(trace)
-            trace = trace.tb_next
-        for old in reversed(kept):
-            trace = TracebackType(trace, old.tb_frame, old.tb_lasti, old.tb_lineno)
-        error.__traceback__ = trace or error.__traceback__
-        error = error.__cause__
-    return pytest.ExceptionInfo.from_exception(excinfo.value)
-
-
-def _reports(
-    item: pytest.Item, own: list[pytest.TestReport], verdicts: list[Verdict]
-) -> list[pytest.TestReport]:
-    """Return this rank's reports of a test with the verdicts in them."""
-    mine: dict[str | None, pytest.TestReport] = {report.when: report for report in own}
-    said = {verdict.when: verdict for verdict in verdicts}
-    found = []
-    for when in ("setup", "call", "teardown"):
-        report = mine.get(when)
-        if report is None:
-            report = pytest.TestReport(item.nodeid, item.location, {}, "passed", None, when)
-        verdict = said.get(when)
-        report.outcome = verdict.outcome if verdict else "passed"  # type: ignore[assignment]
-        report.longrepr = None
-        report.__dict__.pop("wasxfail", None)
-        if verdict is not None:
-            if verdict.xfail is not None:
-                report.wasxfail = verdict.xfail
-                report.longrepr = verdict.text or None
-            elif verdict.outcome == "skipped":
-                file, line, _ = verdict.place
-                report.longrepr = (file, line, verdict.text)
-            else:
-                report.longrepr, report.sections = Merged(verdict), []
-        found.append(report)
-    if "setup" in said and said["setup"].outcome != "passed":
-        del found[1]
-    return found

@@ -28,7 +28,7 @@ from ..runtime.settings import machine
 from ..runtime.watchdog import end_job, watchdog
 from .limits import Stacks, ask
 
-START = 300.0  # seconds in which all ranks have collected their tests
+START = 300.0  # seconds in which all ranks have started, and imported what pytest loads first
 MAKING = 30.0  # seconds in which a group is made
 _SOON = 0.2  # seconds after which peers that wait for one that skipped the test hear of it
 _SURVIVORS = 5.0  # seconds for the ranks that are left to find one another
@@ -103,6 +103,14 @@ class Together:
         default().comm = None
 
     # ---- meetings ----
+
+    def says(self, text: str) -> None:
+        """Have peers that wait for this rank elsewhere, while it is in a meeting, told this of it.
+
+        Args:
+            text: goes on after "rank 2".
+        """
+        self._meeting._caller.group_state.says = text
 
     def meet(
         self, code: int, key: int, timeout: float, late: str = "", brings: Any = None
@@ -189,6 +197,14 @@ class Together:
         return "\n".join(f"---- rank {rank} ----\n{text}" for rank, text in found.items())
 
     # ---- the end ----
+
+    def hears(self, rank: int, seconds: float) -> str:
+        """Return why a rank has left, if that is heard within so many seconds; else ""."""
+        peers, until = self._meeting._caller.group_state.peers, time.monotonic() + seconds
+        while rank not in peers.left and time.monotonic() < until:
+            engine().between_steps(peers.poll)
+            time.sleep(1e-3)
+        return peers.left[rank].text if rank in peers.left else ""
 
     def leave(self, why: str) -> None:
         """Leave before the others; they hear why where they meet."""

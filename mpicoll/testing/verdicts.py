@@ -22,7 +22,8 @@ class Phase:
     Attributes:
         outcome: "passed", "skipped" or "failed", as pytest says.
         xfail: the reason, if that was expected, or would have been.
-        text: the failure in full, with what the test has printed.
+        text: the failure in full.
+        output: what was captured, each with its title.
         line: the same, or why it was skipped, in a line.
         place: file, line and message, as pytest's short summary and JUnit want them.
         degree: CAUSE, LATE (it waited until a deadline passed) or FOLLOWS.
@@ -37,6 +38,7 @@ class Phase:
     place: tuple[str, int, str] = ("", 0, "")
     degree: int = CAUSE
     at: float = 0.0
+    output: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -124,28 +126,54 @@ def _failures(
         here = [(rank, p) for rank, p in causes if p.when == when]
         if not here:
             continue
-        here.sort(key=lambda item: (item[1].degree, item[1].at))
         sections = []
-        for ranks, phase in _alike(here):
-            sections.append(f"---- {_ranks(ranks)} of {size} ----\n{phase.text.rstrip()}")
+        for alike in _alike(here):
+            ranks, phase = [rank for rank, _ in alike], alike[0][1]
+            lines = [f"---- {_ranks(ranks)} of {size} ----", phase.text.rstrip()]
+            sections.append("\n".join([*lines, *_output(alike)]))
         if not found:  # the first has all that came of it
             ends = [(rank, p.line) for rank, p in followed]
             ends += [(rank, f"skipped: {p.line}") for rank, p in skipped]
             if ends:
                 sections.append("\n".join(["---- and so ----", *_lines(ends)]))
-        first = here[0][1]
+        first = _alike(here)[0][0][1]
         verdict = Verdict(when, "failed", text="\n".join(sections), place=first.place)
         found.append(verdict)
     return found
 
 
-def _alike(phases: Sequence[tuple[int, Phase]]) -> list[tuple[list[int], Phase]]:
-    """Put ranks together that say the same, but for times and what objects say of themselves."""
-    found: dict[str, tuple[list[int], Phase]] = {}
-    for rank, phase in phases:
-        key = _OWN.sub("", phase.text)
-        found.setdefault(key, ([], phase))[0].append(rank)
-    return [(sorted(ranks), phase) for ranks, phase in found.values()]
+def _alike(phases: Sequence[tuple[int, Phase]]) -> list[list[tuple[int, Phase]]]:
+    """Put ranks together that say the same, but for times and what objects say of themselves.
+
+    Those come first that failed first; of those that failed in the same line, the lower ranks.
+    """
+    first: dict[tuple[str, int], float] = {}
+    for _, phase in phases:
+        place = phase.place[:2]
+        first[place] = min(phase.at, first.get(place, phase.at))
+
+    def order(item: tuple[int, Phase]) -> tuple[int, float, int]:
+        rank, phase = item
+        return phase.degree, first[phase.place[:2]], rank
+
+    found: dict[str, list[tuple[int, Phase]]] = {}
+    for rank, phase in sorted(phases, key=order):
+        found.setdefault(_OWN.sub("", phase.text), []).append((rank, phase))
+    return [*found.values()]
+
+
+def _output(alike: Sequence[tuple[int, Phase]]) -> list[str]:
+    """Return what ranks that fail alike have printed, each time with the ranks if it differs."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for rank, phase in alike:
+        for title, content in phase.output:
+            found.setdefault(title, {}).setdefault(content.rstrip(), []).append(rank)
+    lines = []
+    for title, contents in found.items():
+        for content, ranks in contents.items():
+            whose = "" if len(ranks) == len(alike) else f", {_ranks(ranks)}"
+            lines += [f"{f' {title}{whose} ':-^80}", content]
+    return lines
 
 
 def _lines(said: Sequence[tuple[int, str]]) -> list[str]:

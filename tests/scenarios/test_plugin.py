@@ -13,13 +13,13 @@ import pytest
 from tests.harness import ROOT, environment, mpiexec, run_bounded
 
 
-def run(folder, n, tests, *options, env=None, limit=60):
+def run(folder, n, tests, *options, env=None, limit=60, load=True):
     """Run tests on n ranks; 0: without a launcher."""
     for name, text in tests.items():
         (folder / name).write_text(textwrap.dedent(text))
     launcher = mpiexec(n) if n else []
     argv = [*launcher, sys.executable, "-m", "pytest", "--color=no", "--tb=short", f"{folder}"]
-    if n:
+    if n and load:
         options = ("-p", "mpicoll.testing.plugin", *options)
     ended = run_bounded([*argv, *options], limit, environment(env))
     assert not ended.timed_out and not ended.leftovers, ended.output
@@ -140,11 +140,11 @@ def test_the_page_shows_what_is_reported(tmp_path):
     page = (ROOT / "docs" / "testing.md").read_text()
     tests = dict(re.findall(r"```python\n# (test_\w+\.py)\n(.*?)```", page, re.DOTALL))
     shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
-    assert sorted(tests) == ["test_backend.py", "test_broken.py", "test_mean.py"]
+    assert sorted(tests) == ["test_backend.py", "test_broken.py", "test_halo.py", "test_mean.py"]
     files = {name: f"# {name}\n{text}" for name, text in tests.items()}
     chosen = "-k", "not Mine or float32-3", "-p", "no:cacheprovider"
     ended = run(tmp_path, 3, files, *chosen, env={"MPICOLL_GRACE": "0.3"})
-    assert re.search(r"2 failed, 12 passed, 1 skipped", ended.output), ended.output
+    assert re.search(r"2 failed, 14 passed, 1 skipped", ended.output), ended.output
 
     def plain(text):
         text = re.sub(r"\d+\.\d+ s\b|, compiled|\S*(?=test_broken.py)", "", text)
@@ -221,6 +221,119 @@ def test_collections_that_differ_are_refused(tmp_path):
     ended = run(tmp_path, 2, {}, "-q", "-p", "no:cacheprovider", env={"BREAK": "1"})
     assert ended.code == 2
     assert "No module named 'nothing_of_the_kind'\n---- on rank 1 ----" in ended.output
+
+
+RANK = """
+    import os, time
+    RANK = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+"""
+
+
+def test_a_rank_whose_conftest_fails_ends_the_others_with_that_sentence(tmp_path):
+    conftest = f"""{RANK}
+    if RANK == "2":
+        raise RuntimeError("not on this rank")
+    """
+    files = {"conftest.py": conftest, "test_never.py": "def test_never(): pass"}
+    ended = run(tmp_path, 3, files, "-p", "no:cacheprovider")
+    assert ended.code != 0 and ended.seconds < 20
+    said = "Exit: rank 2 ended before its tests: RuntimeError: not on this rank"
+    assert ended.output.count(said) == 1, ended.output
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_does_not_come_from_its_collection_is_named_with_its_place(tmp_path, late):
+    text = f"""{RANK}
+    if RANK == "{late}":
+        time.sleep(1000)
+    def test_never(): pass
+    """
+    ended = run(tmp_path, 2, {"test_late.py": text}, "--mpicoll-limit=5", "-p", "no:cacheprovider")
+    assert ended.code != 0 and ended.seconds < 30
+    assert "not all ranks have collected their tests, 10 s after others" in ended.output
+    said = rf"rank {late} has not come. It is at .*\n.*test_late\.py\", line 6 in <module>"
+    assert re.search(said, ended.output), ended.output
+
+
+def test_a_rank_that_has_returned_early_is_said_to_have_finished(tmp_path):
+    text = """
+        def test_early(group):
+            if group.rank() == 2:
+                return
+            group.barrier().wait()
+    """
+    ended = run(tmp_path, 3, {"test_early.py": text}, "--mpicoll-limit=2", "-p", "no:cacheprovider")
+    assert ended.code == 1 and "rank 2 has finished test_early" in ended.output, ended.output
+    assert "opposite" not in ended.output and "'pytest'" not in ended.output
+
+
+def test_a_failure_is_told_once_without_frames_of_pytest(tmp_path):
+    text = """
+        import numpy as np, pytest
+        def test_prints(group):
+            print("this is rank", group.rank())
+            assert group.size() == 77
+        def test_forgets(group):
+            if group.rank() == 0:
+                group.recv(np.ones(3), 1)
+        def test_skips(group):
+            if group.rank() == 1:
+                pytest.skip("not here")
+    """
+    ended = run(tmp_path, 2, {"test_fails.py": text}, "-p", "no:cacheprovider")
+    said = (
+        r"ranks 0, 1 of 2 ----\n.*?E   AssertionError: assert 2 == 77\n.*?\n"
+        r"-+ Captured stdout call, rank 0 -+\nthis is rank 0\n"
+        r"-+ Captured stdout call, rank 1 -+\nthis is rank 1\n"
+    )
+    assert re.search(said, ended.output, re.DOTALL), ended.output
+    bare = (
+        r"rank 0 of 2 ----\nE   mpicoll.errors.CollectiveMismatchError: .* no message came for it"
+    )
+    assert re.search(bare, ended.output) and "pluggy/" not in ended.output, ended.output
+    ended = run(tmp_path, 2, {}, "--tb=line", "-k", "skips", "-p", "no:cacheprovider")
+    assert re.search(r"test_fails.py:9: rank 1 skipped what rank 0 did not", ended.output)
+
+
+def test_an_error_of_use_is_said_by_rank_0(tmp_path):
+    ended = run(tmp_path, 3, {}, "--nonsense", "-p", "no:cacheprovider")
+    assert ended.code == 4 and ended.output.count("unrecognized arguments") == 1, ended.output
+
+
+def test_a_debugger_has_rank_0_and_time(tmp_path):
+    sleeper = """
+        import pdb, time
+        class Sleeper(pdb.Pdb):
+            def cmdloop(self, intro=None):
+                time.sleep(2)
+                self.onecmd("continue")
+    """
+    text = """
+        import pytest
+        @pytest.mark.limit(1)
+        @pytest.mark.ranks(1)
+        def test_prompt(group):
+            breakpoint()
+            assert group.size() == 1
+        def test_refused(group):
+            if group.rank() == 1:
+                breakpoint()
+    """
+    files = {"sleeper.py": sleeper, "test_debug.py": text}
+    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    ended = run(
+        *(tmp_path, 2, files, "--pdbcls=sleeper:Sleeper", "-p", "no:cacheprovider"), env=path
+    )
+    assert "1 failed, 1 passed" in ended.output, ended.output
+    assert "breakpoint() on rank 1: only rank 0 has the terminal" in ended.output
+
+
+def test_it_may_be_loaded_by_a_conftest(tmp_path):
+    load = 'pytest_plugins = ["mpicoll.testing.plugin"]'
+    text = "def test_two(group): assert group.size() == 2"
+    files = {"conftest.py": load, "test_two.py": text}
+    ended = run(tmp_path, 2, files, "-q", "-p", "no:cacheprovider", load=False)
+    assert ended.code == 0 and ended.output.count("1 passed") == 1, ended.output
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_cov"), reason="needs pytest-cov")

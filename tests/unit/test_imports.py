@@ -63,7 +63,17 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
     ("torch", ["errors", "hooks", "layout", "sparse", "work", "dispatch", "group", "rendezvous"]),
     (
         "testing",
-        ["standin", "threads", "verdicts", "limits", "together", "plugin", "contract"],
+        [
+            "standin",
+            "threads",
+            "marks",
+            "verdicts",
+            "limits",
+            "together",
+            "ranks",
+            "plugin",
+            "contract",
+        ],
     ),
 ]
 ORDER = [f"{room}.{module}".lstrip(".") for room, modules in ROOMS for module in modules]
