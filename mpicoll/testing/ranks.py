@@ -10,7 +10,6 @@ import sys
 import time
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -88,13 +87,14 @@ class Ranks:
         self.together.says("loads its conftests")
         self._collected = False  # all ranks have collected their tests
         self._uncollected: list[tuple[str, str]] = []
-        self._test = ""
+        self._test = "the collection"  # what this rank is in, if it ends itself
         self._over = math.inf  # when the job ends, as no rank came to the meeting
         self.left = ""
         self._told = False
         self._trouble: Left | Lost | None = None
         self._gone = False
         self._default = math.inf
+        self._have_last_words()
         config.add_cleanup(self._leave_unseen)
 
     # ---- before the first test ----
@@ -140,8 +140,7 @@ class Ranks:
         self._meet_after_collection()
         self._compare(session)
         watchdog().add(self._look)
-        with self._last_words():
-            result = yield
+        result = yield
         if not self.together.lost:
             self._save_coverage()
             self.together.says("has ended its tests")
@@ -164,7 +163,7 @@ class Ranks:
             if self.together.rank == self.together.speaker != 0:  # rank 0 has the terminal
                 os.write(self._stderr, f"\nmpicoll: {text}\n".encode())
             pytest.exit(text, returncode=1)
-        self._default, self._collected = max(limits), True
+        self._default, self._collected, self._test = max(limits), True, ""
 
     def leave_early(self, error: BaseException | None) -> None:
         """Tell the peers that this rank ends before its tests, and why.
@@ -399,14 +398,13 @@ class Ranks:
                 end_job(1)
         return True
 
-    @contextmanager
-    def _last_words(self) -> Iterator[None]:
+    def _have_last_words(self) -> None:
         """Have a rank that ends itself say so: the launcher then ends the others at once."""
         leave, own, rank = os._exit, os.getpid(), self.together.rank
 
         def leave_and_say(status: int) -> NoReturn:
-            if os.getpid() == own and self._test:
-                at = sys._getframe(1)
+            at = sys._getframe(1)
+            if os.getpid() == own and self._test and not _is_ours(at.f_code.co_filename):
                 where = f"os._exit({status}) at {at.f_code.co_filename}:{at.f_lineno}"
                 said = f"\nmpicoll: rank {rank} ends in {self._test}, by {where}\n"
                 os.write(self._stderr, said.encode())
@@ -414,10 +412,7 @@ class Ranks:
             leave(status)
 
         os._exit = leave_and_say
-        try:
-            yield
-        finally:
-            os._exit = leave
+        self.config.add_cleanup(lambda: setattr(os, "_exit", leave))
 
     # ---- after the last test ----
 
