@@ -84,7 +84,6 @@ class Ranks:
             self.together = Together()
         except MpicollError as error:
             raise pytest.UsageError(f"the ranks can't work together: {error}") from error
-        self.together.says("loads its conftests")
         self._collected = False  # all ranks have collected their tests
         self._uncollected: list[tuple[str, str]] = []
         self._test = "the collection"  # what this rank is in, if it ends itself
@@ -105,7 +104,7 @@ class Ranks:
         given = self.config.getoption("mpicoll_limit")
         if given is None:
             given = float(self.config.getini("mpicoll_limit"))
-        if given and not self.config.getoption("usepdb"):
+        if given and not self.config.known_args_namespace.usepdb:  # as given, for rank 0
             self._default = float(given)
 
     @pytest.hookimpl(trylast=True)
