@@ -1,4 +1,4 @@
-"""Every Python snippet of the documentation is executed, on 2 and on 3 ranks.
+"""Every Python snippet of the documentation is executed, on 3 ranks.
 
 The snippets of a page are one program, in order.  What a fence says after `python`:
 
@@ -100,27 +100,22 @@ TOGETHER = [p for p in PAGES if any(not s.fails for s in snippets(p))]
 ALONE = [pytest.param(p, s, id=f"{p.name}:{s.line}") for p in PAGES for s in snippets(p) if s.fails]
 
 
-def need(page: Path, ranks: int) -> None:
-    if page.name == "pytorch.md" and ranks > 2:
-        pytest.skip("PyTorch takes seconds to load on each rank: 2 are enough")
-    if page.name == "pytorch.md" and importlib.util.find_spec("torch") is None:
-        pytest.skip("torch is not installed (extra: torch)")
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("page", TOGETHER, ids=lambda page: page.name)
-def test_page(page: Path, ranks: int, tmp_path: Path) -> None:
-    need(page, ranks)
+def test_page(page: Path, tmp_path: Path) -> None:
+    ranks = 3
+    if page.name == "pytorch.md":
+        ranks = 2  # PyTorch takes seconds to load on each
+        if importlib.util.find_spec("torch") is None:
+            pytest.skip("torch is not installed (extra: torch)")
     chosen = [s for s in snippets(page) if not s.fails]
     ended = run(tmp_path, page, chosen, ranks)
     assert ended.code == 0, ended.output
     assert ended.output.count("the page is done") == ranks, ended.output
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("page, snippet", ALONE)
-def test_program_that_fails(page: Path, snippet: Snippet, ranks: int, tmp_path: Path) -> None:
-    ended = run(tmp_path, page, [snippet], ranks)
+def test_program_that_fails(page: Path, snippet: Snippet, tmp_path: Path) -> None:
+    ended = run(tmp_path, page, [snippet], 3)
     assert ended.code != 0 and ended.seconds < SOON, ended.output
     assert snippet.option.partition(":")[2].strip() in ended.output
     assert "AssertionError" not in ended.output, ended.output
