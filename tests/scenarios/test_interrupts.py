@@ -86,6 +86,7 @@ def make():
 def body():
 {body}
 
+mc.Future  # is loaded now: what strikes during an import Python may swallow
 random.seed({progress!r})
 signal.signal(signal.SIGALRM, strike)
 x, pg, count, lost = np.zeros(4), make(), 0, 0

@@ -18,7 +18,8 @@ def run(folder, n, tests, *options, env=None, limit=60, load=True):
     for name, text in tests.items():
         (folder / name).write_text(textwrap.dedent(text))
     launcher = mpiexec(n) if n else []
-    argv = [*launcher, sys.executable, "-m", "pytest", "--color=no", "--tb=short", f"{folder}"]
+    argv = [*launcher, sys.executable, "-m", "pytest", "--color=no", "--tb=short"]
+    argv += [f"--rootdir={folder}", f"{folder}"]  # whatever the repository lies beside
     if n and load:
         options = ("-p", "mpicoll.testing.plugin", *options)
     ended = run_bounded([*argv, *options], limit, environment(env))
