@@ -430,12 +430,14 @@ def _map(
             found = _FULL
         mine = found, -os.fstat(file).st_ino if file >= 0 else 0
         lowest, minus_highest = (yield from agreement.reduced(comm, mine, MPI.MIN)).tolist()
-    except BaseException:  # nobody will open it any more
-        _give_up(file, path)
+    except BaseException:
+        if file >= 0:
+            os.close(file)
         raise
-    if path:
-        with contextlib.suppress(FileNotFoundError):  # someone else tidied up: all have opened it
-            os.unlink(path)
+    finally:
+        if path:  # all have opened it, or nobody will any more
+            with contextlib.suppress(FileNotFoundError):  # someone else tidied up
+                os.unlink(path)
     room = None
     if lowest > 0 and lowest == -minus_highest:
         room = mmap.mmap(file, nbytes)
@@ -450,14 +452,6 @@ def _map(
     if file >= 0:
         os.close(file)
     return room, None
-
-
-def _give_up(file: int, path: str) -> None:
-    if path:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    if file >= 0:
-        os.close(file)
 
 
 def unlink_segments() -> None:
