@@ -40,18 +40,22 @@ _CALLED, _ENDED, _ERROR, _CODE, _AT = range(9, 14)
 
 Entry = list[Any]
 
-_LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
+LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
+COMMANDS = os.path.join(LIBRARY, "cli") + os.sep  # they use the library as anybody does
 _TORCH = os.sep.join(["-packages", "torch", ""])  # PyTorch calls it for the user
-PLACES = _LIBRARY, _COMMANDS, _TORCH
+PLACES = LIBRARY, COMMANDS, _TORCH
+
+
+def is_ours(file: str) -> bool:
+    """Return whether a file of code is the library's."""
+    return file.startswith(LIBRARY) and not file.startswith(COMMANDS)
 
 
 class _Ours(dict[str, bool]):
     """Whether a file of code belongs to the library, or to PyTorch; found out once per file."""
 
     def __missing__(self, file: str) -> bool:
-        ours = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
-        found = self[file] = ours or _TORCH in file
+        found = self[file] = is_ours(file) or _TORCH in file
         return found
 
 

@@ -32,6 +32,7 @@ from ..runtime.processes import watch
 from ..runtime.settings import debugging, grace, ranks_on_node
 from .peers import Peers
 from .progress import engine
+from .recorder import COMMANDS, is_ours
 from .rollcall import from_ranges, to_ranges
 from .tasks import GroupState
 
@@ -41,10 +42,8 @@ NEWS = 0.25  # seconds without news of the peers after which a rank writes
 LONGEST = 1.0  # seconds until it writes, at most
 READ = 0.05  # seconds in which the launcher takes what was written, if it is well
 
-_LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_COMMANDS = os.path.join(_LIBRARY, "cli") + os.sep  # they use the library as anybody does
-# But these are around the user's program, where `mpicoll run` runs it.
-_RUN = f"{_COMMANDS}__init__.py", f"{_COMMANDS}run.py", "<frozen runpy>"
+# Commands are as a user's program, but for what `mpicoll run` has around one.
+_RUN = f"{COMMANDS}__init__.py", f"{COMMANDS}run.py", "<frozen runpy>"
 _COMPILED = re.compile(r"mpicoll[/\\].*\.p(yx|xi)$")
 _ELAPSED = re.compile(r"\bafter \d+\.\d+ s")  # differs between ranks that say the same
 
@@ -97,16 +96,15 @@ def _leave_out(told: traceback.TracebackException, error: BaseException) -> None
         if inner is None or beneath is None:
             continue
         stack = inner.stack
-        if stack and (isinstance(beneath, MpicollError) or not _is_ours(stack[-1].filename)):
-            stack[:] = [frame for frame in stack if not _is_ours(frame.filename)] or stack
+        if stack and (isinstance(beneath, MpicollError) or not _is_left_out(stack[-1].filename)):
+            stack[:] = [frame for frame in stack if not _is_left_out(frame.filename)] or stack
         pairs += (inner.__cause__, beneath.__cause__), (inner.__context__, beneath.__context__)
         several = getattr(inner, "exceptions", None) or (), getattr(beneath, "exceptions", ())
         pairs += zip(*several, strict=False)  # an ExceptionGroup's
 
 
-def _is_ours(file: str) -> bool:
-    ours = file.startswith(_LIBRARY) and not file.startswith(_COMMANDS)
-    return ours or file in _RUN or _COMPILED.match(file) is not None
+def _is_left_out(file: str) -> bool:
+    return is_ours(file) or file in _RUN or _COMPILED.match(file) is not None
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -19,6 +19,7 @@ from _pytest._code.code import ReprFileLocation, TerminalRepr, TracebackEntry
 from _pytest._io import TerminalWriter
 from _pytest.runner import runtestprotocol
 
+from ..engine.recorder import LIBRARY
 from ..errors import (
     CollectiveTimeoutError,
     MpicollError,
@@ -32,7 +33,6 @@ from .marks import ranks_of
 from .together import MAKING, Left, Lost, Together
 from .verdicts import CAUSE, FOLLOWS, LATE, Part, Phase, Verdict, agree, first_difference, text_of
 
-_LIBRARY = str(Path(__file__).parents[1]) + os.sep
 _CONTRACT = str(Path(__file__).with_name("contract.py"))
 _OURS = (MpicollError, Overdue)
 _PASSED, _BESIDE, _OTHER = range(3)  # on a rank the test passed; was not run; ended otherwise
@@ -509,7 +509,7 @@ def _is_late(error: BaseException | None) -> bool:
 
 def _is_ours(file: str) -> bool:
     """Whether a file is the library's, and no test."""
-    return file.startswith(_LIBRARY) and file != _CONTRACT
+    return file.startswith(LIBRARY) and file != _CONTRACT
 
 
 def _places(excinfo: pytest.ExceptionInfo[BaseException]) -> list[TracebackEntry]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import os
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import TypeVar, cast
 
 from ..engine.exit import ending, peer_failed
 from ..engine.progress import QUIET, Engine, engine
+from ..engine.recorder import LIBRARY
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
 from ..runtime.process import Process, belong_to, process
@@ -23,7 +23,6 @@ from .standin import Ended, Mpi, World
 
 T = TypeVar("T")
 
-_LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LAST = 1.0  # seconds that ranks get to end once their world has been ended
 _SEEN = 5.0  # seconds in which they see that deadlines have passed
 _WAITS = 3  # fruitless looks for a message after which a rank is taken to wait
@@ -172,7 +171,7 @@ class _Rank(threading.Thread):
         """Return where the thread is."""
         frame = sys._current_frames().get(self.ident or 0)
         frames = traceback.extract_stack(frame) if frame else []
-        users = [x for x in frames if not x.filename.startswith((_LIBRARY, threading.__file__))]
+        users = [x for x in frames if not x.filename.startswith((LIBRARY, threading.__file__))]
         return f"\nrank {self.rank}:\n{''.join(traceback.format_list(users or frames))}"
 
 
