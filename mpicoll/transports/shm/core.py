@@ -105,6 +105,8 @@ def shared() -> dict[str, Any]:
         "all_ops": BY_NAME.values(),
         "the_engine": engine(),
         "done_work": DoneWork,
+        "group_state": GroupState,
+        "arrival": BoardArrival,
         "checkers": [_CHECKS.get(kind) for kind in KINDS],
         "places": PLACES,
         "digest": digest,
