@@ -6,6 +6,7 @@ chunks.pxi the large reductions, moves.pxi what only moves.  Where there is no c
 does the same.  Messages and moves go this way only where all ranks of the group are compiled.
 """
 
+from functools import update_wrapper
 from pickle import dumps
 from sys import modules
 
@@ -354,3 +355,4 @@ include "chunks.pxi"
 include "moves.pxi"
 include "core.pxi"
 include "rings.pxi"
+include "methods.pxi"

@@ -89,22 +89,22 @@ cdef class Core(Node):
 
     # ---- the calls: None where one is not for this way ----
 
-    def allreduce(self, tensor, op, timeout):
+    cdef object allreduce(self, tensor, op, timeout):
         if self._is_indebted():
             return None
         return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size)
 
-    def reduce(self, tensor, root, op, timeout):
+    cdef object reduce(self, tensor, root, op, timeout):
         if self._is_indebted() or not self._is_rank(root):
             return None
         return self._reducing(REDUCE, tensor, op, timeout, root, self._size)
 
-    def scan(self, tensor, op, timeout):
+    cdef object scan(self, tensor, op, timeout):
         if self._is_indebted():
             return None
         return self._reducing(SCAN, tensor, op, timeout, -1, self._rank + 1)
 
-    def exscan(self, tensor, op, timeout):
+    cdef object exscan(self, tensor, op, timeout):
         if self._is_indebted():
             return None
         return self._reducing(EXSCAN, tensor, op, timeout, -1, self._rank)
@@ -155,7 +155,7 @@ cdef class Core(Node):
         memcpy(self._spare, a.data, a.nbytes)
         return self._spare
 
-    def reduce_scatter_single(self, output, input, op, timeout):
+    cdef object reduce_scatter_single(self, output, input, op, timeout):
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
         cdef object source = self._view(input, False, &a)
@@ -187,7 +187,7 @@ cdef class Core(Node):
         cdef char *first = self._given_by(0, seq, given) + self._rank * part
         return fold(p, out.data, first, self._between(given), self._size, out.count, self._size, True, -1)
 
-    def reduce_scatter(self, output, input, op, timeout):
+    cdef object reduce_scatter(self, output, input, op, timeout):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
@@ -219,7 +219,7 @@ cdef class Core(Node):
             return None  # the general way makes the NaN
         return self._done((self, REDUCE_SCATTER, output, list(input), op))
 
-    def barrier(self, timeout):
+    cdef object barrier(self, timeout):
         cdef int64_t seq
         if self._is_indebted():
             return None
@@ -230,7 +230,7 @@ cdef class Core(Node):
             return None
         return self._done((self, BARRIER))
 
-    def broadcast(self, tensor, root, timeout):
+    cdef object broadcast(self, tensor, root, timeout):
         cdef Given a
         cdef object array
         cdef int64_t seq
@@ -260,7 +260,7 @@ cdef class Core(Node):
             memcpy(a.data, self._room(root, seq), a.nbytes)
         return self._done((self, BROADCAST, tensor, root))
 
-    def all_gather_single(self, output, input, timeout):
+    cdef object all_gather_single(self, output, input, timeout):
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
         cdef object source = self._view(input, False, &a)
@@ -294,7 +294,7 @@ cdef class Core(Node):
             memcpy(out.data + self._rank * a.nbytes, a.data, a.nbytes)
         return self._done((self, ALL_GATHER_SINGLE, output, input))
 
-    def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
+    cdef object all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
         """Where the rows are shared equally."""
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
@@ -330,7 +330,7 @@ cdef class Core(Node):
             memcpy(out.data + self._rank * nbytes, a.data + self._rank * nbytes, nbytes)
         return self._done((self, ALL_TO_ALL_SINGLE, output, input, None, None))
 
-    def allgather(self, outputs, input, timeout):
+    cdef object allgather(self, outputs, input, timeout):
         cdef Given a
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
@@ -367,7 +367,7 @@ cdef class Core(Node):
             memcpy(parts[self._rank].data, a.data, a.nbytes)
         return self._done((self, ALLGATHER, list(outputs), input))
 
-    def gather(self, outputs, input, root, timeout):
+    cdef object gather(self, outputs, input, root, timeout):
         cdef Given a
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
@@ -405,7 +405,7 @@ cdef class Core(Node):
                 memcpy(parts[self._rank].data, a.data, a.nbytes)
         return self._done((self, GATHER, list(outputs) if lands else [], input, root))
 
-    def scatter(self, output, inputs, root, timeout):
+    cdef object scatter(self, output, inputs, root, timeout):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
@@ -445,7 +445,7 @@ cdef class Core(Node):
                 memcpy(out.data, parts[self._rank].data, out.nbytes)
         return self._done((self, SCATTER, output, list(inputs) if gives else [], root))
 
-    def alltoall(self, outputs, inputs, timeout):
+    cdef object alltoall(self, outputs, inputs, timeout):
         cdef Given first
         cdef Given[16] parts, ins
         cdef list into, sources

@@ -301,7 +301,7 @@ cdef class Rings(Node):
 
     # ---- the direct way: None where a message is not for it ----
 
-    def send(self, tensor, dst, tag, timeout):
+    cdef object send(self, tensor, dst, tag, timeout):
         cdef Given a
         cdef object array = self._view(tensor, False, &a)
         cdef Posted posted
@@ -320,7 +320,7 @@ cdef class Rings(Node):
         self._links[posted.peer].sent += 1
         return self._work(posted, timeout, now)
 
-    def recv(self, tensor, src, tag, timeout):
+    cdef object recv(self, tensor, src, tag, timeout):
         cdef Given a
         cdef object array = self._view(tensor, True, &a)
         cdef Posted posted
