@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from _thread import start_new_thread
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -242,13 +242,20 @@ class _Ending:
         if not self.failure:
             engine().take_on()
             works = list(engine().unfinished())
+            unasked = [
+                (failure.error, failure.place)
+                for state in engine().group_states()
+                for failure in state.failures
+                if not (failure.fetched or state.told)
+            ]
             _arrive_everywhere(UNFINISHED)
             for state in {task.group_state for task in engine().unfinished()}:
                 engine().fail_all(
                     state, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
-            _warn([(x.error, x.place()) for x in works if x.error is not None and not x.fetched])
+            unasked += [(x.error, x.place()) for x in works if x.error and not x.fetched]
+            _warn(unasked)
             engine().between_steps(works.clear)  # so that what was dropped is seen to be
         settled = self._take_leave(lambda: False, start)
         bereaved = [state for state in engine().broken if state.peers.dead]
@@ -424,7 +431,7 @@ def _at_each_thread(
     threading.__class__ = kind
 
 
-def _warn(unasked: list[tuple[BaseException, str]]) -> None:
+def _warn(unasked: Sequence[tuple[BaseException, str]]) -> None:
     """Say what became of calls that nobody waited for, if they did not end well."""
     if not unasked:
         return

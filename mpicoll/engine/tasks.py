@@ -154,11 +154,16 @@ class Task:
 
 
 class Failure:
-    """How a task failed, and whether that has been asked for; it outlives the task."""
+    """How a task failed, and whether that has been asked for; it outlives the task.
 
-    __slots__ = ("error", "fetched", "task")
+    Attributes:
+        place: where the call was made.
+    """
+
+    __slots__ = ("error", "fetched", "place", "task")
 
     def __init__(self, task: Task, error: MpicollError) -> None:
+        self.place = task.place()
         self.task = weakref.ref(task)  # without a callback: that would run anywhere
         self.error = error
         self.fetched = False

@@ -455,6 +455,7 @@ UNASKED = {
     "a receive in a dropped group": ("pg.split(0).recv(np.ones(1), 0)", "no message came for it"),
     "a small collective": ("pg.allreduce(np.ones(3))", "left the program"),
     "a large collective": ("pg.allreduce(np.ones(1_000_000))", "left the program"),
+    "what fails at once": ("time.sleep(1); pg.allreduce(np.ones(3))", "left the program"),
     "a split of others": ("pg.split(0).barrier()", "left the program"),
 }
 
