@@ -48,7 +48,6 @@ class Stage:
     threads: str = ""  # MPICOLL_TEST_THREADS: so many ranks are threads of one process
     leaves_out: Sequence[str] = ()
     half: bool = False  # it leaves much of two cores idle
-    yields: bool = False  # to the stage beside it, which looks at clocks
 
     def argv(self, keyword: str, without: Sequence[str]) -> list[str]:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
@@ -61,7 +60,7 @@ class Stage:
             options += ["-k", keyword]
         options += [f"--ignore-glob=*/{name}.py" for name in self.leaves_out]
         options += [f"--ignore-glob=*{word}*" for word in without if word.startswith("test_")]
-        launcher = mpiexec(self.ranks) if self.ranks else ["nice"] * self.yields
+        launcher = mpiexec(self.ranks) if self.ranks else []
         return [*launcher, sys.executable, "-m", "pytest", *options, *self.paths]
 
 
@@ -86,7 +85,7 @@ LEFT_OUT = {  # by ranks
     3: (*REFUSED, *ENDLESS),
     4: (*REFUSED, *STAND_INS, *ENDLESS, *TORCH, *PAIRS, *PROGRAMS),
 }
-# Scenarios that look at clocks, and so run beside others that don't.
+# Scenarios that look at clocks: one after the other, beside those that don't.
 CLOCKS = {
     *("test_endings", "test_hosts", "test_jobs", "test_patience", "test_rings", "test_survivors"),
     *("test_timeouts", "test_torchrun", "test_trace"),
@@ -126,7 +125,6 @@ def stages(soak: bool) -> list[Stage]:
                 600 * slower,
                 leaves_out=sorted(left_out),
                 half=True,
-                yields=what == "without",
             )
             for what, left_out in (("with clocks", scenarios - CLOCKS), ("without", CLOCKS))
         ),
