@@ -85,9 +85,9 @@ LEFT_OUT = {  # by ranks
     3: (*REFUSED, *ENDLESS),
     4: (*REFUSED, *STAND_INS, *ENDLESS, *TORCH, *PAIRS, *PROGRAMS),
 }
-# Scenarios that look at clocks: one after the other, beside those that don't.
+# Scenarios that look closely at clocks: one after the other, beside those that don't.
 CLOCKS = {
-    *("test_endings", "test_hosts", "test_jobs", "test_patience", "test_rings", "test_survivors"),
+    *("test_endings", "test_jobs", "test_patience", "test_rings", "test_survivors"),
     *("test_timeouts", "test_torchrun", "test_trace"),
 }
 IN_PYTHON = _contract(
