@@ -101,7 +101,7 @@ def stages(soak: bool) -> list[Stage]:
     slower = 10 if soak else 1
     scenarios = {path.stem for path in (ROOT / "tests" / "scenarios").glob("test_*.py")}
     return [
-        Stage("unit", 0, ["tests/unit"], 120, half=True),
+        Stage("unit", 0, ["tests/unit"], 150, half=True),
         Stage("contract, 1 rank", 1, ["tests/contract"], 150 * slower, half=True),
         Stage("3 ranks in threads", 0, IN_THREADS, 150 * slower, threads="3", half=True),
         *(
