@@ -83,17 +83,22 @@ def marked(cookie: str) -> list[int]:
     return found
 
 
-def clear_shared(before: set[str]) -> tuple[list[str], list[str]]:
-    """Remove the files in shared memory that came after `before` and that no process maps.
-
-    Returns the names of mpicoll's and of the MPI library's, which leaves some at every abnormal
-    end.
-    """
+def left_in_shared(before: set[str]) -> list[str]:
+    """The files in shared memory that came after `before` and that no process maps, by name."""
     seen = set(os.listdir(SHARED)) - before
     if seen:
         time.sleep(1)  # another's job maps its file, and removes it, a moment after it has made it
     maps = "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
-    new = [n for n in sorted(seen & set(os.listdir(SHARED))) if f"{SHARED}/{n}" not in maps]
+    return [n for n in sorted(seen & set(os.listdir(SHARED))) if f"{SHARED}/{n}" not in maps]
+
+
+def clear_shared(before: set[str]) -> tuple[list[str], list[str]]:
+    """Remove what is left in shared memory since `before`.
+
+    Returns the names of mpicoll's and of the MPI library's, which leaves some at every abnormal
+    end.
+    """
+    new = left_in_shared(before)
     ours = [name for name in new if name.startswith("mpicoll-")]
     theirs = [name for name in new if name.startswith(("mpich_shm_", "sm_segment."))]
     for name in ours + theirs:

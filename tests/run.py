@@ -1,27 +1,34 @@
 """Run every test and count: `python -m tests.run --mpi mpich|openmpi [--soak] [-k EXPR] ...`.
 
 A stage is one program under a hard time limit.  One that hangs, is killed, leaves processes
-behind or ends non-zero without a failed test to show for it counts as a failure.
+behind or ends non-zero without a failed test to show for it counts as a failure.  Stages that
+leave much of two cores idle run two at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from tests.harness import (
+    ROOT,
     SHARED,
     Ended,
     clear_shared,
     environment,
     installed_mpi,
+    marked,
     mpiexec,
     run_bounded,
 )
@@ -40,6 +47,7 @@ class Stage:
     native: str = ""  # MPICOLL_NATIVE
     threads: str = ""  # MPICOLL_TEST_THREADS: so many ranks are threads of one process
     leaves_out: Sequence[str] = ()
+    half: bool = False  # it leaves much of two cores idle
 
     def argv(self, keyword: str, without: Sequence[str]) -> list[str]:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-rN", "--tb=short"]
@@ -50,8 +58,8 @@ class Stage:
             options += ["-p", "no:pytest_mpi"]
         if keyword:
             options += ["-k", keyword]
-        left_out = (*self.leaves_out, *(word for word in without if word.startswith("test_")))
-        options += [f"--ignore-glob=*{word}*" for word in left_out]
+        options += [f"--ignore-glob=*/{name}.py" for name in self.leaves_out]
+        options += [f"--ignore-glob=*{word}*" for word in without if word.startswith("test_")]
         launcher = mpiexec(self.ranks) if self.ranks else []
         return [*launcher, sys.executable, "-m", "pytest", *options, *self.paths]
 
@@ -77,6 +85,11 @@ LEFT_OUT = {  # by ranks
     3: (*REFUSED, *ENDLESS),
     4: (*REFUSED, *STAND_INS, *ENDLESS, *TORCH, *PAIRS, *PROGRAMS),
 }
+# Scenarios that look closely at clocks: one after the other, beside those that don't.
+CLOCKS = {
+    *("test_endings", "test_jobs", "test_patience", "test_rings", "test_survivors"),
+    *("test_timeouts", "test_torchrun", "test_trace"),
+}
 IN_PYTHON = _contract(
     *("collectives", "delays", "dtypes", "in_place", "mismatch", "objects", "p2p", "unmatched"),
     "work",
@@ -86,24 +99,50 @@ IN_THREADS = _contract("groups", "merge", "mismatch", "objects", "p2p", "unmatch
 
 def stages(soak: bool) -> list[Stage]:
     slower = 10 if soak else 1
+    scenarios = {path.stem for path in (ROOT / "tests" / "scenarios").glob("test_*.py")}
     return [
-        Stage("unit", 0, ["tests/unit"], 120),
+        Stage("unit", 0, ["tests/unit"], 150, half=True),
+        Stage("contract, 1 rank", 1, ["tests/contract"], 150 * slower, half=True),
+        Stage("3 ranks in threads", 0, IN_THREADS, 150 * slower, threads="3", half=True),
         *(
             Stage(
-                f"contract, {n} rank{'s' * (n > 1)}",
+                f"contract, {n} ranks",
                 n,
                 ["tests/contract"],
                 300 * slower,
-                leaves_out=LEFT_OUT.get(n, ()),
+                leaves_out=LEFT_OUT[n],
             )
-            for n in (1, 2, 3, 4)
+            for n in (2, 3, 4)
         ),
         Stage("without the compiled core, 2 ranks", 2, IN_PYTHON, 150 * slower, native="0"),
-        Stage("3 ranks in threads", 0, IN_THREADS, 150 * slower, threads="3"),
         *(Stage(f"on 2 nodes, {n} ranks", n, ACROSS_NODES[n], 300 * slower, "2") for n in (3, 4)),
         Stage("properties, 5 ranks", 5, ["tests/contract/test_property.py"], 150 * slower),
-        Stage("scenarios", 0, ["tests/scenarios"], 600 * slower),
+        *(
+            Stage(
+                f"scenarios {what}",
+                0,
+                ["tests/scenarios"],
+                600 * slower,
+                leaves_out=sorted(left_out),
+                half=True,
+            )
+            for what, left_out in (("with clocks", scenarios - CLOCKS), ("without clocks", CLOCKS))
+        ),
     ]
+
+
+def in_order(
+    stages: Sequence[Stage], run: Callable[[Stage], Ended], stop: Callable[[], None]
+) -> Iterator[tuple[Stage, Ended]]:
+    """Run stages one by one, halves two at a time; say how each ended.  `stop` ends what runs."""
+    for half, row in groupby(stages, key=lambda stage: stage.half):
+        these = list(row)
+        with ThreadPoolExecutor(2 if half else 1) as pool:
+            try:
+                yield from zip(these, pool.map(run, these))
+            except BaseException:  # Ctrl-C reaches this process alone
+                stop()
+                raise
 
 
 def outcomes(log: Path, ended: Ended) -> tuple[Counter[str], list[tuple[str, str]]]:
@@ -167,12 +206,18 @@ def main() -> int:
 
     total: Counter[str] = Counter()
     before = set(os.listdir(SHARED))
+    chosen = [
+        stage
+        for stage in stages(options.soak)
+        if not any(words in stage.name for words in options.without)
+    ]
     with tempfile.TemporaryDirectory(prefix="mpicoll-tests-") as folder:
-        for number, stage in enumerate(stages(options.soak)):
-            if any(words in stage.name for words in options.without):
-                continue
-            log = Path(folder) / f"{number}.jsonl"
-            extra = {"MPICOLL_TEST_LOG": str(log)}
+
+        def log(stage: Stage) -> Path:
+            return Path(folder) / f"{stage.name}.jsonl"
+
+        def run(stage: Stage) -> Ended:
+            extra = {"MPICOLL_TEST_LOG": str(log(stage))}
             if options.soak or SOAK:
                 extra["MPICOLL_SOAK"] = "1"
             if stage.nodes:
@@ -181,10 +226,16 @@ def main() -> int:
                 extra["MPICOLL_NATIVE"] = stage.native
             if stage.threads:
                 extra["MPICOLL_TEST_THREADS"] = stage.threads
-            ended = run_bounded(
-                stage.argv(options.keyword, options.without), stage.limit, environment(extra)
-            )
-            count, failures = outcomes(log, ended)
+            argv = stage.argv(options.keyword, options.without)
+            return run_bounded(argv, stage.limit, environment(extra))
+
+        def stop() -> None:
+            for pid in marked(folder):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+        for stage, ended in in_order(chosen, run, stop):
+            count, failures = outcomes(log(stage), ended)
             for title, text in failures:
                 print(f"\n{'=' * 8} [{stage.name}] {title}\n{text.rstrip()}\n")
             print(

@@ -333,40 +333,41 @@ class Unattended(Work):
 
     It warns if it is dropped so.  A Work is one of these only from the return of its method on, if
     the call is not over by then, and until somebody asks for its end; so what is done at once, or
-    waited for, pays nothing.
+    waited for, pays nothing.  Another thread may ask while one of these methods begins.
     """
 
     __slots__ = ()
 
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until the call is done, and return True."""
-        self._attend()
+        _attend(self)
         return self.wait(timeout)
 
     def is_completed(self) -> bool:
         """Return whether the call is over, well or not."""
-        over = super().is_completed()
+        over = Work.is_completed(self)  # not by super(): it may be one no more
         if over:
-            self._attend()
+            _attend(self)
         return over
 
     def synchronize(self) -> None:
         """Block the host until the call is done."""
-        self._attend()
+        _attend(self)
         self.synchronize()
 
     def get_future(self) -> Future:
         """Return a future of `result()`."""
-        self._attend()
+        _attend(self)
         return self.get_future()
-
-    def _attend(self) -> None:
-        self.__class__ = Work  # type: ignore[assignment]  # from now on
 
     def __del__(self) -> None:
         # The engine holds it until it is done.  If that was the last hold, the user's was gone.
         if self.done and self.error is None:
             engine().if_let_go(self, partial(_warn, *place(self._entry), self.call.describe()))
+
+
+def _attend(work: Work) -> None:
+    work.__class__ = Work  # from now on
 
 
 def _warn(file: str, line: int, call: str) -> None:

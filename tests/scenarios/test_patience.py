@@ -44,16 +44,22 @@ def test_the_lowest_rank_that_waits_says_for_whom(job):
     for rank, waited, call, group, place, text in (line.groups() for line in said):
         found.setdefault((int(rank), f"{call} of {group}"), []).append((float(waited), text))
         assert place.endswith("script.py")
-    small, large, plain, message = found.items()
-    assert small[0] == (0, "allreduce(float64[3], op=SUM) (call #1) of world:split:0")
-    assert large[0] == (2, "allreduce(float64[70001], op=SUM) (call #2) of world")
-    assert plain[0] == (0, "barrier() (call #1) of plain")
-    assert message[0] == (2, "recv(float64[1], src=0, tag=0) of world")
-    times = [waited for waited, _ in small[1]]
+    # (On a busy machine others may have waited long enough, too.)
+    small, large, plain, message = (
+        found[who, call]
+        for who, call in (
+            (0, "allreduce(float64[3], op=SUM) (call #1) of world:split:0"),
+            (2, "allreduce(float64[70001], op=SUM) (call #2) of world"),
+            (0, "barrier() (call #1) of plain"),
+            (2, "recv(float64[1], src=0, tag=0) of world"),
+        )
+    )
+    assert not [call for _, call in found if re.fullmatch(r"barrier\(\) .* of world", call)]
+    times = [waited for waited, _ in small]
     assert 0.2 <= times[0] < 0.4 and len(times) >= 2
     assert all(1.8 * a <= b for a, b in pairwise(times)), times
-    assert f"ranks [1] have not arrived; rank 1 {SILENT}" in small[1][0][1]
-    assert f"ranks [0, 1] have not arrived; rank 0 {SILENT}" in large[1][0][1]
-    assert f"ranks [2] have not arrived; rank 2 {SILENT}" in plain[1][0][1]
-    assert message[1][0][1].startswith("no matching message has come; rank 0 has not answered")
-    assert message[1][0][1].endswith("(and so 8 more messages)")
+    assert f"ranks [1] have not arrived; rank 1 {SILENT}" in small[0][1]
+    assert f"ranks [0, 1] have not arrived; rank 0 {SILENT}" in large[0][1]
+    assert f"ranks [2] have not arrived; rank 2 {SILENT}" in plain[0][1]
+    assert message[0][1].startswith("no matching message has come; rank 0 has not answered")
+    assert message[0][1].endswith("(and so 8 more messages)")

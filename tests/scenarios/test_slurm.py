@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, SHARED, installed_mpi
+from tests.harness import ROOT, SHARED, installed_mpi, left_in_shared
 from tests.slurm import NODES, PMI, PMIX, PMIX_PLUGIN, Slurm
 
 VENDOR = {"mpich": "MPICH", "openmpi": "Open MPI"}
@@ -81,7 +81,7 @@ def slurm() -> Iterator[Slurm]:
         assert not [name for name in made.shared_memory() if name.startswith("mpicoll-")]
     assert not made.leftovers()
     assert not made.folder.exists() and str(made.folder) not in Path("/proc/mounts").read_text()
-    assert not [name for name in set(os.listdir(SHARED)) - before if name.startswith("mpicoll-")]
+    assert not [name for name in left_in_shared(before) if name.startswith("mpicoll-")]
 
 
 def need_pmix() -> None:

@@ -226,7 +226,9 @@ group.shutdown()
 """
     )
     ended = job(3, script)
-    assert ended["first"] == ["CollectiveTimeoutError"] * 2 + ["RemoteRankError"]
+    # Of two that wait equally long, the second may hear that the first has given up.
+    *waited, came = ended["first"]
+    assert "CollectiveTimeoutError" in waited and came == "RemoteRankError", ended["first"]
     assert ended["ranks"] == [[0, 1, 2]] * 3 and ended["total"] == [6.0] * 3
     assert ended["part"] == [2.0, 1.0, 2.0] and ended["name"] == ["world:shrink"] * 3
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Ended, run_bounded
-from tests.run import outcomes
+from tests.run import Stage, in_order, outcomes
 
 
 def ended(code=0, timed_out=False, leftovers=()):
@@ -50,6 +51,38 @@ def test_counting(tmp_path, events, how, failed, said):
 def test_a_stage_that_writes_nothing_fails(tmp_path):
     count, _ = outcomes(tmp_path / "missing", ended(code=3))
     assert count["failed"] == 1
+
+
+def staged(name, half):
+    return Stage(name, 0, [], 1.0, half=half)
+
+
+def test_halves_run_two_at_a_time_and_all_are_told_in_order():
+    together = threading.Barrier(2)
+
+    def run(stage):
+        if stage.half:
+            together.wait(5)  # raises if the other one doesn't come meanwhile
+        return ended(int(stage.name))
+
+    row = [staged("1", True), staged("2", True), staged("3", False), staged("4", False)]
+    told = list(in_order(row, run, stop=lambda: None))
+    assert [(stage.name, how.code) for stage, how in told] == [(str(n), n) for n in (1, 2, 3, 4)]
+
+
+def test_an_interrupt_ends_what_runs_and_starts_no_more():
+    begun, stopped = [], threading.Event()
+
+    def run(stage):
+        begun.append(stage.name)
+        if stage.name == "1":
+            raise KeyboardInterrupt  # as in the main program
+        assert stopped.wait(5)
+        return ended()
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order([staged(name, True) for name in "1234"], run, stopped.set))
+    assert stopped.is_set() and "4" not in begun
 
 
 STUBBORN = """

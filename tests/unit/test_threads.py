@@ -366,6 +366,26 @@ def test_who_was_told_that_a_call_is_over_is_not_warned_of_it():
     run(2, program)
 
 
+def test_another_thread_may_ask_for_the_end_of_a_call_at_the_same_moment():
+    asked = [(name, threading.Event()) for name in ("wait", "is_completed", "get_future")]
+
+    def program():
+        pg = mc.new_group()
+        for name, event in asked:
+            if pg.rank() == 1:
+                assert event.wait(20)
+            work = pg.allreduce(np.ones(40_000))
+            if pg.rank() == 0:
+                assert type(work) is Unattended
+                ask = getattr(work, name)
+                work.get_future()  # as the other one does, before this one goes on
+                event.set()
+                ask()
+            work.wait()
+
+    run(2, program)
+
+
 def test_a_world_that_is_ended_leaves_no_memory_behind(monkeypatch):
     made = []
 
