@@ -338,35 +338,34 @@ class Unattended(Work):
 
     __slots__ = ()
 
+    # Two threads may ask at once: by the time that one is here, it may be a plain Work already.
+
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until the call is done, and return True."""
-        self._attend()
-        return self.wait(timeout)
+        return _attended(self).wait(timeout)
 
     def is_completed(self) -> bool:
         """Return whether the call is over, well or not."""
-        over = super().is_completed()
-        if over:
-            self._attend()
-        return over
+        return Work.is_completed(self) and _attended(self).done
 
     def synchronize(self) -> None:
         """Block the host until the call is done."""
-        self._attend()
-        self.synchronize()
+        _attended(self).synchronize()
 
     def get_future(self) -> Future:
         """Return a future of `result()`."""
-        self._attend()
-        return self.get_future()
-
-    def _attend(self) -> None:
-        self.__class__ = Work  # type: ignore[assignment]  # from now on
+        return _attended(self).get_future()
 
     def __del__(self) -> None:
         # The engine holds it until it is done.  If that was the last hold, the user's was gone.
         if self.done and self.error is None:
             engine().if_let_go(self, partial(_warn, *place(self._entry), self.call.describe()))
+
+
+def _attended(work: Work) -> Work:
+    """Return the same Work, which is a plain one from now on."""
+    work.__class__ = Work
+    return work
 
 
 def _warn(file: str, line: int, call: str) -> None:
