@@ -260,7 +260,7 @@ class Call:
             said.append(f"{self.kind.counted}={self.count}")
         if self.kind.shown and self.payload is not None:
             said.append(str(self.payload))
-        if not self.kind.queued:
+        if not self.kind.queued and self.dtype is not None:
             said.append(said_of_message(self.kind, self.peer, self.tag))
         return f"{self.kind}({', '.join(said)})"
 

@@ -267,10 +267,20 @@ class _Ending:
             rank, how = next(iter(bereaved[0].peers.dead.items()))
             end_job(self.code or 1, f"rank {rank} of group {bereaved[0].name!r} {how}")
         if not settled or self.in_thread:
-            end_job(self.code or 1)
+            end_job(self.code or 1, "" if self.code or self.failure else self._held_up())
         self.over = True
         for state in engine().group_states():  # what runs later may shut them down
             state.close("closed")
+
+    def _held_up(self) -> str:
+        """Say why this rank can't end, though its program did well, and has nothing to say."""
+        what, failure = "MPI still holds what a call that was given up has left pending", ""
+        for state in engine().broken:
+            failure = f", after a failure: {state.broken}"
+            if away := state.peers.there:
+                what = f"ranks {away} of group {state.name!r} are not at theirs"
+                break
+        return f"rank {self.rank} is at its end, but {what}{failure}"
 
     def _take_leave(self, until: Callable[[], bool], start: float | None = None) -> bool:
         """Wait for the ends of those who share a broken group; return whether MPI may go, too.

@@ -91,8 +91,11 @@ def _find_out(task: Task, now: float, states: Iterable[GroupState], *, begins: b
         return None
     if task.call.kind.queued:
         return NOT_COMPARED + answered(peers)
-    receives = task.call.kind.receives
-    text = "no matching message has come" if receives else "the receiver has not taken the message"
+    text = "the receiver has not taken the message"
+    if task.call.kind.receives:
+        text = "no matching message has come"
+    elif task.call.dtype is None:
+        text = "not all members of the group that it makes have called it"
     return f": {text}{other_end(task)}"
 
 

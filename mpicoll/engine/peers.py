@@ -30,8 +30,8 @@ import struct
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from ..runtime import processes
-from ..runtime.library import MPI, Taken, notice_tag, pending, take
+from ..runtime import agreement, processes
+from ..runtime.library import MPI, POLL, Steps, Taken, notice_tag, pending, take
 from ..runtime.process import monotonic
 from ..runtime.processes import Identity, watch
 from ..runtime.settings import survives_deaths
@@ -122,6 +122,8 @@ class Peers:
         self._kept: list[tuple[int, MPI.Request, bytes]] = []  # unfinished sends: to whom, and what
         self._many = _FEW  # so many are worth a look whether they are still unfinished
         self._inbox = bytearray(_HEAD.size + _TEXT)
+        self._sent, self._received = [0] * self.size, [0] * self.size  # to and from each rank
+        self._silenced = False
         self._watched: dict[int, Identity] = {}
         self._look_at_locks = Every(0.05)
         self._deaths_seen = 0
@@ -257,9 +259,23 @@ class Peers:
             if size > len(self._inbox):
                 self._inbox = bytearray(size)
             message.Recv([self._inbox, MPI.BYTE])
+            self._received[source] += 1
             what, seq, waiting = _HEAD.unpack_from(self._inbox)
             text = self._inbox[_HEAD.size : size].decode(errors="replace")
             self._take(source, what, seq, bool(waiting), text)
+
+    def drain(self) -> Steps:
+        """Receive what is still on its way here.  All ranks call; then none asks or answers.
+
+        Under Open MPI 5.0 a message that comes when its communicator has been freed goes to the
+        next one of the same number: it blocks that one's calls, or ends the process.
+        """
+        self._silenced = True
+        if self.size > 1:
+            due = yield from agreement.exchanged(self.comm, self._sent)
+            while (due > self._received).any():
+                self._read_all()
+                yield POLL
 
     def _take(self, source: int, what: int, seq: int, waiting: bool, text: str) -> None:
         if what == QUERY:
@@ -501,9 +517,12 @@ class Peers:
     def _tell(
         self, rank: int, what: int, seq: int = 0, text: str = "", waiting: bool = False
     ) -> None:
+        if self._silenced and what in (QUERY, STATE, ROLL, ABSENT):
+            return
         message = _HEAD.pack(what, seq, waiting) + text.encode(errors="replace")
         with contextlib.suppress(MPI.Exception):  # the receiver may have died
             request = self.comm.Isend([message, MPI.BYTE], rank, self._tag)
+            self._sent[rank] += 1
             if not _is_over(request):
                 self._kept.append((rank, request, message))
         if len(self._kept) >= self._many:  # twice as many as at the last look: it costs little each

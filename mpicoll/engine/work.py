@@ -333,32 +333,28 @@ class Unattended(Work):
 
     It warns if it is dropped so.  A Work is one of these only from the return of its method on, if
     the call is not over by then, and until somebody asks for its end; so what is done at once, or
-    waited for, pays nothing.  Another thread may ask while one of these methods begins.
+    waited for, pays nothing.
     """
 
     __slots__ = ()
 
+    # Two threads may ask at once: by the time that one is here, it may be a plain Work already.
+
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until the call is done, and return True."""
-        _attend(self)
-        return self.wait(timeout)
+        return _attended(self).wait(timeout)
 
     def is_completed(self) -> bool:
         """Return whether the call is over, well or not."""
-        over = Work.is_completed(self)  # not by super(): it may be one no more
-        if over:
-            _attend(self)
-        return over
+        return Work.is_completed(self) and _attended(self).done
 
     def synchronize(self) -> None:
         """Block the host until the call is done."""
-        _attend(self)
-        self.synchronize()
+        _attended(self).synchronize()
 
     def get_future(self) -> Future:
         """Return a future of `result()`."""
-        _attend(self)
-        return self.get_future()
+        return _attended(self).get_future()
 
     def __del__(self) -> None:
         # The engine holds it until it is done.  If that was the last hold, the user's was gone.
@@ -366,8 +362,10 @@ class Unattended(Work):
             engine().if_let_go(self, partial(_warn, *place(self._entry), self.call.describe()))
 
 
-def _attend(work: Work) -> None:
-    work.__class__ = Work  # from now on
+def _attended(work: Work) -> Work:
+    """Return the same Work, which is a plain one from now on."""
+    work.__class__ = Work
+    return work
 
 
 def _warn(file: str, line: int, call: str) -> None:

@@ -347,6 +347,7 @@ class Caller:
                 while state.enqueued:
                     yield IDLE  # the calls that were left to the GPU come first
                 yield from self.transport.clear(state)
+                yield from state.peers.drain()
                 self._engine.delist(state)  # no rank may listen on it any more
                 yield from self.transport.close()
                 yield from communicators.free(self.resources.comms, work.deadline)

@@ -63,6 +63,7 @@ class Child:
         """Give the communicators back, unless `shutdown` did.  All members call this together."""
         if not self._state.closed:
             yield from self._children.free(deadline)
+            yield from self._state.peers.drain()
             engine().delist(self._state)
             yield from self._transport.clear(self._state)
             self._state.close("reclaimed")

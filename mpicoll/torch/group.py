@@ -8,7 +8,7 @@ wrong: mpicoll does, which refuses it in the call that the peers are in, so that
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ import mpicoll as mc
 
 from . import dispatch, layout, sparse
 from .errors import translated
-from .layout import Written
+from .layout import NOTHING, Written
 from .work import FINISHED, TorchWork
 
 _UNSET = timedelta(0)  # what is not above it is no timeout: an unset one is -1 ms
@@ -159,21 +159,23 @@ class TorchGroup(dist.ProcessGroup):
         work: mc.Work,
         at_once: bool,
         outputs: Sequence[Tensor],
-        back: Callable[[], None] | None = None,
+        written: Written = NOTHING,
     ) -> Any:
         """Return PyTorch's Work of a collective; wait for it if it is to be over `at_once`."""
         self._number += 1
         if at_once and self._coalescing is None:
             work.wait()
-            if back is not None:
-                back()
+            if written.back is not None:
+                written.back()
             return FINISHED
-        return self._message(work, outputs, back)
+        return self._message(work, outputs, written)
 
     def _message(
-        self, work: mc.Work, outputs: Sequence[Tensor], back: Callable[[], None] | None = None
+        self, work: mc.Work, outputs: Sequence[Tensor], written: Written = NOTHING
     ) -> TorchWork:
-        made = TorchWork([work], outputs, back)
+        made = TorchWork([work], outputs, written.back)
+        if written.back is not None:
+            layout.await_copies(written, made.is_completed)
         if self._coalescing is not None:
             self._coalescing.append(made)
         return made
@@ -204,7 +206,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.plain(tensor, read=True)
         work = self.mpicoll.allreduce(into, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, (tensor,), written.back)
+        return self._begun(work, not opts.asyncOp, (tensor,), written)
 
     @translated
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
@@ -213,7 +215,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.all_plain(tensors, read=True)
         work = self.mpicoll.allreduce_coalesced(into, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, tensors, written.back)
+        return self._begun(work, not opts.asyncOp, tensors, written)
 
     @translated
     def broadcast(
@@ -226,7 +228,7 @@ class TorchGroup(dist.ProcessGroup):
         gives = opts.rootRank == self.mpicoll.rank()
         into = layout.plain(tensor) if gives else written.plain(tensor, read=False)
         work = self.mpicoll.broadcast(into, opts.rootRank, _limit(opts))
-        return self._begun(work, not opts.asyncOp, (tensor,), written.back)
+        return self._begun(work, not opts.asyncOp, (tensor,), written)
 
     @translated
     def reduce(
@@ -245,7 +247,7 @@ class TorchGroup(dist.ProcessGroup):
         gets = opts.rootRank == self.mpicoll.rank()
         into = written.plain(tensor, read=True) if gets else layout.plain(tensor)
         work = self.mpicoll.reduce(into, opts.rootRank, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, (tensor,), written.back)
+        return self._begun(work, not opts.asyncOp, (tensor,), written)
 
     @translated
     def allgather(
@@ -258,7 +260,7 @@ class TorchGroup(dist.ProcessGroup):
         into = written.all_plain(outputs, read=False)
         taken = layout.plain(_one(input_tensors))
         work = self.mpicoll.allgather(into, taken, _limit(opts))
-        return self._begun(work, not opts.asyncOp, outputs, written.back)
+        return self._begun(work, not opts.asyncOp, outputs, written)
 
     @translated
     def all_gather_single(
@@ -270,7 +272,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.plain(output, read=False)
         work = self.mpicoll.all_gather_single(into, layout.plain(input), _limit(opts))
-        return self._begun(work, not opts.asyncOp, (output,), written.back)
+        return self._begun(work, not opts.asyncOp, (output,), written)
 
     @translated
     def allgather_coalesced(self, output_lists: Any, input_list: Any, opts: Any = None) -> Any:
@@ -281,7 +283,7 @@ class TorchGroup(dist.ProcessGroup):
         taken = layout.all_plain(input_list)
         work = self.mpicoll.allgather_coalesced(into, taken, _limit(opts))
         outputs = [tensor for outputs in output_lists for tensor in outputs]
-        return self._begun(work, not opts.asyncOp, outputs, written.back)
+        return self._begun(work, not opts.asyncOp, outputs, written)
 
     @translated
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
@@ -291,7 +293,7 @@ class TorchGroup(dist.ProcessGroup):
         into = written.all_plain(outputs, read=False)
         taken = layout.all_plain(inputs)
         work = self.mpicoll.all_gather_single_coalesced(into, taken, _limit(opts))
-        return self._begun(work, not opts.asyncOp, outputs, written.back)
+        return self._begun(work, not opts.asyncOp, outputs, written)
 
     @translated
     def gather(
@@ -311,7 +313,7 @@ class TorchGroup(dist.ProcessGroup):
         into = written.all_plain(outputs, read=False)
         taken = layout.plain(_one(input_tensors))
         work = self.mpicoll.gather(into, taken, opts.rootRank, _limit(opts))
-        return self._begun(work, not opts.asyncOp, outputs, written.back)
+        return self._begun(work, not opts.asyncOp, outputs, written)
 
     @translated
     def scatter(
@@ -330,7 +332,7 @@ class TorchGroup(dist.ProcessGroup):
         inputs = _list(input_tensors) if opts.rootRank == self.mpicoll.rank() else []
         taken, into = layout.all_plain(inputs), written.plain(tensor, read=False)
         work = self.mpicoll.scatter(into, taken, opts.rootRank, _limit(opts))
-        return self._begun(work, not opts.asyncOp, (tensor,), written.back)
+        return self._begun(work, not opts.asyncOp, (tensor,), written)
 
     @translated
     def reduce_scatter(
@@ -349,7 +351,7 @@ class TorchGroup(dist.ProcessGroup):
         taken = layout.all_plain(_list(input_tensors))
         into = written.plain(tensor, read=False)
         work = self.mpicoll.reduce_scatter(into, taken, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, (tensor,), written.back)
+        return self._begun(work, not opts.asyncOp, (tensor,), written)
 
     @translated
     def reduce_scatter_single(
@@ -368,7 +370,7 @@ class TorchGroup(dist.ProcessGroup):
         into = written.plain(output, read=False)
         taken = layout.plain(input)
         work = self.mpicoll.reduce_scatter_single(into, taken, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, (output,), written.back)
+        return self._begun(work, not opts.asyncOp, (output,), written)
 
     @translated
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
@@ -378,7 +380,7 @@ class TorchGroup(dist.ProcessGroup):
         into = written.all_plain(outputs, read=False)
         taken = layout.all_plain(inputs)
         work = self.mpicoll.reduce_scatter_single_coalesced(into, taken, _op(opts), _limit(opts))
-        return self._begun(work, not opts.asyncOp, outputs, written.back)
+        return self._begun(work, not opts.asyncOp, outputs, written)
 
     @translated
     def alltoall(
@@ -390,7 +392,7 @@ class TorchGroup(dist.ProcessGroup):
         written = Written()
         into = written.all_plain(output_tensors, read=False)
         work = self.mpicoll.alltoall(into, layout.all_plain(input_tensors), _limit(opts))
-        return self._begun(work, not opts.asyncOp, output_tensors, written.back)
+        return self._begun(work, not opts.asyncOp, output_tensors, written)
 
     @translated
     def all_to_all_single(
@@ -410,7 +412,7 @@ class TorchGroup(dist.ProcessGroup):
         work = self.mpicoll.all_to_all_single(
             into, layout.plain(input), output_split_sizes, input_split_sizes, _limit(opts)
         )
-        return self._begun(work, not opts.asyncOp, (output,), written.back)
+        return self._begun(work, not opts.asyncOp, (output,), written)
 
     @translated
     def barrier(self, opts: Any = None, timeout: Timeout = None) -> Any:
@@ -467,14 +469,14 @@ class TorchGroup(dist.ProcessGroup):
         """Receive a tensor from one rank."""
         tensor, written = _one(tensors), Written()
         work = self.mpicoll.recv(written.plain(tensor, read=False), src, tag)
-        return self._message(work, (tensor,), written.back)
+        return self._message(work, (tensor,), written)
 
     @translated
     def recv_anysource(self, tensors: Any, tag: int = 0) -> TorchWork:
         """Receive a tensor from whichever rank sends first; `Work.source_rank()` tells which."""
         tensor, written = _one(tensors), Written()
         work = self.mpicoll.recv_anysource(written.plain(tensor, read=False), tag)
-        return self._message(work, (tensor,), written.back)
+        return self._message(work, (tensor,), written)
 
     # ---- groups out of groups ----
 

@@ -91,7 +91,7 @@ class TorchWork(dist.Work):
         self._back = back
         self._lock = threading.Lock()
         self._future: Future[Any] | None = None
-        self._attended = self._is_over()  # nothing has to be done for it to go on
+        self._attended = self.is_completed()  # nothing has to be done for it to go on
         if not self._attended:
             _abandoned.add(self)
 
@@ -100,7 +100,9 @@ class TorchWork(dist.Work):
         if not self._attended:
             self._attended = True
             for work in self._works:
-                work.get_future()
+                future = work.get_future()
+                if self._back is not None:
+                    future.add_done_callback(lambda _: self.is_completed())
 
     @classmethod
     def all_of(cls, begun: Sequence[TorchWork]) -> TorchWork:
@@ -117,12 +119,12 @@ class TorchWork(dist.Work):
         return all(work.is_completed() for work in self._works)
 
     def _finish(self) -> None:
-        """Copy the results back, once."""
+        """Copy the results back, once; whoever finds that done finds them there."""
         if self._back is not None:
             with self._lock:
-                back, self._back = self._back, None
-                if back is not None:
-                    back()
+                if self._back is not None:
+                    self._back()
+                    self._back = None
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the call is done, and return True; raise what became of it otherwise."""
@@ -141,12 +143,18 @@ class TorchWork(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        """Return whether the call is over, well or not."""
-        return self._is_over()
+        """Return whether the call is over, well or not; its results are there then."""
+        over = self._is_over()
+        if over and self._back is not None:
+            self.is_success()
+        return over
 
     def is_success(self) -> bool:
         """Return whether the call is over and went well."""
-        return all(work.is_success() for work in self._works)
+        done = all(work.is_success() for work in self._works)
+        if done:
+            self._finish()
+        return done
 
     def exception(self) -> BaseException | None:
         """Return the call's error, if it is over and failed."""

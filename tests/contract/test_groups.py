@@ -130,6 +130,17 @@ def test_disjoint_lists_in_one_call(pg):
         assert list(again.ranks) == [me]
 
 
+def test_no_question_is_on_its_way_when_a_group_is_given_back(fresh, world):
+    """It would come to the next communicator of that number, under Open MPI."""
+    peers = fresh._caller.group_state.peers
+    peers.ask()
+    fresh.shutdown()
+    said = world.allgather((sum(peers._sent), sum(peers._received)))
+    sent, received = map(sum, zip(*said, strict=True))
+    assert sent == received
+    assert sent or world.Get_size() == 1
+
+
 def test_a_subgroup_is_made_by_its_members_alone(fresh):
     me, last = fresh.rank(), fresh.size() - 1
     for ranks in ([last, 0] if last else [0], list(range(last + 1)), [last]):

@@ -390,6 +390,67 @@ def test_a_call_that_nobody_waits_for_goes_on(me, n, world):
     dist.barrier()
 
 
+def strided(value=1.0):
+    return torch.full((500, 4), value)[:, :2]
+
+
+def test_a_strided_result_is_there_once_its_work_is_over(me, n):
+    x = strided()
+    work = dist.all_reduce(x, async_op=True)
+    while not work.is_completed():
+        pass
+    assert (x == n).all()
+    right, left = (me + 1) % n, (me - 1) % n
+    coming = dist.irecv(x, left)
+    sent = dist.isend(strided(float(me)), right)
+    while not coming.is_completed():
+        pass
+    sent.wait()
+    assert (x == left).all()
+
+
+def test_a_strided_result_comes_though_its_work_was_dropped(me, n):
+    x = strided()
+    if me == 0:
+        time.sleep(0.01)
+    dist.all_reduce(x, async_op=True)
+    dist.barrier()
+    end = time.monotonic() + 20
+    while not (x == n).all():
+        assert time.monotonic() < end
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_call_takes_up_what_a_strided_result_of_an_earlier_one_is(me, n):
+    whole = torch.ones(500, 4)
+    x = whole[:, :2]
+    if me == 0:
+        time.sleep(0.01)
+    works = [dist.all_reduce(x, async_op=True), dist.all_reduce(x, async_op=True)]
+    row = torch.empty(n, 4)
+    dist.all_gather_single(row, whole[3])
+    for work in works:
+        work.wait()
+    assert (x == n * n).all()
+    assert (row[:, :2] == n * n).all() and (row[:, 2:] == 1).all()
+
+
+def test_what_no_result_can_be_copied_to_is_refused_at_the_call(me, n):
+    x = torch.zeros(1).expand(4) if me == 0 else torch.zeros(4)
+    with pytest.raises(RuntimeError, match="strides"):
+        dist.broadcast(x, n - 1)
+    dist.barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_sparse_tensors_of_other_shapes_are_told_apart(me, n):
+    x = torch.zeros(4 + me, 3)
+    x[1] = 1.0
+    with pytest.raises(RuntimeError, match=r"\[4, 3\]"):
+        dist.all_reduce(x.to_sparse())
+    dist.barrier()
+
+
 def test_many_at_once(n):
     xs = [torch.full((1000,), float(i)) for i in range(50)]
     works = [dist.all_reduce(x, async_op=True) for x in xs]

@@ -165,6 +165,20 @@ def test_a_thread_waits_for_what_another_launched(pg):
         assert all(map(NUMPY.same, arrays, expected))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("way", ["wait", "is_completed", "synchronize", "get_future"])
+def test_another_thread_waits_between_the_look_up_of_a_method_and_its_call(pg, way):
+    if pg.rank() == 0:
+        time.sleep(0.01)
+    work = pg.allreduce(x := np.ones(300_000))
+    ask = getattr(work, way)
+    waiting = threading.Thread(target=work.wait)
+    waiting.start()
+    waiting.join()
+    assert ask() is not False
+    assert (x == pg.size()).all()
+
+
 def test_a_thread_launches_what_another_waits_for(pg):
     """One thread at a time makes the group's calls; it need not be the first, nor the waiter."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

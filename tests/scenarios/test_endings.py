@@ -84,6 +84,20 @@ else:
     assert ended.code == (4 if cause == "sys.exit" else 1)
 
 
+def test_a_job_that_is_ended_though_its_programs_did_well_says_why(job):
+    script = """
+pg = mc.new_group(timeout=60)
+if RANK == 1:
+    time.sleep(60)
+try:
+    pg.allreduce(np.ones(3), timeout=0.2).wait()
+except CollectiveTimeoutError:
+    pass
+"""
+    ended = job(2, script, fails=True, env={"MPICOLL_GRACE": "0.5"})
+    assert ended.code == 1 and "ranks [1] of group 'world' are not at theirs" in ended.output
+
+
 def test_the_next_call_hears_of_it_too(job):
     """The peers were not waiting when it happened, and what they were doing goes on."""
     script = """

@@ -26,6 +26,9 @@ for k in range(9 if RANK == 0 else 0):
     pg.send(np.ones(1), 2, tag=k).wait()
 for work in works:
     work.wait()
+late(0.5, [0])
+if RANK < 2:
+    pg.subgroup([0, 1])
 late(0.5, [2])
 pg.barrier(timeout=float("inf")).wait()
 """
@@ -45,13 +48,14 @@ def test_the_lowest_rank_that_waits_says_for_whom(job):
         found.setdefault((int(rank), f"{call} of {group}"), []).append((float(waited), text))
         assert place.endswith("script.py")
     # (On a busy machine others may have waited long enough, too.)
-    small, large, plain, message = (
+    small, large, plain, message, members = (
         found[who, call]
         for who, call in (
             (0, "allreduce(float64[3], op=SUM) (call #1) of world:split:0"),
             (2, "allreduce(float64[70001], op=SUM) (call #2) of world"),
             (0, "barrier() (call #1) of plain"),
             (2, "recv(float64[1], src=0, tag=0) of world"),
+            (1, "subgroup() of world"),
         )
     )
     assert not [call for _, call in found if re.fullmatch(r"barrier\(\) .* of world", call)]
@@ -63,3 +67,4 @@ def test_the_lowest_rank_that_waits_says_for_whom(job):
     assert f"ranks [2] have not arrived; rank 2 {SILENT}" in plain[0][1]
     assert message[0][1].startswith("no matching message has come; rank 0 has not answered")
     assert message[0][1].endswith("(and so 8 more messages)")
+    assert members[0][1].startswith("not all members of the group that it makes have called it")
