@@ -28,6 +28,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..runtime.watchdog import end_job, watchdog
+from .lastwords import LastWords
 from .limits import LAST, VERY_LAST, Limit, Overdue
 from .marks import ranks_of
 from .together import MAKING, Left, Lost, Together
@@ -93,7 +94,10 @@ class Ranks:
         self._trouble: Left | Lost | None = None
         self._gone = False
         self._default = math.inf
-        self._have_last_words()
+        self._last_words = LastWords() if self.together.rank == 0 else None
+        if self._last_words is not None:
+            config.add_cleanup(self._last_words.over)
+        self._say_own_end()
         config.add_cleanup(self._leave_unseen)
 
     # ---- before the first test ----
@@ -230,11 +234,14 @@ class Ranks:
         self._test = ""
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
+            self._keep(report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def _begin(self, item: pytest.Item) -> None:
         self._test = item.nodeid
+        if self._last_words is not None:
+            self._last_words.begins(item.nodeid)
         self.left, self._told = "", False
         self._watch()
 
@@ -377,6 +384,22 @@ class Ranks:
             together.heal()
         return _reports(item, reports if mine.phases else [], verdicts)
 
+    def _keep(self, report: pytest.TestReport) -> None:
+        """Keep a report, for when the job ends before pytest says them all."""
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if self._last_words is None or reporter is None:
+            return
+        if report.failed:
+            at = "" if report.when == "call" else f"ERROR at {report.when} of "
+            title = f" {at}{report.head_line} "
+            word = "FAILED" if report.when == "call" else "ERROR"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = "" if crash is None else f" - {crash.message.splitlines()[0]}"
+            text = f"{title:_^80}\n{report.longreprtext}"
+            self._last_words.failed(text, f"{word} {report.nodeid}{said}")
+        counts = [f"{len(found)} {kind}" for kind, found in reporter.stats.items() if kind]
+        self._last_words.counts(", ".join(counts))
+
     def _without(self, lost: Lost, mine: Part) -> list[Part]:
         """Return what became of the test, where ranks are lost."""
         parts = [part for part in lost.others if isinstance(part, Part)] or [mine]
@@ -397,7 +420,7 @@ class Ranks:
                 end_job(1)
         return True
 
-    def _have_last_words(self) -> None:
+    def _say_own_end(self) -> None:
         """Have a rank that ends itself say so: the launcher then ends the others at once."""
         leave, own, rank = os._exit, os.getpid(), self.together.rank
 
@@ -443,6 +466,9 @@ class Ranks:
         """Agree on the exit status."""
         yield
         together = self.together
+        if self._last_words is not None:  # pytest has said all
+            self.config.get_terminal_writer().flush()
+            self._last_words.over()
         if self._gone or together.lost:
             return
         if not self._collected:
