@@ -27,6 +27,7 @@ from ..errors import (
     RemoteRankError,
     UnsupportedError,
 )
+from ..runtime.process import monotonic, process
 from ..runtime.watchdog import end_job, watchdog
 from .lastwords import LastWords
 from .limits import LAST, VERY_LAST, Limit, Overdue
@@ -79,16 +80,18 @@ class Ranks:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.limit = Limit()
         self._stderr = os.dup(2)  # it is not captured yet
         try:
             self.together = Together()
         except MpicollError as error:
             raise pytest.UsageError(f"the ranks can't work together: {error}") from error
+        self.limit = Limit(self.together.is_halted)
         self._collected = False  # all ranks have collected their tests
         self._uncollected: list[tuple[str, str]] = []
         self._test = "the collection"  # what this rank is in, if it ends itself
         self._over = math.inf  # when the job ends, as no rank came to the meeting
+        self._looked = time.monotonic()
+        self._halted = False  # a prompt was open when that was
         self.left = ""
         self._told = False
         self._trouble: Left | Lost | None = None
@@ -243,28 +246,33 @@ class Ranks:
         if self._last_words is not None:
             self._last_words.begins(item.nodeid)
         self.left, self._told = "", False
+        self.together.halt(False)  # a prompt may have been left by an exception
         self._watch()
 
     def _watch(self) -> None:
         """Have the job end if this test goes on past all limits."""
         if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
-            last = self._over - time.monotonic() + VERY_LAST
-            faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
+            self._over = monotonic() + self.limit.patience + LAST
+            self._bound()
+
+    def _bound(self) -> None:
+        last = self._over - monotonic() + VERY_LAST
+        faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
 
     def _end(self) -> None:
         self._over = math.inf
         faulthandler.cancel_dump_traceback_later()
 
     def pytest_enter_pdb(self) -> None:
-        """Let no limit strike while a debugger's prompt is open on this rank."""
-        self._end()
-        self.limit.pause()
+        """Let no limit strike on any rank while a debugger's prompt is open on this one."""
+        if self.limit.until < math.inf:
+            self.limit.pause()
+            self.together.halt(True)
 
     def pytest_leave_pdb(self) -> None:
         """Go on with the limit."""
+        self.together.halt(False)
         self.limit.go_on()
-        self._watch()
 
     def _is_beside(self, item: pytest.Item) -> bool:
         """Whether a test is for other ranks."""
@@ -303,7 +311,7 @@ class Ranks:
             self.left = self.left or "ends"
             self.together.tell(self.left)
         if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
+            self._over = monotonic() + self.limit.patience + LAST
 
     def _meet(self, item: pytest.Item, code: int = _PASSED, late: str = "") -> list[int]:
         """Exchange a number with the ranks in the same test."""
@@ -411,7 +419,8 @@ class Ranks:
 
     def _look(self) -> bool:
         """In a thread, end the job where no rank has come to the meeting in time."""
-        if time.monotonic() > self._over:
+        self._let_time_pass()
+        if monotonic() > self._over:
             said = self.together.whereabouts()
             if said is not None:
                 text = f"\nmpicoll: {self._test}: no rank could be stopped past the limit\n{said}\n"
@@ -419,6 +428,16 @@ class Ranks:
                 self._test = ""
                 end_job(1)
         return True
+
+    def _let_time_pass(self) -> None:
+        """Have this rank's clock stand still while a debugger's prompt is open on any."""
+        before, self._looked = self._looked, time.monotonic()
+        was, self._halted = self._halted, self.together.is_halted(listens=False)
+        if self._halted:
+            process().ahead -= self._looked - before
+            faulthandler.cancel_dump_traceback_later()
+        elif was and self._over < math.inf:
+            self._bound()
 
     def _say_own_end(self) -> None:
         """Have a rank that ends itself say so: the launcher then ends the others at once."""
