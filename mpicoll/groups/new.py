@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
@@ -62,6 +62,33 @@ class Default:
 def default() -> Default:
     """Return this rank's."""
     return process().the(Default)
+
+
+@overload  # without options, so that a checker sees a misspelt name
+def new_group(
+    backend: Literal["auto", "mpi", "gloo", "staged", "nccl"] = "auto",
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
+    *,
+    comm: MPI.Comm | None = None,
+    group_name: str | None = None,
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
+) -> ProcessGroup: ...
+
+
+@overload
+def new_group(
+    backend: str,
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
+    *,
+    comm: MPI.Comm | None = None,
+    group_name: str | None = None,
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
+    **options: object,
+) -> ProcessGroup: ...
 
 
 def new_group(
