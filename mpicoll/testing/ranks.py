@@ -402,7 +402,7 @@ class Ranks:
             title = f" {at}{report.head_line} "
             word = "FAILED" if report.when == "call" else "ERROR"
             crash = getattr(report.longrepr, "reprcrash", None)
-            said = "" if crash is None else f" - {crash.message.splitlines()[0]}"
+            said = "" if crash is None else f" - {crash.message}".partition("\n")[0]
             text = f"{title:_^80}\n{report.longreprtext}"
             self._last_words.failed(text, f"{word} {report.nodeid}{said}")
         counts = [f"{len(found)} {kind}" for kind, found in reporter.stats.items() if kind]
@@ -432,8 +432,9 @@ class Ranks:
     def _let_time_pass(self) -> None:
         """Have this rank's clock stand still while a debugger's prompt is open on any."""
         before, self._looked = self._looked, time.monotonic()
-        was, self._halted = self._halted, self.together.is_halted(listens=False)
-        if self._halted:
+        was = self._halted
+        self._halted = self.together.is_halted(listens=was and not self.together.halted)
+        if self._halted:  # (the engine listens seldom now, as by the same clock)
             process().ahead -= self._looked - before
             faulthandler.cancel_dump_traceback_later()
         elif was and self._over < math.inf:

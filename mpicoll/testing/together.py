@@ -120,8 +120,13 @@ class Together:
             listens: whether to read first what has come, for which the engine must be free.
         """
         peers = self._meeting._caller.group_state.peers
+
+        def listen() -> None:
+            with contextlib.suppress(MPI.Exception):
+                peers.poll()
+
         if listens:
-            engine().between_steps(peers.poll)
+            engine().between_steps(listen)
         return self.halted or bool(peers.halted)
 
     # ---- meetings ----
