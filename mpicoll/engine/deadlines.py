@@ -140,7 +140,7 @@ def who_is_late(task: Task, verdict: Verdict | None, crossed: str) -> str:
     text = f": ranks {missing[:SHOWN]}{_more(len(missing))} have not arrived"
     if task.call.met:
         text += ", or can't be reached any more"
-    return text + _in_words(task.group_state.peers.describe(verdict)) + crossed
+    return text + in_words(task.group_state.peers.describe(verdict)) + crossed
 
 
 def _not_compared(task: Task, elapsed: float) -> CollectiveTimeoutError:
@@ -164,12 +164,21 @@ def late_message(task: Task, elapsed: float, *, cancelled: bool = True) -> Colle
     return _late(task, elapsed, text, breaks_group=not (call.kind.receives and cancelled))
 
 
+def unmatched(task: Task) -> str:
+    """Go on after `named` with what has not become of a message, or of a `subgroup`."""
+    if task.call.kind.receives:
+        return ": no matching message has come"
+    if task.call.dtype is None:
+        return ": not all members of the group that it makes have called it"
+    return ": the receiver has not taken the message"
+
+
 def other_end(task: Task) -> str:
     """Say what those are doing who could send or take a message, as far as they have answered."""
     peers, peer = task.group_state.peers, task.call.peer
     if peer < 0:
         return answered(peers)
-    return "" if peer == peers.rank else _in_words({peer: peers.whereabouts(peer)})
+    return "" if peer == peers.rank else in_words({peer: peers.whereabouts(peer)})
 
 
 def _came_too_late(verdict: Verdict) -> RemoteRankError:
@@ -183,11 +192,12 @@ def answered(peers: Peers) -> str:
     """Say where those are that have answered."""
     answers = peers.answers()
     more = _more(len(answers))
-    text = _in_words({rank: answers[rank] for rank in sorted(answers)[:SHOWN]})
+    text = in_words({rank: answers[rank] for rank in sorted(answers)[:SHOWN]})
     return f"{text};{more} have answered" if more else text
 
 
-def _in_words(said: dict[int, str]) -> str:
+def in_words(said: dict[int, str]) -> str:
+    """Go on with what is known of some ranks."""
     return "".join(f"; rank {rank} {words}" for rank, words in said.items())
 
 

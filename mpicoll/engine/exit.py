@@ -256,7 +256,7 @@ class _Ending:
             leave_trace()  # with the ends of what nobody waited for
             unasked += [(x.error, x.place()) for x in works if x.error and not x.fetched]
             _warn(unasked)
-            engine().between_steps(works.clear)  # so that what was dropped is seen to be
+            engine().let_go(works)  # so that what was dropped is seen to be
         settled = self._take_leave(lambda: False, start)
         bereaved = [state for state in engine().broken if state.peers.dead]
         if bereaved and settled and survives_deaths():

@@ -24,6 +24,7 @@ from .deadlines import (
     look_ahead,
     named,
     other_end,
+    unmatched,
     who_is_late,
 )
 from .tasks import GroupState, Task
@@ -91,12 +92,7 @@ def _find_out(task: Task, now: float, states: Iterable[GroupState], *, begins: b
         return None
     if task.call.kind.queued:
         return NOT_COMPARED + answered(peers)
-    text = "the receiver has not taken the message"
-    if task.call.kind.receives:
-        text = "no matching message has come"
-    elif task.call.dtype is None:
-        text = "not all members of the group that it makes have called it"
-    return f": {text}{other_end(task)}"
+    return unmatched(task) + other_end(task)
 
 
 def _others(task: Task, now: float, ahead: float) -> str:

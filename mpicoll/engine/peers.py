@@ -16,6 +16,7 @@ group's communicator, under a tag of our own:
     WRITTEN "it is, for these"            after that (tracebacks.py)
     JOIN   "I am in shrink_group"         to the rank that decides there, and
     PLAN   "these will be members"        its answer (communicators.py)
+    HALTED "a debugger stops me"          and again when it does no more (testing/together.py)
 
 Nothing is sent while all goes well.  That a peer of this machine died is seen without a word from
 it (processes.py); deaths elsewhere are MPI's to report, where its fault tolerance is on, or the
@@ -39,7 +40,7 @@ from ..runtime.world import lost
 from .board import NO_BOARD, Board
 from .rollcall import LOST, SHOWN, RollCall, Said, Verdict, from_ranges, to_ranges
 
-QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT, RAISED, WRITTEN = range(12)
+QUERY, STATE, LEFT, DIED, HEARD, GONE, JOIN, PLAN, ROLL, ABSENT, RAISED, WRITTEN, HALTED = range(13)
 
 _HEAD = struct.Struct("<qqq")  # what, call number (or rank), whether the sender waits in that call
 _TEXT = 3072  # bytes that a notice may have: no library waits for a receiver to send so much
@@ -92,6 +93,7 @@ class Peers:
         raised, shown: what is said of the tracebacks that each is to write, and any has written.
         joined: what was said by those who are in `shrink_group` or `subgroup`.
         plan: what was decided there.
+        halted: those that a debugger stops.
         silence: what is said of those who don't answer.
     """
 
@@ -111,6 +113,7 @@ class Peers:
         self.shown: dict[str, None] = {}
         self.joined: dict[int, str] = {}
         self.plan = ""
+        self.halted: set[int] = set()
         self.board = board
         self.silence = "gave no answer: it is busy outside mpicoll, stopped or dead"
         self._answers: dict[int, str] = {}
@@ -234,6 +237,10 @@ class Peers:
         """Tell a rank what was decided in `shrink_group` or `subgroup`."""
         self._tell(rank, PLAN, text=text)
 
+    def halt(self, halted: bool) -> None:
+        """Tell every peer whether a debugger stops this rank."""
+        self._tell_all(HALTED, waiting=halted)
+
     def poll(self) -> None:
         """Read what the peers have said; answer their questions."""
         if self.size == 1 or self.is_freed():
@@ -299,6 +306,8 @@ class Peers:
             self.raised[source] = text
         elif what == WRITTEN:
             self.shown[text] = None
+        elif what == HALTED:
+            (self.halted.add if waiting else self.halted.discard)(source)
         else:
             self.aware.add(source)
             if what == LEFT:

@@ -260,10 +260,22 @@ class Engine(UnderWay):
             callback()
 
     def if_let_go(self, task: Task, callback: Callable[[], None]) -> None:
-        """Have `callback` called, unlocked, if it is the engine that frees `task` just now."""
-        if self._is_inside():
+        """Have `callback` called, unlocked, if the engine frees `task`, having just ended it.
+
+        (Inside the engine the collector may free any other.)
+        """
+        if id(task) in self._just_ended and self._is_inside():
             task.callbacks.append(callback)
             self._ended.append(task)
+
+    def let_go(self, tasks: list[Task]) -> None:
+        """Free those that are held by this list alone, as if they had just ended."""
+
+        def free() -> None:
+            self._just_ended.update(map(id, tasks))
+            tasks.clear()
+
+        self.between_steps(free)
 
     def test(self) -> int:
         """Make one pass, and return what it found; who polls with this gets deadlines kept too."""
@@ -451,6 +463,7 @@ class Engine(UnderWay):
         while self._handed:
             self._handed[0]()
             self._handed.popleft()
+        self._just_ended.clear()
         self._struck = False
 
     def _mend(self) -> None:

@@ -274,7 +274,7 @@ class GroupState:
         self.seq = 0
         self.left = 0  # the call that it was broken in, or before
         self.finished: tuple[Kind, int] | None = None  # kind and number of the last good call
-        self.peers = Peers(comm, self._answer, board)
+        self.peers = Peers(comm, self.answer, board)
 
     def owes(self) -> bool:
         """Return whether a call that the core has posted came to nothing."""
@@ -314,7 +314,7 @@ class GroupState:
         """The number of the last call in which this rank has arrived."""
         return self.queue[0].seq or self.seq if self.queue else self.seq
 
-    def _answer(self, seq: int) -> State:
+    def answer(self, seq: int) -> State:
         """Say what this rank is doing, for a peer that asks because of call `seq`, or a message."""
         if self.broken is not None and not self.queue:
             return State(False, False, Said(f"has left the group: {self.broken}"))

@@ -49,6 +49,7 @@ class UnderWay:
         self._claims: Claims[Task] = Claims()  # the memory that tasks use
         self._unclaimed: dict[Task, None] = {}  # theirs is entered when another call asks for it
         self._ended: deque[Task] = deque()  # whose callbacks are due
+        self._just_ended: set[int] = set()  # ids of tasks, since the lock was taken
         self._abandoned: list[object] = []  # what MPI may still use: never freed
         self._freed: Task | None = None  # whose step was stuck, and was freed
         self.broken: dict[GroupState, None] = {}
@@ -177,6 +178,7 @@ class UnderWay:
         state = task.group_state
         if error is None or not error.breaks_group:
             self._settle(task, error)
+            self._just_ended.add(id(task))
         else:
             task.error = error
             own = state.queue[0].seq if state.queue else 0  # of all that it leaves, the first

@@ -7,7 +7,9 @@ takes.  `ProcessGroup` holds one, and gives it the user's arguments.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 from ..engine import checks, communicators, kinds
 from ..engine.arrival import Meeting
@@ -27,6 +29,7 @@ from ..errors import (
     MpicollError,
 )
 from ..runtime.library import IDLE, MPI, Steps, highest_tag
+from ..runtime.process import process
 from ..runtime.settings import seconds
 from ..transports import select
 from ..transports.select import GroupOptions, Resources
@@ -114,6 +117,7 @@ class Caller:
             *(self, resources.comms, self.transport, state, self.recorder, self.children)
         )
         self._ending: Work | None = None  # the call of shutdown()
+        comm.Set_attr(process().the(_new_key), weakref.ref(self))
         self._engine.enlist(state)
         if progress == "thread":
             background().progress(stay=True)
@@ -288,6 +292,7 @@ class Caller:
         *,
         slack: float = VERDICT,
         parts: bool = True,
+        options: GroupOptions | None = None,
     ) -> tuple[Resources | None, Call]:
         """Run a call that makes a communicator, and wait for it.
 
@@ -296,7 +301,9 @@ class Caller:
         Args:
             make: returns the steps that make it, given the call and its deadline, after arrival.
             slack: the seconds past the deadline that the verdict may take to reach all ranks.
-            parts: whether all members of the communicator are members of this group.
+            parts: whether all members of the communicator are members of this group, and run on
+                the same.
+            options: what the new group was asked to run on, if not on the same.
         """
 
         def then(work: Work) -> Steps:
@@ -310,7 +317,7 @@ class Caller:
             if parts:
                 nccl = yield from select.split_nccl(self.resources, comm)
             if comm is not None:
-                made = yield from select.prepare(comm, self.options, deadline, nccl)
+                made = yield from select.prepare(comm, options or self.options, deadline, nccl)
                 work.call.result = made
 
         work = self.call(kind, timeout, check, then=then)
@@ -415,6 +422,17 @@ class Caller:
                 error = error or failure.error  # the first will do
         if error is not None:
             raise error
+
+
+def caller_on(comm: MPI.Intracomm) -> Caller | None:
+    """Return the group whose private communicator this is."""
+    found: Any = comm.Get_attr(process().the(_new_key))
+    return None if found is None else found()
+
+
+def _new_key() -> int:
+    """Return the key under which a communicator has its group."""
+    return MPI.Comm.Create_keyval()
 
 
 def make_unnumbered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from ..engine import communicators, kinds
 from ..engine.arrival import Arrival
@@ -15,7 +15,13 @@ from ..engine.progress import engine
 from ..engine.recorder import Recorder
 from ..engine.tasks import GroupState
 from ..engine.work import Work
-from ..errors import GroupBrokenError, InvalidCallError, TransportError, UnsupportedError
+from ..errors import (
+    GroupBrokenError,
+    InvalidCallError,
+    MpicollError,
+    TransportError,
+    UnsupportedError,
+)
 from ..runtime import launcher
 from ..runtime.library import MPI, Steps, start
 from ..runtime.process import process
@@ -30,10 +36,10 @@ from ..runtime.settings import (
 )
 from ..runtime.waiting import share_machine
 from ..transports import select
-from ..transports.select import GroupOptions
+from ..transports.select import GroupOptions, Resources
 from ..typing import Device
 from . import registry, rendezvous, spawn
-from .caller import Caller, wait_through
+from .caller import Caller, caller_on, wait_through
 from .group import ProcessGroup
 from .reclaim import Children
 
@@ -56,6 +62,33 @@ class Default:
 def default() -> Default:
     """Return this rank's."""
     return process().the(Default)
+
+
+@overload  # without options, so that a checker sees a misspelt name
+def new_group(
+    backend: Literal["auto", "mpi", "gloo", "staged", "nccl"] = "auto",
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
+    *,
+    comm: MPI.Comm | None = None,
+    group_name: str | None = None,
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
+) -> ProcessGroup: ...
+
+
+@overload
+def new_group(
+    backend: str,
+    timeout: float | timedelta | None = None,
+    device: Device = "cpu",
+    *,
+    comm: MPI.Comm | None = None,
+    group_name: str | None = None,
+    checks: Literal["full", "node", "first"] = "full",
+    progress: Literal["caller", "thread"] = "caller",
+    **options: object,
+) -> ProcessGroup: ...
 
 
 def new_group(
@@ -83,7 +116,8 @@ def new_group(
         device: "cpu", "cuda" or "cuda:N" (or a `torch.device`).  With "cuda" each rank takes one
             of the GPUs that it sees by its number on its node.  A group on GPU memory takes host
             arrays, too, but not both in one call.  It needs CuPy.
-        comm: an mpi4py intracommunicator; the group works on a duplicate of it.
+        comm: an mpi4py intracommunicator; the group works on a duplicate of it.  With the `comm` of
+            a group this is one of that group's calls.
         group_name: for messages, and to tell merging groups apart.
         checks: "full": every call is compared between all ranks.  "node": in a group over several
             nodes, an allreduce, broadcast, reduce, allgather, reduce_scatter, scan or exscan is
@@ -124,11 +158,8 @@ def new_group(
             f"comm must be an mpi4py intracommunicator, but got {parent!r}: "
             "Merge() an intercommunicator first; ranks outside a communicator make no group"
         )
-    state, recorder, children = _creation_state(parent)
-    if state.broken is not None:
-        raise GroupBrokenError(
-            f"an earlier new_group over this communicator failed: {state.broken}"
-        ) from state.broken
+    owner = caller_on(parent)
+    _check_order(parent, owner)
     limit, call = default_timeout(), Call(kinds.NEW_GROUP)
     asked = refusal = None
     try:
@@ -150,6 +181,67 @@ def new_group(
     except (InvalidCallError, UnsupportedError) as error:
         refusal = error
         call.refused = f"{type(error).__name__}: {error}"
+    if owner is None:
+        resources, children = _meet(parent, call, limit, asked, refusal)
+    else:
+        resources, children = _meet_in(owner, call, limit, asked, refusal)
+    assert asked is not None
+    name = group_name or ("world" if comm is None else "comm")
+    made = Caller(resources, asked, timeout=limit, name=name, progress=progress)
+    children.add(made.child)
+    group = ProcessGroup(made)
+    return group if factory is None else registry.make(factory, group, limit, str(device), options)
+
+
+def _check_order(parent: MPI.Intracomm, owner: Caller | None) -> None:
+    """Raise if an earlier failure has let the ranks of a communicator get out of step."""
+    if owner is not None:
+        owner.check_usable()
+        return
+    state, _, _ = _creation_state(parent)
+    if state.broken is not None:
+        raise GroupBrokenError(
+            f"an earlier new_group over this communicator failed: {state.broken}"
+        ) from state.broken
+
+
+def _meet_in(
+    owner: Caller,
+    call: Call,
+    limit: float,
+    asked: GroupOptions | None,
+    refusal: MpicollError | None,
+) -> tuple[Resources, Children]:
+    """Have the making be a call of the group whose own communicator is the parent.
+
+    It has its turn among that group's calls, then, and no notice is read by the wrong one.
+    """
+
+    def check(rank: int, size: int) -> Call:
+        if refusal is not None:
+            raise refusal
+        return call
+
+    def make(call: Call, deadline: float) -> communicators.MakesComm:
+        return communicators.duplicate(owner.comm)
+
+    resources, _ = owner.make_comm(kinds.NEW_GROUP, limit, check, make, parts=False, options=asked)
+    assert resources is not None
+    return resources, owner.children
+
+
+def _meet(
+    parent: MPI.Intracomm,
+    call: Call,
+    limit: float,
+    asked: GroupOptions | None,
+    refusal: MpicollError | None,
+) -> tuple[Resources, Children]:
+    """Wait for all ranks of a communicator, and make what the new group runs on.
+
+    Returns that, and the groups that were made over the communicator.
+    """
+    state, recorder, children = _creation_state(parent)
     work = Work(state, call, state.seq + 1, limit, recorder)
 
     def over() -> None:
@@ -168,13 +260,9 @@ def new_group(
             with contextlib.suppress(InvalidCallError):  # else the peers learn of it later
                 background().progress()
         raise refusal
-    assert asked is not None
     wait_through(work)
-    name = group_name or ("world" if comm is None else "comm")
-    made = Caller(call.result, asked, timeout=limit, name=name, progress=progress)
-    children.add(made.child)
-    group = ProcessGroup(made)
-    return group if factory is None else registry.make(factory, group, limit, str(device), options)
+    resources: Resources = call.result
+    return resources, children
 
 
 def _creation_state(parent: MPI.Intracomm) -> tuple[GroupState, Recorder, Children]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from . import world
 from .library import MPI
 from .memory import unlink_segments
-from .process import process, start_thread
+from .process import monotonic, process, start_thread
 from .processes import watch
 from .settings import survives_deaths
 from .waiting import Signal
@@ -42,7 +42,7 @@ class Watchdog:
         (With MPI's fault tolerance such a call returns by itself when a peer dies.)  The end of a
         process of another MPI world is no reason: it may have nothing to do with the call.
         """
-        guarded = max(deadline, time.monotonic()) + BLOCKED, what
+        guarded = max(deadline, monotonic()) + BLOCKED, what
         key = id(guarded)
         self._guarded[key] = guarded
         self._start()
@@ -92,7 +92,7 @@ class Watchdog:
         for until, what in list(self._guarded.values()):
             if len(_lost()) > lost and not survives_deaths():
                 end_job(1, f"{what} can't return, since a peer {_lost()[-1]}")
-            if time.monotonic() >= until:
+            if monotonic() >= until:
                 end_job(1, f"{what} never returned")
 
 

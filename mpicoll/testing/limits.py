@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -23,11 +23,13 @@ from types import FrameType
 from _pytest.outcomes import Failed
 
 from ..engine.progress import engine
+from ..runtime.process import monotonic
 
 TEARDOWN = 3.0  # seconds past the limit that a tear-down has, or the limit once more
 AFTER = 2.0  # seconds later a rank that can be stopped has come to its end
 LAST = 3.0  # seconds later it says where all are, if it can, and ends the job
 VERY_LAST = 15.0  # seconds later it is ended, if none of its code in Python can run
+_HALT = 0.01  # seconds before its time that a limit may strike; else the clock has stood still
 _MORE = 0.5  # seconds that a rank has which waits: those that it waits for may say more
 _ASK = signal.SIGURG  # for a stack; ignored where nobody has asked for it to be noticed
 _PYTEST = re.compile(r"[/\\](_pytest|pluggy)[/\\]")
@@ -35,23 +37,27 @@ _ANSWER = 0.3  # seconds that a rank gets to write its stack
 
 
 class Limit:
-    """The limit of the test that runs on this rank."""
+    """The limit of the test that runs on this rank.
 
-    def __init__(self) -> None:
+    Args:
+        is_halted: says whether the rank's clock is to stand still.
+    """
+
+    def __init__(self, is_halted: Callable[[], bool]) -> None:
         self.seconds = math.inf
-        self.until = math.inf  # on the monotonic clock
+        self.until = math.inf  # on the rank's clock, which a debugger's prompt stops
         self._has_more = False
-        self._paused = math.inf  # since when
+        self._is_halted = is_halted
 
     def begin(self, seconds: float) -> None:
         """Have a test begin that may take so many seconds."""
-        self.seconds, self.until = seconds, time.monotonic() + seconds
-        self._has_more, self._paused = False, math.inf
+        self.seconds, self.until = seconds, monotonic() + seconds
+        self._has_more = False
 
     @property
     def patience(self) -> float:
         """Seconds from now in which all ranks have ended the test, or can't be stopped."""
-        return max(0.0, self.until - time.monotonic()) + self.teardown + AFTER
+        return max(0.0, self.until - monotonic()) + self.teardown + AFTER
 
     @property
     def teardown(self) -> float:
@@ -65,7 +71,7 @@ class Limit:
             yield
             return
         before = signal.signal(signal.SIGALRM, self._stop)
-        signal.setitimer(signal.ITIMER_REAL, max(least, self.until - time.monotonic()))
+        signal.setitimer(signal.ITIMER_REAL, max(least, self.until - monotonic()))
         try:
             yield
         finally:
@@ -73,18 +79,18 @@ class Limit:
             signal.signal(signal.SIGALRM, before)
 
     def pause(self) -> None:
-        """Let no time count, as while a debugger's prompt is open."""
+        """Let it not strike, as while a debugger's prompt is open on this rank."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self._paused = min(self._paused, time.monotonic())
 
     def go_on(self) -> None:
-        """Have time count again."""
-        self.until += max(0.0, time.monotonic() - self._paused)
-        self._paused = math.inf
+        """Have it strike again."""
         if self.until < math.inf:
-            signal.setitimer(signal.ITIMER_REAL, max(0.05, self.until - time.monotonic()))
+            signal.setitimer(signal.ITIMER_REAL, max(0.05, self.until - monotonic()))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._is_halted() or self.until - monotonic() > _HALT:
+            self.go_on()
+            return
         if _waits() and not self._has_more:
             self._has_more = True
             signal.setitimer(signal.ITIMER_REAL, _MORE)

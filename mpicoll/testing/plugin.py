@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ..runtime.process import monotonic
 from ..runtime.settings import Launcher, environment, inherited_from, launchers
 from .marks import NAME, RANKS, ranks_of
 
@@ -79,7 +79,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[ProcessGroup]:
     from ..groups.new import new_group
 
     ranks: Ranks | None = request.config.pluginmanager.get_plugin(RANKS)
-    left = ranks.limit.until - time.monotonic() if ranks is not None else math.inf
+    left = ranks.limit.until - monotonic() if ranks is not None else math.inf
     made = new_group(timeout=max(0.1, left * _EARLY), group_name=request.node.name)
     yield made
     why = ranks.left if ranks is not None else ""

@@ -27,7 +27,9 @@ from ..errors import (
     RemoteRankError,
     UnsupportedError,
 )
+from ..runtime.process import monotonic, process
 from ..runtime.watchdog import end_job, watchdog
+from .lastwords import LastWords
 from .limits import LAST, VERY_LAST, Limit, Overdue
 from .marks import ranks_of
 from .together import MAKING, Left, Lost, Together
@@ -78,22 +80,27 @@ class Ranks:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.limit = Limit()
         self._stderr = os.dup(2)  # it is not captured yet
         try:
             self.together = Together()
         except MpicollError as error:
             raise pytest.UsageError(f"the ranks can't work together: {error}") from error
+        self.limit = Limit(self.together.is_halted)
         self._collected = False  # all ranks have collected their tests
         self._uncollected: list[tuple[str, str]] = []
         self._test = "the collection"  # what this rank is in, if it ends itself
         self._over = math.inf  # when the job ends, as no rank came to the meeting
+        self._looked = time.monotonic()
+        self._halted = False  # a prompt was open when that was
         self.left = ""
         self._told = False
         self._trouble: Left | Lost | None = None
         self._gone = False
         self._default = math.inf
-        self._have_last_words()
+        self._last_words = LastWords() if self.together.rank == 0 else None
+        if self._last_words is not None:
+            config.add_cleanup(self._last_words.over)
+        self._say_own_end()
         config.add_cleanup(self._leave_unseen)
 
     # ---- before the first test ----
@@ -230,34 +237,42 @@ class Ranks:
         self._test = ""
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
+            self._keep(report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def _begin(self, item: pytest.Item) -> None:
         self._test = item.nodeid
+        if self._last_words is not None:
+            self._last_words.begins(item.nodeid)
         self.left, self._told = "", False
+        self.together.halt(False)  # a prompt may have been left by an exception
         self._watch()
 
     def _watch(self) -> None:
         """Have the job end if this test goes on past all limits."""
         if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
-            last = self._over - time.monotonic() + VERY_LAST
-            faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
+            self._over = monotonic() + self.limit.patience + LAST
+            self._bound()
+
+    def _bound(self) -> None:
+        last = self._over - monotonic() + VERY_LAST
+        faulthandler.dump_traceback_later(last, exit=True, file=self._stderr)
 
     def _end(self) -> None:
         self._over = math.inf
         faulthandler.cancel_dump_traceback_later()
 
     def pytest_enter_pdb(self) -> None:
-        """Let no limit strike while a debugger's prompt is open on this rank."""
-        self._end()
-        self.limit.pause()
+        """Let no limit strike on any rank while a debugger's prompt is open on this one."""
+        if self.limit.until < math.inf:
+            self.limit.pause()
+            self.together.halt(True)
 
     def pytest_leave_pdb(self) -> None:
         """Go on with the limit."""
+        self.together.halt(False)
         self.limit.go_on()
-        self._watch()
 
     def _is_beside(self, item: pytest.Item) -> bool:
         """Whether a test is for other ranks."""
@@ -296,7 +311,7 @@ class Ranks:
             self.left = self.left or "ends"
             self.together.tell(self.left)
         if self.limit.until < math.inf:
-            self._over = time.monotonic() + self.limit.patience + LAST
+            self._over = monotonic() + self.limit.patience + LAST
 
     def _meet(self, item: pytest.Item, code: int = _PASSED, late: str = "") -> list[int]:
         """Exchange a number with the ranks in the same test."""
@@ -377,6 +392,22 @@ class Ranks:
             together.heal()
         return _reports(item, reports if mine.phases else [], verdicts)
 
+    def _keep(self, report: pytest.TestReport) -> None:
+        """Keep a report, for when the job ends before pytest says them all."""
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if self._last_words is None or reporter is None:
+            return
+        if report.failed:
+            at = "" if report.when == "call" else f"ERROR at {report.when} of "
+            title = f" {at}{report.head_line} "
+            word = "FAILED" if report.when == "call" else "ERROR"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = "" if crash is None else f" - {crash.message}".partition("\n")[0]
+            text = f"{title:_^80}\n{report.longreprtext}"
+            self._last_words.failed(text, f"{word} {report.nodeid}{said}")
+        counts = [f"{len(found)} {kind}" for kind, found in reporter.stats.items() if kind]
+        self._last_words.counts(", ".join(counts))
+
     def _without(self, lost: Lost, mine: Part) -> list[Part]:
         """Return what became of the test, where ranks are lost."""
         parts = [part for part in lost.others if isinstance(part, Part)] or [mine]
@@ -388,7 +419,8 @@ class Ranks:
 
     def _look(self) -> bool:
         """In a thread, end the job where no rank has come to the meeting in time."""
-        if time.monotonic() > self._over:
+        self._let_time_pass()
+        if monotonic() > self._over:
             said = self.together.whereabouts()
             if said is not None:
                 text = f"\nmpicoll: {self._test}: no rank could be stopped past the limit\n{said}\n"
@@ -397,7 +429,18 @@ class Ranks:
                 end_job(1)
         return True
 
-    def _have_last_words(self) -> None:
+    def _let_time_pass(self) -> None:
+        """Have this rank's clock stand still while a debugger's prompt is open on any."""
+        before, self._looked = self._looked, time.monotonic()
+        was = self._halted
+        self._halted = self.together.is_halted(listens=was and not self.together.halted)
+        if self._halted:  # (the engine listens seldom now, as by the same clock)
+            process().ahead -= self._looked - before
+            faulthandler.cancel_dump_traceback_later()
+        elif was and self._over < math.inf:
+            self._bound()
+
+    def _say_own_end(self) -> None:
         """Have a rank that ends itself say so: the launcher then ends the others at once."""
         leave, own, rank = os._exit, os.getpid(), self.together.rank
 
@@ -443,6 +486,9 @@ class Ranks:
         """Agree on the exit status."""
         yield
         together = self.together
+        if self._last_words is not None:  # pytest has said all
+            self.config.get_terminal_writer().flush()
+            self._last_words.over()
         if self._gone or together.lost:
             return
         if not self._collected:

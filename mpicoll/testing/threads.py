@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from ..engine.deadlines import crossed, in_words, named, unmatched, who_is_late
 from ..engine.exit import ending, peer_failed
 from ..engine.progress import QUIET, Engine, engine
 from ..engine.recorder import LIBRARY
+from ..engine.rollcall import Said, Verdict
 from ..errors import InvalidCallError
 from ..runtime.library import MPI
 from ..runtime.process import Process, belong_to, process
@@ -51,8 +53,9 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     that does not go back to another's.
 
     Raises:
-        TimeoutError: some have not ended in time; with their stacks.  Those threads are left
-            behind, and end at their next call of mpicoll.  Its cause is what a rank raised by then.
+        TimeoutError: some have not ended in time; with their stacks, and for whom they wait.  Those
+            threads are left behind, and end at their next call of mpicoll.  Its cause is what a
+            rank raised by then.
     """
     __tracebackhide__ = True  # pytest shows the test's own frames
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
@@ -75,7 +78,7 @@ def run(ranks: int, program: Callable[..., T], *arguments: object, timeout: floa
     late = [thread for thread in threads if thread.is_alive()]
     failed = [thread for thread in threads if thread.error is not None]
     if late:
-        stacks = "".join(thread.stack() for thread in late)
+        stacks = "".join(thread.stack() + _waits(thread, threads) for thread in late)
         world.end("the test took too long")
         for thread in late:
             thread.join(_LAST)
@@ -173,6 +176,32 @@ class _Rank(threading.Thread):
         frames = traceback.extract_stack(frame) if frame else []
         users = [x for x in frames if not x.filename.startswith((LIBRARY, threading.__file__))]
         return f"\nrank {self.rank}:\n{''.join(traceback.format_list(users or frames))}"
+
+
+def _waits(thread: _Rank, threads: list[_Rank]) -> str:
+    """Say for whom a rank waits, as the error would of a call whose deadline has passed.
+
+    What the ranks know of themselves lies in this process, so they need not be asked.  No lock is
+    taken: one that is stuck may hold it.
+    """
+    busy = [state for state in thread.process.the(Engine).group_states() if state.busy]
+    if not busy:
+        return ""
+    state, task = busy[0], busy[0].tasks()[0]
+    everywhere = [s for t in threads for s in t.process.the(Engine).group_states()]
+    members = {s.peers.rank: s for s in everywhere if s.peers.comm == state.peers.comm}
+    answers = {rank: member.answer(task.seq) for rank, member in members.items()}
+    said = {rank: answer.said for rank, answer in answers.items()}
+    for rank in range(state.peers.size):
+        said.setdefault(rank, Said("has ended, or not begun to make this group"))
+    if task.queued:
+        late = (r for r in said if r not in answers or not answers[r].arrived)
+        verdict = Verdict(task.seq, state.peers.rank, tuple(sorted(late)), said)
+        text = who_is_late(task, verdict, crossed(task, verdict, busy))
+    else:
+        ends = [task.call.peer] if task.call.peer >= 0 else sorted({*said} - {state.peers.rank})
+        text = unmatched(task) + in_words({rank: said[rank].text for rank in ends})
+    return f"It waits in {named(task)}{task.where()}{text}\n"
 
 
 class _Errors(list[BaseException]):

@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..groups.new import default, new_group
 from ..runtime.library import MPI
+from ..runtime.process import monotonic
 from ..runtime.settings import machine
 from ..runtime.watchdog import end_job, watchdog
 from .limits import Stacks, ask
@@ -60,6 +61,7 @@ class Together:
         lost: whether a rank is lost, so that the job is to end.
         speaker: the rank that reports: 0, unless that is lost.
         told: whether this rank has broken the groups of the test.
+        halted: whether a debugger's prompt is open on this rank.
     """
 
     def __init__(self) -> None:
@@ -69,7 +71,7 @@ class Together:
         self._codes = np.empty((self.size, 2), dtype=np.int64)
         self.lost = False
         self.speaker = 0
-        self.told = False
+        self.told = self.halted = False
         self._stacks = Stacks()
         self._where: list[tuple[str, tuple[int, int]]] = meeting.allgather_object(
             (machine(), self._stacks.place)
@@ -81,7 +83,7 @@ class Together:
         """Have the first n ranks work together in the next test; every rank calls."""
         if n not in self._worlds:
             color = 0 if self.rank < n else MPI.UNDEFINED
-            with watchdog().guard(time.monotonic() + MAKING, "the making of a test's world"):
+            with watchdog().guard(monotonic() + MAKING, "the making of a test's world"):
                 world = self._meeting.comm.Split(color, self.rank)
                 self._worlds[n] = cast(MPI.Intracomm, world)
         default().comm = self._worlds[n] if self.rank < n else None
@@ -101,6 +103,31 @@ class Together:
         self.tell("gave up what a failed test had left")
         self._worlds.clear()  # never freed: what is pending there may be for ever
         default().comm = None
+
+    # ---- a debugger's prompt ----
+
+    def halt(self, halted: bool) -> None:
+        """Note, and tell the peers, whether a debugger's prompt is open on this rank."""
+        if halted != self.halted:
+            self.halted = halted
+            peers = self._meeting._caller.group_state.peers
+            engine().between_steps(lambda: peers.halt(halted))
+
+    def is_halted(self, *, listens: bool = True) -> bool:
+        """Return whether a prompt is open on any rank.
+
+        Args:
+            listens: whether to read first what has come, for which the engine must be free.
+        """
+        peers = self._meeting._caller.group_state.peers
+
+        def listen() -> None:
+            with contextlib.suppress(MPI.Exception):
+                peers.poll()
+
+        if listens:
+            engine().between_steps(listen)
+        return self.halted or bool(peers.halted)
 
     # ---- meetings ----
 

@@ -14,6 +14,7 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll as mc
+from mpicoll.engine.progress import engine
 from tests.contract.arrays import KINDS
 from tests.contract.test_property import KIND_OF, TORCH, Step
 from tests.soak import soak
@@ -175,6 +176,20 @@ def test_what_is_no_mistake_does_not_warn(pg, name):
             with contextlib.suppress(mc.CollectiveMismatchError):
                 pg.barrier().wait()
     assert not warned(caught)
+
+
+def test_a_work_that_the_collector_frees_inside_the_engine_does_not_warn(pg):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        late(pg)
+        work = pg.allreduce(np.ones(3))
+        here(pg)
+        pg.barrier().wait()  # so that is over, and nobody has asked for it
+        cycle = [work]
+        cycle.append(cycle)
+        del work, cycle
+        engine().between_steps(gc.collect)
+    assert not caught
 
 
 @pytest.mark.parametrize("how", ["the environment", "a filter"])

@@ -18,6 +18,7 @@ import mpicoll as mc
 from mpicoll.errors import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
+    GroupBrokenError,
     GroupClosedError,
     InvalidCallError,
     RemoteRankError,
@@ -84,6 +85,37 @@ def test_new_group_from_a_communicator(world):
     pg.broadcast(x, 0).wait()
     assert x[0] == world.size - 1
     pg.shutdown()
+
+
+def test_a_groups_own_communicator_makes_others_in_its_turn(pg):
+    """Whatever is under way in the group, and though its ranks are not equally far."""
+    arrays = [data(pg.rank(), 100_000, seed=i) for i in range(4)]
+    works = [pg.allreduce(x) for x in arrays]
+    if pg.rank() == 0:
+        works[0].wait()
+    made = mc.new_group(comm=pg.comm, timeout=20)
+    total(made)
+    made.shutdown()
+    mc.wait_all(works)
+    for i, x in enumerate(arrays):
+        parts = [data(r, 100_000, seed=i) for r in range(pg.size())]
+        assert NUMPY.same(x, reduced("SUM", parts)), i
+    with pytest.raises(CollectiveMismatchError, match=r"new_group\('mpi'.*barrier\(\)"):
+        if pg.rank() == 0:
+            mc.new_group("mpi", comm=pg.comm, timeout=20)
+        pg.barrier().wait()
+    total(pg)
+
+
+def test_a_group_made_over_anothers_communicator_hears_of_that_ones_failure():
+    pg = mc.new_group(timeout=20)
+    if pg.rank() == 0:
+        pg.abort("goes")
+    else:
+        with pytest.raises(RemoteRankError, match="goes"):
+            mc.new_group(comm=pg.comm, timeout=20)
+        with pytest.raises(GroupBrokenError, match="goes"):
+            mc.new_group(comm=pg.comm, timeout=20)
 
 
 def test_new_group_of_some_ranks(world):

@@ -9,12 +9,13 @@ import mpicoll as mc
 
 
 def groups(pg: mc.ProcessGroup, color: int | None) -> None:
-    mc.new_group(checks="nodes")  # E: arg-type
-    mc.new_group(progress="threads")  # E: arg-type
-    mc.new_group(timeout="soon")  # E: arg-type
-    mc.new_group(device=0)  # E: arg-type
-    mc.new_group(checks=1)  # E: arg-type
-    mc.new_group("mpi", comm="world")  # E: arg-type
+    mc.new_group(checks="nodes")  # E: call-overload
+    mc.new_group(progress="threads")  # E: call-overload
+    mc.new_group(timeout="soon")  # E: call-overload
+    mc.new_group(device=0)  # E: call-overload
+    mc.new_group(timeout=60, check="node")  # E: call-overload
+    mc.new_group(checks=1)  # E: call-overload
+    mc.new_group("mpi", comm="world")  # E: call-overload
     mc.parent_group("soon")  # E: arg-type
     mc.register_backend("mine", lambda store, rank: pg)  # E: arg-type
     mc.join_world("store", 0, 1)  # E: arg-type

@@ -69,6 +69,7 @@ ROOMS = [  # each imports only from those above it; so does each module, inside 
             "marks",
             "verdicts",
             "limits",
+            "lastwords",
             "together",
             "ranks",
             "plugin",

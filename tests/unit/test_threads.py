@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import pytest
 import mpicoll as mc
 from mpicoll.cli.trials import TRIALS
 from mpicoll.engine.work import Unattended
+from mpicoll.runtime.library import MPI
 from mpicoll.runtime.process import monotonic, process
 from mpicoll.testing import advance, run
 
@@ -159,7 +161,32 @@ def test_ranks_that_do_not_end_are_named_with_their_stacks():
     said = str(caught.value)
     assert "stop.wait(20)" in said and "pg.barrier().wait()" in said
     assert "progress.py" not in said  # nothing of the library's own
+    waits = r"It waits in barrier\(\) \(call #1\) of group 'world' \(.*test_threads.py:\d+\): "
+    assert re.search(waits + r"ranks \[1\] have not arrived; rank 1 is in no call", said), said
     stop.set()
+
+
+def test_of_ranks_that_do_not_end_the_text_says_for_whom_they_wait():
+    stop = threading.Event()
+
+    def program(both):
+        pg = mc.new_group()
+        if pg.rank() == 0:
+            pg.recv(np.empty(3), 1, tag=7).wait()
+        elif both:
+            pg.split(0).allreduce(np.ones(3)).wait()
+        else:
+            stop.wait(20)
+
+    for both, where in ((True, r"in call #1, split\("), (False, "in no call of this group")):
+        with pytest.raises(TimeoutError) as caught:
+            run(2, program, both, timeout=0.3)
+        text = rf"recv\(.*: no matching message has come; rank 1 is {where}"
+        assert re.search(text, str(caught.value)), caught.value
+        assert not both or "ranks [0] have not arrived; rank 0 is in recv(" in str(caught.value)
+    stop.set()
+    with pytest.raises(TimeoutError, match="rank 0 has ended, or not begun to make this group"):
+        run(2, lambda: MPI.COMM_WORLD.Get_rank() == 0 or mc.new_group(), timeout=0.3)
     assert run(2, lambda: mc.new_group().size()) == [2, 2]  # the next world is a new one
 
 
