@@ -38,7 +38,7 @@ from mpicoll.transports import select
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
 from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import Kind, data, reduced
-from tests.contract.conftest import _groups
+from tests.contract.conftest import _groups, meet
 from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.replay import QUEUE, Communicator, Queue
 from tests.contract.staging import STREAM, Elsewhere, ElsewhereKind
@@ -191,6 +191,7 @@ def test_wait_with_a_timeout_blocks_and_aborts(fresh, world):
         fresh.allreduce(ELSEWHERE.full(5, 1)).wait(timeout=0.3)
     assert time.monotonic() - begin < 5 and caught.value.breaks_group
     assert ("abort",) in queue.log
+    meet(world)
     errors = world.allgather(type(caught.value).__name__)
     assert CollectiveTimeoutError.__name__ in errors
 
@@ -214,7 +215,7 @@ def test_an_error_of_nccl_is_a_transport_error(fresh, world):
     queue.open = False
     work = fresh.allreduce(ELSEWHERE.full(5, 1))
     work.wait()
-    world.Barrier()
+    meet(world)
     if world.rank == 0:
         fresh._caller.transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
     with pytest.raises(MpicollError) as caught:
@@ -274,6 +275,7 @@ def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
     into = ELSEWHERE.full(50, 0)
     fresh.reduce_scatter(into, blocks).synchronize()
     assert (into.values == n * me).all()
+    meet(world)
     said = world.allgather([entry for entry in queue.log if entry[0] in dir(Communicator)])
     assert said[0] and all(other == said[0] for other in said)
 
@@ -340,7 +342,7 @@ def test_a_call_that_never_comes_so_far_holds_up_no_other(two, world):
     waiting = other.allreduce(y)
     time.sleep(0.05)
     assert not waiting.is_completed()
-    world.Barrier()  # the abort of one rank is heard by the others
+    meet(world)  # the abort of one rank is heard by the others
     one.abort()
     waiting.synchronize()
     assert (y.values == world.size**2).all()
@@ -355,6 +357,7 @@ def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, wo
         work.wait()
     assert time.monotonic() - begin < 5 and caught.value.breaks_group
     assert ("abort",) in queue_of(stuck).log
+    meet(world)
     errors = world.allgather(type(caught.value).__name__)
     assert CollectiveTimeoutError.__name__ in errors
     x = ELSEWHERE.full(5, 1)
@@ -501,7 +504,7 @@ def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world)
     if world.rank == 0:
         for _ in range(10):
             assert ahead.allreduce(x).wait()  # though nobody else is there yet
-    world.Barrier()
+    meet(world)
     if world.rank != 0:
         for _ in range(10):
             ahead.allreduce(x).wait()
@@ -684,7 +687,7 @@ def test_many_calls_are_queued_before_the_first_is_done(fresh):
 
 def test_a_broken_group_lets_go_of_the_peers(fresh, world):
     fresh.allreduce(ELSEWHERE.full(5, 1)).synchronize()
-    world.Barrier()  # or who is slower would hear of the abort in its call
+    meet(world)  # or who is slower would hear of the abort in its call
     fresh.abort()
     assert queue_of(fresh).log[-1] == ("abort",)
 
