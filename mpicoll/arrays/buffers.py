@@ -77,18 +77,16 @@ class DeviceBuffer(Buffer):
         name: the argument that errors speak of.
         device: the GPU's number, or UNKNOWN.
         stream: the stream that its content is ordered by.
-        ready: what a transport noted at the call, to come after that stream's work.
         keeper: what must live as long as the address is used, besides the owner.
     """
 
-    __slots__ = ("device", "keeper", "name", "ready", "stream")
+    __slots__ = ("device", "keeper", "name", "stream")
 
     def __init__(self, owner: object, name: str, said: Described) -> None:
         super().__init__(owner, cast(Array, said.array), said.dtype, said.shape, said.writable)
         self.name = name
         self.device: int = said.device
         self.stream = said.stream
-        self.ready: object = None
         self.keeper = said.keeper
 
     @property

@@ -604,6 +604,23 @@ def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead,
             ahead.allgather_object(3)
 
 
+def test_nobody_goes_ahead_of_the_peers_while_a_communicator_is_given_up(ahead):
+    """NCCL then waits for the whole GPU, and the host behind it for peers that may wait for it."""
+    comm = ahead._caller.transport._nccl
+    x = ELSEWHERE.full(5, 1)
+    ahead.allreduce(x).synchronize()
+    comm.quiet = False
+    work = ahead.allreduce(x)
+    time.sleep(0.05)
+    assert not work.is_completed() and queue_of(ahead).given == 1
+    comm.quiet = True
+    work.synchronize()
+    comm.quiet = False
+    y = ELSEWHERE.full(6, 1)
+    ahead.allreduce(y).synchronize()  # all ranks are known to come, so this one needs no such care
+    assert (y.values == ahead.size()).all()
+
+
 @pytest.mark.parametrize("tuning", [replace(select.tuning, nccl_ahead=4)], ids=["4"])
 def test_only_so_many_calls_are_ahead_of_the_gpu(ahead):
     """Else CUDA would block the host, where no deadline is kept."""
