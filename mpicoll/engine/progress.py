@@ -533,7 +533,7 @@ class Engine(UnderWay):
         return list(dict.fromkeys([*self._active, *turn]))
 
     def _advance(self, state: GroupState) -> int:
-        found = IDLE
+        found, new = IDLE, None
         state.channel.drain()
         while state.queue:
             head = state.queue[0]
@@ -545,8 +545,11 @@ class Engine(UnderWay):
             head.queued = False
             state.enqueued.append(head)
             state.queue.popleft()
+            new = new or head
         while state.enqueued:
             oldest = state.enqueued[0]
+            if oldest is new:
+                break  # the GPU has hardly begun with it
             found = max(found, self._step(oldest))
             if not oldest.done:
                 break
