@@ -291,7 +291,12 @@ class BoardArrival(Arrival):
     Args:
         board: what the ranks that share the memory show each other.
         inline: what small data travel by, beside the records; None: they don't.
+
+    Attributes:
+        last: the number of the last arrival; calls count from 1.
     """
+
+    __slots__ = ("last",)  # a slot, for the compiled core
 
     def __init__(
         self, comm: MPI.Comm, peers: Peers, board: NodeBoard, inline: Inline | None
@@ -301,16 +306,16 @@ class BoardArrival(Arrival):
         self._memory = board.memory
         self._near = board.ranks
         self._inline = inline
-        self._last = 0  # the number of the last arrival; calls count from 1
+        self.last = 0
 
     def meet_at_once(self, call: Call, seq: int) -> bool:
         inline = self._inline
-        if inline is None or seq <= self._last or not inline.give(call, seq):
+        if inline is None or seq <= self.last or not inline.give(call, seq):
             return False
         call.largest = self._memory.post(record_of(call, seq), call.extent)
         if call.largest < 0 or self._memory.leavers(seq) or not inline.take(call, seq):
             return False
-        self._last = seq
+        self.last = seq
         return True
 
     def all_here(self, call: Call, seq: int) -> bool:
@@ -331,9 +336,9 @@ class BoardArrival(Arrival):
 
     def _exchange(self, record: Record, extent: int) -> Meets:
         memory, seq = self._memory, record[SEQ]
-        if seq <= self._last:  # the board would show what the others said the first time
-            raise _lost(seq, self._near[memory.rank], f"has made a call #{self._last} already")
-        self._last = seq
+        if seq <= self.last:  # the board would show what the others said the first time
+            raise _lost(seq, self._near[memory.rank], f"has made a call #{self.last} already")
+        self.last = seq
         largest = memory.post(record, extent)
         if largest < 0:
             for rank in memory.missing(seq):

@@ -526,6 +526,8 @@ def _is_over(request: MPI.Request) -> bool:
 class Every:
     """Says yes at most once in so many seconds: for what is too dear to do in each pass."""
 
+    __slots__ = ("_interval", "next")
+
     def __init__(self, interval: float) -> None:
         self._interval = interval
         self.next = 0.0

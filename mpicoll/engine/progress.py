@@ -86,6 +86,8 @@ class Engine(UnderWay):
         inside: frees the step that is being taken, while that may block, as inside NCCL.
     """
 
+    __slots__ = ("_struck",)  # a slot, for the compiled core
+
     def __init__(self) -> None:
         super().__init__()
         self._lock: Any = threading.RLock()

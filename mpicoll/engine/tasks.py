@@ -232,6 +232,9 @@ class GroupState:
         says: what a rank in a call of it says of itself in other groups, instead of that call.
     """
 
+    # The compiled core looks at these in every call, so they lie where it finds them.
+    __slots__ = ("__dict__", "__weakref__", "broken", "closed", "failures", "seq")
+
     def __init__(
         self,
         name: str,

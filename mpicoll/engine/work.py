@@ -233,8 +233,7 @@ class DoneWork(Work):
 
     __slots__ = ("_given",)
 
-    # The group's core, the call's code, its arguments, and the arrays that hold its results.
-    _given: tuple[Any, int, tuple[Any, ...], tuple[object, ...]]
+    _given: tuple[Any, ...]  # the group's core, the call's code, its arguments: results first
 
     done = True
     error = None
@@ -251,12 +250,13 @@ class DoneWork(Work):
 
     def result(self) -> list[Any]:
         """Return the arrays that hold the call's results, as they were given."""
-        return list(self._given[3])
+        results = self._given[2:3]
+        return list(results[0]) if results and type(results[0]) is list else list(results)
 
     @property
     def call(self) -> Call:  # type: ignore[override]
         """The call as the general way would have checked it."""
-        core, code, arguments, _ = self._given
+        core, code, *arguments = self._given
         call: Call = core.checked(code, arguments)
         return call
 

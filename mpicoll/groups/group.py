@@ -21,6 +21,7 @@ from ..engine.progress import engine
 from ..engine.work import Work
 from ..errors import Unique
 from ..runtime.settings import NEVER, seconds
+from ..transports.shm import core
 from ..typing import Array, Arrays, Op
 from . import coalesced, derive, merge, shrink, spawn
 from .caller import Caller
@@ -35,6 +36,7 @@ T = TypeVar("T")
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
+@core.direct
 class ProcessGroup(Unique):
     """A group of ranks that call collectives together, as `new_group` makes it.
 
@@ -65,6 +67,8 @@ class ProcessGroup(Unique):
         comm: the group's mpi4py communicator.  It is private: mpicoll's own calls run on it,
             so use it while no Work is under way, or `Dup` it.
     """
+
+    __slots__ = ("__dict__", "__weakref__", "_core", "_rings")  # the latter for the core
 
     _instead = (
         "all that use it share the one object (set it aside in the __getstate__ of what holds it, "
@@ -205,9 +209,7 @@ class ProcessGroup(Unique):
             pg.allreduce(x, op=mc.ReduceOp.MAX, timeout=30).wait()
             assert x[0] == size - 1
         """
-        return (self._core and self._core.allreduce(tensor, op, timeout)) or self._call(
-            kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op
-        )
+        return self._call(kinds.ALLREDUCE, timeout, checks.allreduce, tensor, op)
 
     def broadcast(
         self, tensor: Array, root: SupportsIndex, timeout: float | timedelta | None = None
@@ -234,9 +236,7 @@ class ProcessGroup(Unique):
             pg.broadcast(x, root=0).wait()
             assert x[2] == 2
         """
-        return (self._core and self._core.broadcast(tensor, root, timeout)) or self._call(
-            kinds.BROADCAST, timeout, checks.broadcast, tensor, root
-        )
+        return self._call(kinds.BROADCAST, timeout, checks.broadcast, tensor, root)
 
     def reduce(
         self,
@@ -269,9 +269,7 @@ class ProcessGroup(Unique):
             pg.reduce(x, root=0).wait()
             assert x[0] == (size if rank == 0 else 1)
         """
-        return (self._core and self._core.reduce(tensor, root, op, timeout)) or self._call(
-            kinds.REDUCE, timeout, checks.reduce, tensor, root, op
-        )
+        return self._call(kinds.REDUCE, timeout, checks.reduce, tensor, root, op)
 
     def barrier(self, timeout: float | timedelta | None = None) -> Work:
         """Wait for all ranks.  Every rank must call it.
@@ -287,9 +285,7 @@ class ProcessGroup(Unique):
 
             pg.barrier(timeout=60).wait()
         """
-        return (self._core and self._core.barrier(timeout)) or self._call(
-            kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER)
-        )
+        return self._call(kinds.BARRIER, timeout, lambda rank, size: Call(kinds.BARRIER))
 
     def allgather(
         self, output_tensors: Arrays, input_tensor: Array, timeout: float | timedelta | None = None
@@ -317,9 +313,7 @@ class ProcessGroup(Unique):
             pg.allgather(list(rows), np.full(3, float(rank))).wait()
             assert (rows[:, 0] == range(size)).all()
         """
-        return (
-            self._core and self._core.allgather(output_tensors, input_tensor, timeout)
-        ) or self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
+        return self._call(kinds.ALLGATHER, timeout, checks.allgather, output_tensors, input_tensor)
 
     def all_gather_single(
         self, output: Array, input: Array, timeout: float | timedelta | None = None
@@ -346,9 +340,7 @@ class ProcessGroup(Unique):
             pg.all_gather_single(everyone, np.array([float(rank)])).wait()
             assert (everyone == range(size)).all()
         """
-        return (self._core and self._core.all_gather_single(output, input, timeout)) or self._call(
-            kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input
-        )
+        return self._call(kinds.ALL_GATHER_SINGLE, timeout, checks.all_gather_single, output, input)
 
     def gather(
         self,
@@ -381,9 +373,7 @@ class ProcessGroup(Unique):
             pg.gather(rows, np.full(3, float(rank)), root=0).wait()
             assert rows is None or rows[-1, 0] == size - 1
         """
-        return (
-            self._core and self._core.gather(output_tensors, input_tensor, root, timeout)
-        ) or self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
+        return self._call(kinds.GATHER, timeout, checks.gather, output_tensors, input_tensor, root)
 
     def scatter(
         self,
@@ -416,9 +406,9 @@ class ProcessGroup(Unique):
             pg.scatter(mine, rows, root=0).wait()
             assert mine[0] == rank
         """
-        return (
-            self._core and self._core.scatter(output_tensor, input_tensors, root, timeout)
-        ) or self._call(kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root)
+        return self._call(
+            kinds.SCATTER, timeout, checks.scatter, output_tensor, input_tensors, root
+        )
 
     def reduce_scatter(
         self, output: Array, input: Arrays, op: Op = SUM, timeout: float | timedelta | None = None
@@ -447,9 +437,7 @@ class ProcessGroup(Unique):
             pg.reduce_scatter(mine, [np.ones(i + 1) for i in range(size)]).wait()
             assert mine[rank] == size
         """
-        return (self._core and self._core.reduce_scatter(output, input, op, timeout)) or self._call(
-            kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op
-        )
+        return self._call(kinds.REDUCE_SCATTER, timeout, checks.reduce_scatter, output, input, op)
 
     def reduce_scatter_single(
         self, output: Array, input: Array, op: Op = SUM, timeout: float | timedelta | None = None
@@ -477,9 +465,7 @@ class ProcessGroup(Unique):
             pg.reduce_scatter_single(mine, np.ones(2 * size)).wait()
             assert mine[0] == size
         """
-        return (
-            self._core and self._core.reduce_scatter_single(output, input, op, timeout)
-        ) or self._call(
+        return self._call(
             kinds.REDUCE_SCATTER_SINGLE, timeout, checks.reduce_scatter_single, output, input, op
         )
 
@@ -511,9 +497,7 @@ class ProcessGroup(Unique):
             pg.alltoall(came, np.full((size, 3), float(rank))).wait()
             assert (came[:, 0] == range(size)).all()
         """
-        return (
-            self._core and self._core.alltoall(output_tensors, input_tensors, timeout)
-        ) or self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
+        return self._call(kinds.ALLTOALL, timeout, checks.alltoall, output_tensors, input_tensors)
 
     def all_to_all_single(
         self,
@@ -546,12 +530,7 @@ class ProcessGroup(Unique):
             pg.all_to_all_single(came, np.full((size, 3), float(rank))).wait()
             assert (came[:, 0] == range(size)).all()
         """
-        return (
-            self._core
-            and self._core.all_to_all_single(
-                output, input, output_split_sizes, input_split_sizes, timeout
-            )
-        ) or self._call(
+        return self._call(
             kinds.ALL_TO_ALL_SINGLE,
             timeout,
             checks.all_to_all_single,
@@ -584,9 +563,7 @@ class ProcessGroup(Unique):
             pg.scan(x).wait()
             assert x[0] == rank + 1
         """
-        return (self._core and self._core.scan(tensor, op, timeout)) or self._call(
-            kinds.SCAN, timeout, checks.scan, tensor, op
-        )
+        return self._call(kinds.SCAN, timeout, checks.scan, tensor, op)
 
     def exscan(self, tensor: Array, op: Op = SUM, timeout: float | timedelta | None = None) -> Work:
         """Reduce, on each rank, the arrays of the ranks below it, in place.  Every rank must call.
@@ -612,9 +589,7 @@ class ProcessGroup(Unique):
             start = rows[0] if rank > 0 else 0
             assert start == 10 * rank
         """
-        return (self._core and self._core.exscan(tensor, op, timeout)) or self._call(
-            kinds.EXSCAN, timeout, checks.exscan, tensor, op
-        )
+        return self._call(kinds.EXSCAN, timeout, checks.exscan, tensor, op)
 
     @overload
     def empty(
@@ -848,9 +823,7 @@ class ProcessGroup(Unique):
             mc.wait_all([pg.send(x, after, tag=5), coming])
             assert y[0] == before
         """
-        return (self._rings and self._rings.send(tensor, dst, tag, timeout)) or self._message(
-            timeout, checks.send, tensor, dst, tag
-        )
+        return self._message(timeout, checks.send, tensor, dst, tag)
 
     def recv(
         self,
@@ -887,9 +860,7 @@ class ProcessGroup(Unique):
             sent.wait()
             assert x[0] == 1
         """
-        return (self._rings and self._rings.recv(tensor, src, tag, timeout)) or self._message(
-            timeout, checks.recv, tensor, src, tag
-        )
+        return self._message(timeout, checks.recv, tensor, src, tag)
 
     def recv_anysource(
         self, tensor: Array, tag: SupportsIndex = 0, timeout: float | timedelta | None = None

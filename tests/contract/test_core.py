@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll.engine import checks
 from mpicoll.engine.progress import engine
+from mpicoll.engine.work import DoneWork
 from mpicoll.errors import (
     CallInterruptedError,
     CollectiveMismatchError,
@@ -459,3 +462,48 @@ def test_some_with_the_core_and_some_without(direct, world):
         rows = [data(r, n * size, "i4")[me * size : (me + 1) * size] for r in range(n)]
         assert np.array_equal(into, np.concatenate(rows))
     assert world.allreduce(1, MPI.SUM) == n
+
+
+def test_methods_take_arguments_as_those_in_python(direct):
+    n, sum_, group = direct.size(), mc.ReduceOp.SUM, mc.ProcessGroup
+    ways = [
+        lambda x: direct.allreduce(x),
+        lambda x: direct.allreduce(x, sum_),
+        lambda x: direct.allreduce(x, timeout=5, op=sum_),
+        lambda x: direct.allreduce(op=sum_, tensor=x),
+        lambda x: group.allreduce(direct, x),
+        lambda x: getattr(direct, "allreduce")(x),  # noqa: B009
+        lambda x: functools.partial(direct.allreduce, x)(op=sum_),
+    ]
+    for way in ways:
+        seen = set()
+        for _ in range(50):  # now and then a call goes the general way: peers may be late
+            x = np.ones(3)
+            work = way(x)
+            work.wait()
+            seen.add(type(work))
+            assert (x == n).all() and work.result()[0] is x
+        assert DoneWork in seen
+    x = np.ones(3)
+    direct.allreduce(x, **{"".join(["o", "p"]): sum_}).wait()  # no name that Python knows already
+    assert (x == n).all()
+    refused = [
+        lambda: direct.allreduce(),
+        lambda: direct.allreduce(np.ones(1), sum_, None, 1),
+        lambda: direct.allreduce(np.ones(1), tensor=np.ones(1)),
+        lambda: direct.broadcast(np.ones(1), 0, rot=1),
+    ]
+    for call in refused:
+        with pytest.raises(TypeError, match=r"ProcessGroup\.\w+\(\) "):
+            call()
+    assert inspect.signature(group.allreduce).parameters["op"].default is sum_
+    assert group.barrier.__qualname__ == "ProcessGroup.barrier" and group.barrier.__doc__
+
+
+def test_arrays_of_many_dimensions(direct):
+    """The recorder has room for eight; what has more goes the general way."""
+    for dimensions in (0, 1, 8, 9):
+        x = np.ones((1,) * dimensions)
+        direct.allreduce(x).wait()
+        assert x.sum() == direct.size()
+        assert direct._caller.recorder.entries()[-1]["shape"] == [1] * dimensions

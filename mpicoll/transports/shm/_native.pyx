@@ -6,6 +6,7 @@ chunks.pxi the large reductions, moves.pxi what only moves.  Where there is no c
 does the same.  Messages and moves go this way only where all ranks of the group are compiled.
 """
 
+from functools import update_wrapper
 from pickle import dumps
 from sys import modules
 
@@ -47,9 +48,12 @@ cdef extern from *:
         return ((PyMemberDescrObject *)member)->d_member->offset;
     }
     static PyObject *new_instance(PyObject *cls) { return ((PyTypeObject *)cls)->tp_alloc((PyTypeObject *)cls, 0); }
+    static PyObject *slot(PyObject *self, Py_ssize_t offset) { return *(PyObject **)((char *)self + offset); }
     static void give_slot(PyObject *self, Py_ssize_t offset, PyObject *value) {
+        PyObject **place = (PyObject **)((char *)self + offset), *before = *place;
         Py_INCREF(value);
-        *(PyObject **)((char *)self + offset) = value;
+        *place = value;
+        Py_XDECREF(before);
     }
 
     #if PY_VERSION_HEX < 0x030B0000
@@ -61,6 +65,7 @@ cdef extern from *:
     """
     Py_ssize_t slot_offset(object member)
     object new_instance(object cls)
+    PyObject *slot(object self, Py_ssize_t offset)  # borrowed; the slots that are read are never empty
     void give_slot(object self, Py_ssize_t offset, object value)
     ctypedef struct PyFrameObject
     ctypedef struct PyCodeObject
@@ -70,6 +75,11 @@ cdef extern from *:
     int last_instruction(PyFrameObject *frame)
     PyObject *filename_of(PyCodeObject *code)
     void Py_DECREF(void *thing)
+    void Py_XINCREF(void *thing)
+    PyObject *Py_None
+    PyObject *Py_False
+    Py_ssize_t Py_SIZE(PyObject *thing)
+    Py_ssize_t PyUnicode_GET_LENGTH(PyObject *text)
     Py_ssize_t PyUnicode_Find(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
     int PyUnicode_Tailmatch(str text, str part, Py_ssize_t start, Py_ssize_t end, int direction)
     Py_ssize_t MOST "PY_SSIZE_T_MAX"
@@ -87,6 +97,7 @@ cdef enum:
     FIELDS = 7  # of a record, after its number
     TURN = 16  # chunks after which others have their turn
     LISTED = 16  # ranks up to which lists of arrays are looked through here
+    SHOWN = 8  # dimensions of the arrays that are for this way
     # The codes of the calls, as in the records.
     ALLREDUCE = 0, BROADCAST, REDUCE, BARRIER, ALLGATHER, ALL_GATHER_SINGLE, GATHER, SCATTER
     REDUCE_SCATTER, REDUCE_SCATTER_SINGLE, ALLTOALL, ALL_TO_ALL_SINGLE, SCAN = 16, EXSCAN
@@ -116,6 +127,8 @@ cdef struct Given:  # a plain array of the user's
     char *data
     Py_ssize_t count, nbytes, rows  # of the first dimension; of no dimensions 0
     int64_t dtype
+    int dimensions
+    Py_ssize_t[SHOWN] shape
 
 
 cdef class Node:
@@ -173,6 +186,7 @@ cdef class Node:
         """Look at a plain array or tensor; return it, or an array over it, or None if it is not plain."""
         cdef object array = given
         cdef int64_t dtype = 0
+        cdef int i
         if type(given) is not cnp.ndarray:
             if tensor_class is None:
                 _look_for_torch()
@@ -198,15 +212,19 @@ cdef class Node:
         found.data, found.dtype = <char *>cnp.PyArray_DATA(array), dtype
         found.count, found.nbytes = cnp.PyArray_SIZE(array), cnp.PyArray_NBYTES(array)
         found.rows = cnp.PyArray_DIM(array, 0) if cnp.PyArray_NDIM(array) else 0
+        found.dimensions = cnp.PyArray_NDIM(array)
+        if found.dimensions > SHOWN:
+            return None
+        for i in range(found.dimensions):
+            found.shape[i] = cnp.PyArray_DIM(array, i)
         return None if dtype < 0 or found.count == 0 else array
 
     cdef object _placed(self, int *at):
         """Return the code of the user's that called the group's method, and where in it; else None."""
-        cdef PyFrameObject *frame = PyEval_GetFrame()  # the group's method
+        cdef PyFrameObject *frame = PyEval_GetFrame()
         cdef PyFrameObject *back
         cdef PyCodeObject *code
-        if frame is not NULL:
-            frame = PyFrame_GetBack(frame)
+        Py_XINCREF(frame)
         while frame is not NULL:
             code = PyFrame_GetCode(frame)
             if <PyObject *>code is <PyObject *>self._code or not is_ours(<object>filename_of(code)):
@@ -256,6 +274,21 @@ cdef tuple kinds, ops, checks
 cdef str library, commands, pytorch  # where the library's code lies, the part that uses it as anybody does, PyTorch's
 
 
+cdef inline bint takes_calls(object state):
+    """Return whether nothing is wrong with a group, nor with the engine."""
+    return (
+        slot(engine, at_struck) is Py_False
+        and slot(state, at_broken) is Py_None
+        and PyUnicode_GET_LENGTH(slot(state, at_closed)) == 0
+        and Py_SIZE(slot(state, at_failures)) == 0
+    )
+
+
+cdef inline bint is_due(double now):
+    """Return whether peers' questions are to be answered."""
+    return now >= <double><object>slot(poll, at_due)
+
+
 cdef inline bint is_ours(str file):
     """Return whether a file of code is the library's, or PyTorch's; without a step of bytecode."""
     if PyUnicode_Tailmatch(file, library, 0, MOST, -1):
@@ -265,11 +298,14 @@ cdef inline bint is_ours(str file):
 
 cdef int64_t[24] codes  # of dtypes, by NumPy's numbers
 cdef uint64_t[FIELDS] mixers  # of a record's digest
-cdef Py_ssize_t at_seq, at_given, read_most, read_from, room_in_line
+cdef Py_ssize_t read_most, read_from, room_in_line
+# Where the slots of Python's objects are that are looked at in every call.
+cdef Py_ssize_t at_number, at_given, at_struck, at_due, at_seq, at_broken, at_closed, at_failures, at_last
 
 
 def configure(
-    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, checkers, places, digest, pieces, mix, in_line,
+    *, read, all_kinds, dtypes, all_dtypes, all_ops, the_engine, done_work, group_state, arrival, checkers, places, digest,
+    pieces, mix, in_line,
 ):
     """Tell the core, once, what it shares with the general way.
 
@@ -279,15 +315,16 @@ def configure(
         dtypes: ours, by NumPy's number; all_dtypes: by their codes.
         all_ops: the operators, in the order of their codes.
         the_engine: whose state is looked at.
-        done_work: the class of calls that are over.
+        done_work, group_state, arrival: the classes of calls that are over, of groups' states, of their arrivals.
         places: where the library's code lies, that of its commands, which use it as anybody does, and PyTorch's.
         digest: condenses the counts of all ranks.
         pieces: the class of pickled objects.
         mix: by what the fields of a record are multiplied for its digest.
         in_line: bytes of data that a line has room for.
     """
-    global engine, poll, active, light, work_class, library, commands, pytorch, digest_of, listed, kinds, ops, checks, at_seq, at_given, read_most
+    global engine, poll, active, light, work_class, library, commands, pytorch, digest_of, listed, kinds, ops, checks, read_most
     global pickled, read_from, room_in_line
+    global at_number, at_given, at_struck, at_due, at_seq, at_broken, at_closed, at_failures, at_last
     cdef int number
     engine, poll, active, light = the_engine, the_engine._poll, the_engine._active, the_engine.light
     work_class, digest_of, listed, pickled = done_work, digest, all_dtypes, pieces
@@ -304,9 +341,13 @@ def configure(
         if dtype.storage.num == number and dtype.storage.itemsize <= 16:
             borrowed[5 * "iuf  cb".index(dtype.storage.kind) + dtype.storage.itemsize.bit_length() - 1] = dtype.code
     borrowed[5 * BFLOAT + 1] = BFLOAT16
-    at_seq, at_given = slot_offset(work_class.seq), slot_offset(work_class._given)
-    if at_seq < 0 or at_given < 0:
-        raise TypeError("a Work's number and what it was given must be slots")
+    found = [slot_offset(member) for member in (
+        done_work.seq, done_work._given, type(engine)._struck, type(poll).next, arrival.last,
+        group_state.seq, group_state.broken, group_state.closed, group_state.failures,
+    )]
+    if min(found) < 0:
+        raise TypeError("what is looked at in every call must be slots")
+    at_number, at_given, at_struck, at_due, at_last, at_seq, at_broken, at_closed, at_failures = found
 
 
 include "tensors.pxi"
@@ -314,3 +355,4 @@ include "chunks.pxi"
 include "moves.pxi"
 include "core.pxi"
 include "rings.pxi"
+include "methods.pxi"

@@ -12,6 +12,27 @@
 # it was before.
 
 @cython.final
+@cython.no_gc  # what it holds holds nothing else; so making one never runs the collector, and bytecode
+@cython.freelist(2)
+cdef class Entry:
+    """A call in the flight recorder: what the general way keeps as a list."""
+
+    cdef int64_t seq, count
+    cdef int kind, dtype, op, root, at, dimensions
+    cdef double called, ended
+    cdef object code
+    cdef Py_ssize_t[SHOWN] shape
+
+    def __getitem__(self, int field):
+        """Return a field of that list (engine/recorder.py)."""
+        shape = None if self.dimensions < 0 else tuple([self.shape[i] for i in range(self.dimensions)])
+        return (
+            self.seq, kinds[self.kind], listed.get(self.dtype), self.count, shape, None if self.op < 0 else ops[self.op],
+            self.root, -1, 0, self.called, self.ended, None, self.code, self.at,
+        )[field]
+
+
+@cython.final
 cdef class Core(Node):
     """What carries out the small calls of one group.
 
@@ -28,6 +49,7 @@ cdef class Core(Node):
     cdef object _group_state, _arrival, _append, _numbering
     cdef int64_t _counted, _counts
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
+    cdef Entry _entry  # of the call that was posted last
     cdef bint _stale
     cdef char *_spare
 
@@ -67,27 +89,27 @@ cdef class Core(Node):
 
     # ---- the calls: None where one is not for this way ----
 
-    def allreduce(self, tensor, op, timeout):
+    cdef object allreduce(self, tensor, op, timeout):
         if self._is_indebted():
             return None
-        return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size, (tensor, op))
+        return self._reducing(ALLREDUCE, tensor, op, timeout, -1, self._size)
 
-    def reduce(self, tensor, root, op, timeout):
+    cdef object reduce(self, tensor, root, op, timeout):
         if self._is_indebted() or not self._is_rank(root):
             return None
-        return self._reducing(REDUCE, tensor, op, timeout, root, self._size, (tensor, root, op))
+        return self._reducing(REDUCE, tensor, op, timeout, root, self._size)
 
-    def scan(self, tensor, op, timeout):
+    cdef object scan(self, tensor, op, timeout):
         if self._is_indebted():
             return None
-        return self._reducing(SCAN, tensor, op, timeout, -1, self._rank + 1, (tensor, op))
+        return self._reducing(SCAN, tensor, op, timeout, -1, self._rank + 1)
 
-    def exscan(self, tensor, op, timeout):
+    cdef object exscan(self, tensor, op, timeout):
         if self._is_indebted():
             return None
-        return self._reducing(EXSCAN, tensor, op, timeout, -1, self._rank, (tensor, op))
+        return self._reducing(EXSCAN, tensor, op, timeout, -1, self._rank)
 
-    cdef object _reducing(self, int kind, object tensor, object op, object timeout, int root, int upto, tuple given):
+    cdef object _reducing(self, int kind, object tensor, object op, object timeout, int root, int upto):
         """Reduce what the first ranks give, into the array itself."""
         cdef Given a
         cdef bint lands = root < 0 or root == self._rank
@@ -99,7 +121,6 @@ cdef class Core(Node):
         cdef char *kept
         cdef char *first
         cdef Py_ssize_t between
-        cdef double now
         if array is None:
             return None
         p = plan_of(a.dtype, code)
@@ -109,13 +130,12 @@ cdef class Core(Node):
             self._spare = <char *>malloc(self._payload)
             if self._spare is NULL:
                 return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         mine = self._given_by(self._rank, seq, a.count * p.wire)
         encode(p, mine, a.data, a.count)
-        if not self._meet(seq, kind, a.dtype, code, root, a.count, 0, a.count):
+        if not self._meet(seq, kind, &a, code, root, a.count, 0, a.count):
             return None
         if lands and upto:
             kept = self._keep(p, &a, mine)
@@ -123,7 +143,7 @@ cdef class Core(Node):
             if fold(p, a.data, first, between, upto, a.count, self._size, True, self._rank):
                 memcpy(a.data, kept, a.nbytes)
                 return None  # the general way makes the NaN
-        return self._done(seq, kind, array, a.dtype, a.count, op, root, now, given, (given[0],))
+        return self._done((self, kind, tensor, root, op) if kind == REDUCE else (self, kind, tensor, op))
 
     cdef inline char *_keep(self, const plan *p, Given *a, char *mine):
         """Return where an array still is as it was, in case that a result is NaN.
@@ -135,7 +155,7 @@ cdef class Core(Node):
         memcpy(self._spare, a.data, a.nbytes)
         return self._spare
 
-    def reduce_scatter_single(self, output, input, op, timeout):
+    cdef object reduce_scatter_single(self, output, input, op, timeout):
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
         cdef object source = self._view(input, False, &a)
@@ -143,7 +163,6 @@ cdef class Core(Node):
         cdef const plan *p
         cdef int64_t seq
         cdef char *mine
-        cdef double now
         if self._is_indebted():
             return None
         if into is None or source is None or a.dtype != out.dtype or a.count != out.count * self._size:
@@ -151,17 +170,16 @@ cdef class Core(Node):
         p = plan_of(a.dtype, code)
         if p is NULL or not self._fits(a.count * p.wire, True) or not self._apart(&out, &a):
             return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         mine = self._given_by(self._rank, seq, a.count * p.wire)
         encode(p, mine, a.data, a.count)
-        if not self._meet(seq, REDUCE_SCATTER_SINGLE, a.dtype, code, -1, out.count, 0, a.count):
+        if not self._meet(seq, REDUCE_SCATTER_SINGLE, &a, code, -1, out.count, 0, a.count):
             return None
         if self._own_part(p, seq, &out):
             return None  # the general way makes the NaN
-        return self._done(seq, REDUCE_SCATTER_SINGLE, source, a.dtype, out.count, op, -1, now, (output, input, op), (output,))
+        return self._done((self, REDUCE_SCATTER_SINGLE, output, input, op))
 
     cdef inline int _own_part(self, const plan *p, int64_t seq, Given *out):
         """Reduce this rank's part into an array apart from what was given; return whether a result is NaN."""
@@ -169,7 +187,7 @@ cdef class Core(Node):
         cdef char *first = self._given_by(0, seq, given) + self._rank * part
         return fold(p, out.data, first, self._between(given), self._size, out.count, self._size, True, -1)
 
-    def reduce_scatter(self, output, input, op, timeout):
+    cdef object reduce_scatter(self, output, input, op, timeout):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
@@ -178,7 +196,6 @@ cdef class Core(Node):
         cdef int64_t seq, digest
         cdef char *mine
         cdef list sources
-        cdef double now
         if self._is_indebted() or into is None:
             return None
         p = plan_of(out.dtype, code)
@@ -188,54 +205,49 @@ cdef class Core(Node):
         if sources is None:
             return None
         digest = self._digest(out.count)  # which runs bytecode: before the group is looked at
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         mine = self._given_by(self._rank, seq, out.count * self._size * p.wire)
         for rank in range(self._size):
             encode(p, mine + rank * out.count * p.wire, parts[rank].data, out.count)
         if not self._meet(
-            seq, REDUCE_SCATTER, out.dtype, code, -1, out.count, digest, out.count * self._size
+            seq, REDUCE_SCATTER, &parts[0], code, -1, out.count, digest, out.count * self._size
         ):
             return None
         if self._own_part(p, seq, &out):
             return None  # the general way makes the NaN
-        return self._done(seq, REDUCE_SCATTER, sources[0], out.dtype, out.count, op, -1, now, (output, list(input), op), (output,))
+        return self._done((self, REDUCE_SCATTER, output, list(input), op))
 
-    def barrier(self, timeout):
-        cdef double now
+    cdef object barrier(self, timeout):
         cdef int64_t seq
         if self._is_indebted():
             return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
-        if not self._meet(seq, BARRIER, -1, -1, -1, 0, 0, 0):
+        if not self._meet(seq, BARRIER, NULL, -1, -1, 0, 0, 0):
             return None
-        return self._done(seq, BARRIER, None, -1, 0, None, -1, now, (), ())
+        return self._done((self, BARRIER))
 
-    def broadcast(self, tensor, root, timeout):
+    cdef object broadcast(self, tensor, root, timeout):
         cdef Given a
         cdef object array
         cdef int64_t seq
         cdef int rank
         cdef bint gives, moves
-        cdef double now
         if self._is_indebted() or not self._is_rank(root):
             return None
         gives = root == self._rank
         array = self._view(tensor, not gives, &a)
         if array is None or not self._goes(a.nbytes, &moves):
             return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         if gives and not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
-        if not self._meet(seq, BROADCAST, a.dtype, -1, root, a.count, 0, a.count):
+        if not self._meet(seq, BROADCAST, &a, -1, root, a.count, 0, a.count):
             return None
         if moves:
             for rank in range(self._size if gives else 0):
@@ -246,16 +258,15 @@ cdef class Core(Node):
                 return None
         elif not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
-        return self._done(seq, BROADCAST, array, a.dtype, a.count, None, root, now, (tensor, root), (tensor,))
+        return self._done((self, BROADCAST, tensor, root))
 
-    def all_gather_single(self, output, input, timeout):
+    cdef object all_gather_single(self, output, input, timeout):
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
         cdef object source = self._view(input, False, &a)
         cdef int64_t seq
         cdef int rank
         cdef bint moves
-        cdef double now
         if self._is_indebted():
             return None
         if into is None or source is None or a.dtype != out.dtype or out.count != a.count * self._size:
@@ -264,13 +275,12 @@ cdef class Core(Node):
             return None
         if not self._apart(&out, &a) and a.data != out.data + self._rank * a.nbytes:
             return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         if not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
-        if not self._meet(seq, ALL_GATHER_SINGLE, a.dtype, -1, -1, a.count, 0, out.count):
+        if not self._meet(seq, ALL_GATHER_SINGLE, &a, -1, -1, a.count, 0, out.count):
             return None
         for rank in range(self._size):
             if moves:
@@ -282,9 +292,9 @@ cdef class Core(Node):
             return None
         if moves and a.data != out.data + self._rank * a.nbytes:
             memcpy(out.data + self._rank * a.nbytes, a.data, a.nbytes)
-        return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
+        return self._done((self, ALL_GATHER_SINGLE, output, input))
 
-    def all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
+    cdef object all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
         """Where the rows are shared equally."""
         cdef Given out, a
         cdef object into = self._view(output, True, &out)
@@ -293,7 +303,6 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank
         cdef bint moves
-        cdef double now
         if self._is_indebted():
             return None
         if into is None or source is None or a.dtype != out.dtype or a.count != out.count:
@@ -302,13 +311,12 @@ cdef class Core(Node):
             return None
         if not self._goes(a.nbytes, &moves) or not self._apart(&out, &a):
             return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq, nbytes = self._next, a.nbytes // self._size
         if not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
-        if not self._meet(seq, ALL_TO_ALL_SINGLE, a.dtype, -1, -1, a.count // self._size, 0, a.count):
+        if not self._meet(seq, ALL_TO_ALL_SINGLE, &a, -1, -1, a.count // self._size, 0, a.count):
             return None
         for rank in range(self._size):
             if moves:
@@ -320,12 +328,9 @@ cdef class Core(Node):
             if not self._moved(True, -1):
                 return None
             memcpy(out.data + self._rank * nbytes, a.data + self._rank * nbytes, nbytes)
-        return self._done(
-            seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
-            (output,),
-        )
+        return self._done((self, ALL_TO_ALL_SINGLE, output, input, None, None))
 
-    def allgather(self, outputs, input, timeout):
+    cdef object allgather(self, outputs, input, timeout):
         cdef Given a
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
@@ -333,7 +338,6 @@ cdef class Core(Node):
         cdef int64_t seq, digest
         cdef int rank
         cdef bint moves
-        cdef double now
         if self._is_indebted():
             return None
         if source is None or not self._goes(a.nbytes * self._size, &moves):
@@ -342,14 +346,13 @@ cdef class Core(Node):
         if into is None:
             return None
         digest = self._digest(a.count)  # which runs bytecode: before the group is looked at
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         if not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
         if not self._meet(
-            seq, ALLGATHER, a.dtype, -1, -1, a.count, digest, a.count * self._size
+            seq, ALLGATHER, &a, -1, -1, a.count, digest, a.count * self._size
         ):
             return None
         for rank in range(self._size):
@@ -362,9 +365,9 @@ cdef class Core(Node):
             if not self._moved(False, -1):
                 return None
             memcpy(parts[self._rank].data, a.data, a.nbytes)
-        return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
+        return self._done((self, ALLGATHER, list(outputs), input))
 
-    def gather(self, outputs, input, root, timeout):
+    cdef object gather(self, outputs, input, root, timeout):
         cdef Given a
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
@@ -372,7 +375,6 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank
         cdef bint lands, moves
-        cdef double now
         if self._is_indebted():
             return None
         if source is None or not self._is_rank(root) or not self._goes(a.nbytes * self._size, &moves):
@@ -382,13 +384,12 @@ cdef class Core(Node):
             into = self._views(outputs, &a, True, parts)
             if into is None:
                 return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         if not moves:
             memcpy(self._room(self._rank, seq), a.data, a.nbytes)
-        if not self._meet(seq, GATHER, a.dtype, -1, root, a.count, 0, a.count * self._size if lands else a.count):
+        if not self._meet(seq, GATHER, &a, -1, root, a.count, 0, a.count * self._size if lands else a.count):
             return None
         for rank in range(self._size):
             if moves:
@@ -402,10 +403,9 @@ cdef class Core(Node):
                 return None
             if lands:
                 memcpy(parts[self._rank].data, a.data, a.nbytes)
-        return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
-            (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
+        return self._done((self, GATHER, list(outputs) if lands else [], input, root))
 
-    def scatter(self, output, inputs, root, timeout):
+    cdef object scatter(self, output, inputs, root, timeout):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
@@ -413,7 +413,6 @@ cdef class Core(Node):
         cdef int64_t seq
         cdef int rank
         cdef bint gives, moves
-        cdef double now
         if self._is_indebted():
             return None
         if into is None or not self._is_rank(root) or not self._goes(out.nbytes * self._size, &moves):
@@ -423,15 +422,14 @@ cdef class Core(Node):
             sources = self._views(inputs, &out, False, parts)
             if sources is None:
                 return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         if gives and not moves:
             for rank in range(self._size):
                 memcpy(self._room(self._rank, seq) + rank * out.nbytes, parts[rank].data, out.nbytes)
         if not self._meet(
-            seq, SCATTER, out.dtype, -1, root, out.count, 0, out.count * self._size if gives else out.count
+            seq, SCATTER, &out, -1, root, out.count, 0, out.count * self._size if gives else out.count
         ):
             return None
         if not moves:
@@ -445,17 +443,15 @@ cdef class Core(Node):
                 return None
             if gives:
                 memcpy(out.data, parts[self._rank].data, out.nbytes)
-        return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
-            (output, list(inputs) if gives else [], root), (output,))
+        return self._done((self, SCATTER, output, list(inputs) if gives else [], root))
 
-    def alltoall(self, outputs, inputs, timeout):
+    cdef object alltoall(self, outputs, inputs, timeout):
         cdef Given first
         cdef Given[16] parts, ins
         cdef list into, sources
         cdef int64_t seq
         cdef int rank, other
         cdef bint moves
-        cdef double now
         if self._is_indebted():
             return None
         into = self._views(outputs, NULL, True, parts)
@@ -471,13 +467,12 @@ cdef class Core(Node):
             for other in range(self._size):
                 if not self._apart(&ins[rank], &parts[other]):
                     return None
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return None
         seq = self._next
         for rank in range(0 if moves else self._size):
             memcpy(self._room(self._rank, seq) + rank * first.nbytes, ins[rank].data, first.nbytes)
-        if not self._meet(seq, ALLTOALL, first.dtype, -1, -1, first.count, 0, first.count * self._size):
+        if not self._meet(seq, ALLTOALL, &ins[0], -1, -1, first.count, 0, first.count * self._size):
             return None
         for rank in range(self._size):
             if moves:
@@ -489,7 +484,7 @@ cdef class Core(Node):
             if not self._moved(True, -1):
                 return None
             memcpy(parts[self._rank].data, ins[self._rank].data, first.nbytes)
-        return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
+        return self._done((self, ALLTOALL, list(outputs), list(inputs)))
 
     def objects(self, int kind, object obj, object root, object timeout):
         """Exchange objects; return the pickles that this rank gets, as a list.
@@ -504,7 +499,6 @@ cdef class Core(Node):
         cdef int64_t *lengths
         cdef char *at
         cdef int rank, i, own = self._rank, to = -1
-        cdef double now
         cdef list given = []
         cdef list got = []
         if self._is_indebted():
@@ -525,8 +519,7 @@ cdef class Core(Node):
         left = pickled(given) if given else None
         if not self._fits(total, False):
             return left
-        now = self._open(timeout)
-        if now == 0:
+        if not self._open(timeout):
             return left
         seq = self._next
         lengths = <int64_t *>self._room(own, seq)
@@ -535,7 +528,7 @@ cdef class Core(Node):
             lengths[rank] = len(<bytes>given[rank])
             memcpy(at, <char *><bytes>given[rank], lengths[rank])
             at += lengths[rank]
-        if not self._meet(seq, kind, -1, -1, to, 0, 0, total) or self._widest(seq) > self._most:
+        if not self._meet(seq, kind, NULL, -1, to, 0, 0, total) or self._widest(seq) > self._most:
             return left
         if kind != GATHER_OBJECT or own == to:
             for rank in range(to if from_root else 0, to + 1 if from_root else self._size):
@@ -544,7 +537,7 @@ cdef class Core(Node):
                 for i in range(own if parted else 0):
                     at += lengths[i]
                 got.append(at[:lengths[own if parted else 0]])
-        self._done(seq, kind, None, -1, 0, None, to, now, (), ())
+        self._done((self, kind))
         return got
 
     # ---- what they have in common ----
@@ -632,20 +625,17 @@ cdef class Core(Node):
             self._stale = True
         return self._owed != 0
 
-    cdef double _open(self, object timeout) except -1:
-        """Return the time if the group takes calls, and nothing is under way; else 0."""
-        cdef double now, due
+    cdef bint _open(self, object timeout) except -1:
+        """Return whether the group takes calls, and nothing is under way; the number of this one is `_next` then."""
         if over or not self._mapped or active or light:
-            return 0
+            return False
         if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
-            return 0
-        if engine._struck or self._group_state.broken is not None or self._group_state.closed or self._group_state.failures:
-            return 0
-        self._next = self._group_state.seq + 1
-        if self._next <= <int64_t>self._arrival._last:
-            return 0  # the board would show what the others said the first time
-        now, due = monotonic(), poll.next
-        return 0 if now >= due else now  # peers' questions are to be answered
+            return False
+        if not takes_calls(self._group_state):
+            return False
+        self._next = <int64_t><object>slot(self._group_state, at_seq) + 1
+        # Else the board would show what the others said the first time.
+        return self._next > <int64_t><object>slot(self._arrival, at_last)
 
     cdef inline char *_room(self, int rank, int64_t seq):
         return self._page_of(rank) + self._page + (seq & 1) * self._payload
@@ -662,15 +652,20 @@ cdef class Core(Node):
         return self._block if nbytes <= room_in_line else self._stride
 
     cdef bint _meet(
-        self, int64_t seq, int kind, int64_t dtype, int64_t op, int64_t root, int64_t count, int64_t digest, int64_t extent
+        self, int64_t seq, int kind, Given *shown, int op, int root, int64_t count, int64_t digest, int64_t extent
     ):
         """Post this rank's record, and return whether all others' are there soon and the same.
 
         From here to `_done` the call is owed: the general way goes on with it.
+
+        Args:
+            shown: whose dtype and shape the record and the flight recorder have; NULL: none.
         """
+        cdef int64_t dtype = -1 if shown is NULL else shown.dtype
         cdef Record *record = <Record *>(self._page_of(self._rank) + (seq & 1) * self._record)
         cdef Line *mine = self._line(self._rank, seq)
         cdef Line *line
+        cdef Entry entry
         cdef uint64_t mixed = 0
         cdef int rank
         cdef double until = 0
@@ -682,6 +677,17 @@ cdef class Core(Node):
         mine.digest, mine.extent = <int64_t>mixed, extent
         store_release(&mine.number, seq)
         self._owed, self._owed_kind = seq, kind  # until it is done
+        # What can be made ready now takes no time of its own: the peers see the record meanwhile.
+        entry = self._entry = Entry.__new__(Entry)
+        entry.called = monotonic()
+        entry.seq, entry.kind, entry.dtype, entry.count, entry.op, entry.root = seq, kind, dtype, count, op, root
+        entry.dimensions = -1
+        if shown is not NULL:
+            entry.dimensions = shown.dimensions
+            for rank in range(shown.dimensions):
+                entry.shape[rank] = shown.shape[rank]
+        if is_due(entry.called):  # the general way answers them
+            return False
         for rank in range(self._size):
             line = self._line(rank, seq)
             if not self._reaches(&line.number, seq, &until) or line.number != seq or line.digest != mine.digest:
@@ -699,25 +705,23 @@ cdef class Core(Node):
             found = max(found, self._line(rank, seq).extent)
         return found
 
-    cdef object _done(
-        self, int64_t seq, int kind, object array, int64_t dtype, int64_t count, object op, int root, double now,
-        tuple given, tuple outputs,
-    ):
-        """Note that a call is over, and return its Work."""
-        cdef int at = 0
-        cdef object work, place
-        cdef object called = now, number = seq
-        self._group_state.seq = number
-        self._arrival._last = number
-        self._owed, self._last, self._kind = 0, seq, kind
+    cdef object _done(self, tuple given):
+        """Note that a call is over, and return its Work.
+
+        Args:
+            given: this core, the call's kind, and its arguments.
+        """
+        cdef Entry entry = self._entry
+        cdef object work, number = entry.seq
+        give_slot(self._group_state, at_seq, number)
+        give_slot(self._arrival, at_last, number)
+        self._owed, self._last, self._kind = 0, entry.seq, entry.kind
         if self._mapped:  # a collection of garbage may have run what closes the group
-            store_release(<int64_t *>(self._page_of(self._rank) + self._finished), seq)
-        place = self._placed(&at)
-        self._append([
-            number, kinds[kind], None if array is None else listed[dtype], count,
-            None if array is None else array.shape, op, root, -1, 0, called, monotonic(), None, place, at,
-        ])
+            store_release(<int64_t *>(self._page_of(self._rank) + self._finished), entry.seq)
+        entry.code = self._placed(&entry.at)
+        entry.ended = monotonic()
+        self._append(entry)
         work = new_instance(work_class)
-        give_slot(work, at_seq, number)
-        give_slot(work, at_given, (self, kind, given, outputs))
+        give_slot(work, at_number, number)
+        give_slot(work, at_given, given)
         return work

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from mmap import mmap
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from ._native import Rings as Rings
 
 
+T = TypeVar("T")
+
 LAYOUT = 10  # numbers that say where things lie in a memory
 
 
@@ -66,6 +68,13 @@ def why_not() -> str:
 def available() -> bool:
     """Return whether calls can go through compiled code here."""
     return not why_not()
+
+
+def direct(group_class: type[T]) -> type[T]:
+    """Have the methods of a group's class ask its core first, and then do what the class says."""
+    if _native is not None:
+        _native.direct(group_class)
+    return group_class
 
 
 @functools.cache
@@ -105,6 +114,8 @@ def shared() -> dict[str, Any]:
         "all_ops": BY_NAME.values(),
         "the_engine": engine(),
         "done_work": DoneWork,
+        "group_state": GroupState,
+        "arrival": BoardArrival,
         "checkers": [_CHECKS.get(kind) for kind in KINDS],
         "places": PLACES,
         "digest": digest,

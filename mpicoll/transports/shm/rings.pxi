@@ -301,7 +301,7 @@ cdef class Rings(Node):
 
     # ---- the direct way: None where a message is not for it ----
 
-    def send(self, tensor, dst, tag, timeout):
+    cdef object send(self, tensor, dst, tag, timeout):
         cdef Given a
         cdef object array = self._view(tensor, False, &a)
         cdef Posted posted
@@ -320,7 +320,7 @@ cdef class Rings(Node):
         self._links[posted.peer].sent += 1
         return self._work(posted, timeout, now)
 
-    def recv(self, tensor, src, tag, timeout):
+    cdef object recv(self, tensor, src, tag, timeout):
         cdef Given a
         cdef object array = self._view(tensor, True, &a)
         cdef Posted posted
@@ -364,17 +364,17 @@ cdef class Rings(Node):
 
     cdef double _open(self, object tag, object timeout) except -1:
         """Return the time if messages can go the direct way; else 0."""
-        cdef double now, due
+        cdef double now
         if over or not self._mapped or active or alarms:
             return 0
         if type(tag) is not int or not 0 <= tag <= self._highest_tag:
             return 0
         if timeout is not None and not ((type(timeout) is float or type(timeout) is int) and timeout > 0):
             return 0
-        if engine._struck or self.group_state.broken is not None or self.group_state.closed or self.group_state.failures:
+        if not takes_calls(self.group_state):
             return 0
-        now, due = monotonic(), poll.next
-        return 0 if now >= due else now
+        now = monotonic()
+        return 0 if is_due(now) else now
 
     cdef bint _is_free(self, Given *a, bint write):
         """Return whether no light message is in the way of a call that reads or writes some memory."""

@@ -65,13 +65,14 @@ cdef bint _borrow(object tensor, Given *found):
         return False
     while i < 5 and seen.bits != 8 << i:
         i += 1
-    if seen.device_type != ON_CPU or seen.lanes != 1 or seen.code > 7 or i == 5:
+    if seen.device_type != ON_CPU or seen.lanes != 1 or seen.code > 7 or i == 5 or seen.ndim > SHOWN:
         return False
     found.dtype, found.nbytes = borrowed[5 * seen.code + i], seen.bits // 8
     for i in range(seen.ndim - 1, -1, -1):
         if seen.shape[i] != 1 and seen.strides is not NULL and seen.strides[i] != count:
             return False
         count *= seen.shape[i]
+        found.shape[i] = seen.shape[i]
     found.data, found.count, found.nbytes = seen.data + seen.byte_offset, count, count * found.nbytes
-    found.rows = seen.shape[0] if seen.ndim else 0
+    found.rows, found.dimensions = seen.shape[0] if seen.ndim else 0, seen.ndim
     return found.dtype >= 0 and count > 0 and seen.data is not NULL
