@@ -83,7 +83,14 @@ class DeviceBuffer(Buffer):
     __slots__ = ("device", "keeper", "name", "stream")
 
     def __init__(self, owner: object, name: str, said: Described) -> None:
-        super().__init__(owner, cast(Array, said.array), said.dtype, said.shape, said.writable)
+        array = said.array
+        self.owner = owner
+        self.array = cast(Array, array)
+        self.dtype = said.dtype
+        self.shape = said.shape
+        self.count = array.size
+        self.nbytes = array.size * array.dtype.itemsize
+        self.writable = said.writable
         self.name = name
         self.device: int = said.device
         self.stream = said.stream

@@ -319,12 +319,12 @@ class BoardArrival(Arrival):
         return True
 
     def all_here(self, call: Call, seq: int) -> bool:
-        if seq <= self._last or call.count == UNEVEN:
+        if seq <= self.last or call.count == UNEVEN:
             return False
         largest = self._memory.post(record_of(call, seq), call.extent)
         if largest < 0 or self._memory.leavers(seq):
             return False
-        self._last, call.largest, call.met = seq, largest, True
+        self.last, call.largest, call.met = seq, largest, True
         return True
 
     def meet(self, call: Call, seq: int) -> Meeting:

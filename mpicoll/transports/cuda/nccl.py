@@ -238,6 +238,7 @@ class NcclTransport(StagedTransport):
     ) -> None:
         super().__init__(host, gpu, tuning)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
+        self._engine = engine()
         self._ahead, self._most = 0, tuning.nccl_ahead  # calls that are on the stream, and may be
         self._made: dict[Kind, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
             kinds.ALLREDUCE: self._allreduce,
@@ -294,7 +295,7 @@ class NcclTransport(StagedTransport):
         )
 
     def _enqueue(self, call: Call) -> Steps:
-        gpu, nccl, own = self._gpu, self._nccl, engine()
+        gpu, nccl, own = self._gpu, self._nccl, self._engine
         while not self.is_ready(call):
             yield IDLE
         operations, like = self._operations(call)

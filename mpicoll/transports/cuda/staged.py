@@ -390,7 +390,11 @@ def _in_runs(pieces: Iterator[DeviceArray]) -> Iterator[DeviceArray]:
 
 def device_blocks(blocks: Blocks | None) -> list[DeviceArray]:
     """Return the blocks of a call's part, which lie in GPU memory."""
-    return [] if blocks is None else [_block(blocks, i) for i in range(len(blocks.counts))]
+    if blocks is None:
+        return []
+    if len(blocks.counts) == 1:
+        return [cast(DeviceArray, blocks.flat())]
+    return [_block(blocks, i) for i in range(len(blocks.counts))]
 
 
 def _block(blocks: Blocks, i: int) -> DeviceArray:
