@@ -12,7 +12,7 @@ import itertools
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class DeviceBuffer(Buffer):
     def __init__(self, owner: object, name: str, said: Described) -> None:
         array = said.array
         self.owner = owner
-        self.array = cast(Array, array)
+        self.array = array  # type: ignore[assignment]  # it slices as an array does
         self.dtype = said.dtype
         self.shape = said.shape
         self.count = array.size
@@ -99,7 +99,7 @@ class DeviceBuffer(Buffer):
     @property
     def address(self) -> int:
         """Where the memory begins."""
-        return cast(cuda_arrays.DeviceArray, self.array).address
+        return self.array.address  # type: ignore[attr-defined, no-any-return]
 
 
 def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:

@@ -363,9 +363,10 @@ class Engine(UnderWay):
         if self._is_inside():  # what a signal handler interrupted may have been the claims
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
         self.take_on()
-        few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
-        if few and apart(call.spans(), [task.call.spans() for task in list(self._unclaimed)]):
-            return None
+        if not (self._struck or self._claims) and len(self._unclaimed) <= FEW:
+            users = list(self._unclaimed)
+            if not users or apart(call.spans(), [task.call.spans() for task in users]):
+                return None
         with self._lock:
             self._enter()
             self._entered(self._claims, self._unclaimed)

@@ -19,6 +19,7 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.engine import kinds
+from mpicoll.engine.arrival import BoardArrival
 from mpicoll.engine.background import Background, background
 from mpicoll.engine.call import Call
 from mpicoll.engine.once import Once
@@ -309,6 +310,24 @@ def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
     pg._caller.arrival.meet = later
 
 
+def test_who_comes_last_goes_on_at_once(fresh, world):
+    """There is nobody to wait for, so it takes the short way."""
+    arrival, last = fresh._caller.arrival, world.size - 1
+    if type(arrival) is not BoardArrival or not last:
+        pytest.skip("needs two ranks on one node")
+    x = ELSEWHERE.full(5, 1)
+    fresh.allreduce(x).synchronize()
+    if world.rank == last:
+        meet(world)
+        arrival.meet = None
+        fresh.allreduce(x).synchronize()
+    else:
+        work = fresh.allreduce(x)
+        meet(world)
+        work.synchronize()
+    assert (x.values == world.size**2).all()
+
+
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
     """Whichever group's ranks have arrived first: NCCL wants one order on all ranks."""
     order: list[int] = []
@@ -452,6 +471,24 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
         assert time.monotonic() < limit
         own.test()
     assert isinstance(task.error, CollectiveTimeoutError)
+
+
+def test_a_call_that_was_enqueued_just_now_is_not_asked_for(own):
+    """The GPU has hardly begun with it, and each question is a call of CUDA."""
+    state, asked = GroupState("new", MPI.COMM_SELF, own.active), []
+
+    def steps(task: Task) -> Iterator[int]:
+        task.call.enqueued = task
+        yield PROGRESSED
+        asked.append(task.seq)
+
+    first, second = (task_in(state, n, 60) for n in (1, 2))
+    own.launch(first, steps(first))
+    assert not asked and not first.done
+    own.launch(second, steps(second))
+    assert asked == [1] and first.done and not second.done
+    own.test()
+    assert asked == [1, 2] and not own.busy
 
 
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):

@@ -255,9 +255,11 @@ class Gpu:
     def is_done(self, mark: Any) -> bool:
         with self.active():  # in a thread without a context CUDA would make one, on GPU 0
             status = self._runtime.eventQuery(mark.ptr)
-        if status not in (0, _NOT_READY):  # CuPy's own Event.done would say False for ever
+        if not status:
+            return True
+        if status != _NOT_READY:  # CuPy's own Event.done would say False for ever
             raise self._runtime.CUDARuntimeError(status)
-        return bool(status == 0)
+        return False
 
     def identity(self) -> str:
         """Return what differs between any two GPUs, wherever they are, parts of one included."""

@@ -204,7 +204,7 @@ class Enqueued:
         """Let the streams that order the user's arrays by now wait for the call."""
         self.waited = True
         if len(self._owners) == 1:
-            self._gpu.hold(self._mark, [stream_of(self._owners[0])])
+            self._gpu.hold(self._mark, (stream_of(self._owners[0]),))
             return
         streams, libraries = set(), set()
         for owner in self._owners:

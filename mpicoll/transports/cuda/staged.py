@@ -108,10 +108,12 @@ class StagedTransport(Transport):
             UnsupportedError: its stream captures a CUDA graph, and the host takes part in the call.
         """
         with self._copies.active():
-            self._note_streams(call)
+            call.ready = self._marks(call)
+        for part in call.parts:
+            part.ready = call.ready
         call.digest ^= ON_GPU  # peers must not give host arrays to this call
 
-    def _note_streams(self, call: Call) -> None:
+    def _marks(self, call: Call) -> tuple[object, ...]:
         copies, marks = self._copies, {}
         for buffer in call.buffers():
             assert isinstance(buffer, DeviceBuffer)
@@ -131,8 +133,7 @@ class StagedTransport(Transport):
                 if copies.is_capturing(stream):
                     call.captured = self._can_be_captured(call)
                 marks[stream] = copies.mark(stream)
-        for one in (call, *call.parts):
-            one.ready = tuple(marks.values())
+        return tuple(marks.values())
 
     def _can_be_captured(self, call: Call) -> bool:
         raise UnsupportedError(
@@ -393,7 +394,7 @@ def device_blocks(blocks: Blocks | None) -> list[DeviceArray]:
     if blocks is None:
         return []
     if len(blocks.counts) == 1:
-        return [cast(DeviceArray, blocks.flat())]
+        return [blocks.flat()]  # type: ignore[list-item]
     return [_block(blocks, i) for i in range(len(blocks.counts))]
 
 
