@@ -9,8 +9,9 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -499,6 +500,25 @@ def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
         own.launch(task, iter([IDLE] * 10**6))
     own.fail_all(state, TransportError("planted"))
     assert all(task.done and task.error is not None for task in tasks) and not own.busy
+
+
+def test_whatever_is_asked_of_cuda_can_be_freed_at_the_deadline(fresh):
+    """Each call of CUDA may block behind another thread's wait for the whole GPU."""
+    queue, seen = queue_of(fresh), []
+
+    def noted(name: str, call: Callable[[object], object], given: object) -> object:
+        seen.append((name, engine().inside is not None))
+        return call(given)
+
+    for name in ("mark", "queue_after", "is_done"):
+        setattr(queue, name, partial(noted, name, getattr(queue, name)))
+    x = ELSEWHERE.full(5, 1)
+    for _ in range(2):  # the first one connects
+        fresh.allreduce(x).synchronize()
+    at_the_call = [("mark", False)] * 2  # by the user's thread, which holds no lock then
+    asked = [entry for entry in seen if not entry[1]]
+    assert asked == at_the_call and {name for name, _ in seen} == {"mark", "queue_after", "is_done"}
+    assert engine().inside is None
 
 
 def test_only_the_oldest_call_on_the_stream_is_asked_for(fresh):

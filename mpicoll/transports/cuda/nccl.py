@@ -315,17 +315,23 @@ class NcclTransport(StagedTransport):
             if mark is None:
                 while not nccl.settled():
                     yield IDLE
+                own.inside = self.abort
                 with gpu.active():
                     mark = gpu.mark(gpu.queue)
+                own.inside = None
             call.turn.over = True
             call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in call.buffers()])
             self._ahead += 1
             yield PROGRESSED  # the engine sees that it is enqueued
-            # The GPU passes what is captured when the graph is launched, of which we learn nothing.
-            while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
-                nccl.settled()  # or raise
-                yield IDLE
-            nccl.settled()  # the GPU passes the calls of a communicator that was aborted, too
+            over = False
+            while not over:
+                own.inside = self.abort  # the question, too, may block: behind a wait for the GPU
+                # What is captured it passes when the graph is launched, of which we learn nothing.
+                over = call.enqueued.waited if call.captured else gpu.is_done(mark)
+                nccl.settled()  # or raise: what was aborted is passed, too
+                own.inside = None
+                if not over:
+                    yield IDLE
             self._ahead -= 1
         except BaseException:  # given up, or an error
             own.inside = None
