@@ -388,6 +388,11 @@ def share(comm: MPI.Intracomm, *, locked: bool = False) -> Shares:
     return None if room is None else NodeMemory(room, rank, size, file)
 
 
+def alone() -> NodeMemory:
+    """Return the memory of a group of one rank, which shares it with nobody."""
+    return NodeMemory(mmap.mmap(-1, bytes_of(1)), 0, 1)
+
+
 def map_file(comm: MPI.Intracomm, nbytes: int) -> Maps:
     """Map one file on all ranks of a communicator, or on none.
 

@@ -342,7 +342,7 @@ def _local_rank(comm: MPI.Intracomm, options: GroupOptions) -> Generator[int, No
 def _share(comm: MPI.Intracomm, options: GroupOptions, deadline: float) -> Prepares:
     """Find the nodes, and let their ranks share memory; where one node can't, none does."""
     if comm.Get_size() == 1:
-        return Resources(comm)
+        return Resources(comm, None if options.backend == "mpi" else memory.alone())
     nodes, processes = yield from communicators.nodes_of(comm, options.sizes)
     spaces = {who.namespace for who in processes.values()}
     mine = processes[comm.Get_rank()].namespace

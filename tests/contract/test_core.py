@@ -507,3 +507,16 @@ def test_arrays_of_many_dimensions(direct):
         direct.allreduce(x).wait()
         assert x.sum() == direct.size()
         assert direct._caller.recorder.entries()[-1]["shape"] == [1] * dimensions
+
+
+def test_a_group_of_one_rank_has_the_core(direct):
+    alone = direct.split_group([direct.rank()])
+    assert alone._core is not None
+    for size in (1, 1000, 300_000):  # the last by MPI
+        x, y = data(0, size, "f8"), np.zeros(size)
+        alone.allreduce(x).wait()
+        alone.broadcast(x, 0).wait()
+        alone.all_gather_single(y, x).wait()
+        assert np.array_equal(x, data(0, size, "f8")) and np.array_equal(x, y)
+    assert alone.broadcast_object("self", 0) == "self"
+    alone.shutdown()

@@ -56,7 +56,7 @@ def through_slots(method: Method) -> Method:
     @functools.wraps(method)
     def steps(self: ShmTransport, call: Call) -> Steps:
         if self._slots is None:
-            self._slots = yield from self._memory.add_slots(self._comm)
+            self._slots = self.size > 1 and (yield from self._memory.add_slots(self._comm))
             if self._slots:
                 self._chunks = core.chunks(self._memory)
                 self._moves = core.moves(self._memory) if self._all_compiled else None
