@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
+from ...arrays.buffers import Buffer
 from ...arrays.device import DeviceArray, stream_of
 from ...arrays.dtypes import DType
 from ...arrays.ops import ReduceOp
@@ -194,20 +195,21 @@ class Turns:
 class Enqueued:
     """A call that is on the group's stream."""
 
-    __slots__ = ("_gpu", "_mark", "_owners", "waited")
+    __slots__ = ("_buffers", "_gpu", "_mark", "waited")
 
-    def __init__(self, gpu: Queue, mark: object, owners: list[object]) -> None:
-        self._gpu, self._mark, self._owners = gpu, mark, owners
+    def __init__(self, gpu: Queue, mark: object, buffers: list[Buffer]) -> None:
+        self._gpu, self._mark, self._buffers = gpu, mark, buffers
         self.waited = False
 
     def hold(self) -> None:
         """Let the streams that order the user's arrays by now wait for the call."""
         self.waited = True
-        if len(self._owners) == 1:
-            self._gpu.hold(self._mark, (stream_of(self._owners[0]),))
+        if len(self._buffers) == 1:
+            self._gpu.hold(self._mark, (stream_of(self._buffers[0].owner),))
             return
         streams, libraries = set(), set()
-        for owner in self._owners:
+        for buffer in self._buffers:
+            owner = buffer.owner
             library = type(owner).__module__.partition(".")[0]
             if library in _ONE_STREAM and library in libraries:
                 continue
@@ -320,7 +322,7 @@ class NcclTransport(StagedTransport):
                     mark = gpu.mark(gpu.queue)
                 own.inside = None
             call.turn.over = True
-            call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in call.buffers()])
+            call.enqueued = Enqueued(gpu, mark, call.buffers())
             self._ahead += 1
             yield PROGRESSED  # the engine sees that it is enqueued
             over = False
