@@ -363,10 +363,11 @@ class Engine(UnderWay):
         if self._is_inside():  # what a signal handler interrupted may have been the claims
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
         self.take_on()
-        if not (self._struck or self._claims) and len(self._unclaimed) <= FEW:
-            users = list(self._unclaimed)
-            if not users or apart(call.spans(), [task.call.spans() for task in users]):
-                return None
+        few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
+        if few and not self._unclaimed:
+            return None
+        if few and apart(call.spans(), [task.call.spans() for task in list(self._unclaimed)]):
+            return None
         with self._lock:
             self._enter()
             self._entered(self._claims, self._unclaimed)
