@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from sys import _getframe
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import interrupts
 from ..runtime.digests import blake2b
@@ -38,7 +38,13 @@ VERSION = 1  # of the files
 _SEQ, _KIND, _DTYPE, _COUNT, _SHAPE, _OP, _ROOT, _PEER, _TAG = range(9)
 _CALLED, _ENDED, _ERROR, _CODE, _AT = range(9, 14)
 
-Entry = list[Any]
+
+class Entry(Protocol):
+    """A list of these fields; or what the compiled core keeps in its place."""
+
+    def __getitem__(self, field: int, /) -> Any: ...
+    def __setitem__(self, field: int, value: Any, /) -> None: ...
+
 
 LIBRARY = os.path.dirname(os.path.dirname(__file__)) + os.sep
 COMMANDS = os.path.join(LIBRARY, "cli") + os.sep  # they use the library as anybody does
@@ -136,7 +142,7 @@ class Recorder:
             dtype = shape = None
         else:
             dtype, shape = blocks.dtype, blocks.buffers[0].shape
-        entry = [
+        entry: Entry = [
             seq,
             call.kind,
             dtype,

@@ -6,6 +6,7 @@ from typing import Any
 from ...arrays.dtypes import Array
 from ...engine.call import Call, Pieces
 from ...engine.kinds import Kind
+from ...engine.recorder import Entry
 from ...engine.tasks import GroupState
 from ...runtime.library import Steps
 
@@ -63,7 +64,7 @@ class Posted:
     called: float
     timeout: float
     given: object
-    entry: list[Any]
+    entry: Entry
     filled: bool
     begun: bool
     wrong: tuple[int, int, bytes] | None
@@ -79,7 +80,7 @@ class Posted:
 
 class Rings(Node):
     group_state: GroupState
-    append: Callable[[list[Any]], None]
+    append: Callable[[Entry], None]
     steps: Callable[[Call, Posted], Steps]
     limit: float
     sent: list[int]

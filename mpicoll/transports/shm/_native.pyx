@@ -353,6 +353,7 @@ def configure(
 include "tensors.pxi"
 include "chunks.pxi"
 include "moves.pxi"
+include "entry.pxi"
 include "core.pxi"
 include "rings.pxi"
 include "methods.pxi"

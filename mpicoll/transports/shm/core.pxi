@@ -12,27 +12,6 @@
 # it was before.
 
 @cython.final
-@cython.no_gc  # what it holds holds nothing else; so making one never runs the collector, and bytecode
-@cython.freelist(2)
-cdef class Entry:
-    """A call in the flight recorder: what the general way keeps as a list."""
-
-    cdef int64_t seq, count
-    cdef int kind, dtype, op, root, at, dimensions
-    cdef double called, ended
-    cdef object code
-    cdef Py_ssize_t[SHOWN] shape
-
-    def __getitem__(self, int field):
-        """Return a field of that list (engine/recorder.py)."""
-        shape = None if self.dimensions < 0 else tuple([self.shape[i] for i in range(self.dimensions)])
-        return (
-            self.seq, kinds[self.kind], listed.get(self.dtype), self.count, shape, None if self.op < 0 else ops[self.op],
-            self.root, -1, 0, self.called, self.ended, None, self.code, self.at,
-        )[field]
-
-
-@cython.final
 cdef class Core(Node):
     """What carries out the small calls of one group.
 
@@ -678,14 +657,8 @@ cdef class Core(Node):
         store_release(&mine.number, seq)
         self._owed, self._owed_kind = seq, kind  # until it is done
         # What can be made ready now takes no time of its own: the peers see the record meanwhile.
-        entry = self._entry = Entry.__new__(Entry)
-        entry.called = monotonic()
-        entry.seq, entry.kind, entry.dtype, entry.count, entry.op, entry.root = seq, kind, dtype, count, op, root
-        entry.dimensions = -1
-        if shown is not NULL:
-            entry.dimensions = shown.dimensions
-            for rank in range(shown.dimensions):
-                entry.shape[rank] = shown.shape[rank]
+        entry = self._entry = entry_of(seq, kind, shown, monotonic())
+        entry.count, entry.op, entry.root = count, op, root
         if is_due(entry.called):  # the general way answers them
             return False
         for rank in range(self._size):
@@ -718,8 +691,7 @@ cdef class Core(Node):
         self._owed, self._last, self._kind = 0, entry.seq, entry.kind
         if self._mapped:  # a collection of garbage may have run what closes the group
             store_release(<int64_t *>(self._page_of(self._rank) + self._finished), entry.seq)
-        entry.code = self._placed(&entry.at)
-        entry.ended = monotonic()
+        entry.code, entry.ended = self._placed(&entry.at), monotonic()
         self._append(entry)
         work = new_instance(work_class)
         give_slot(work, at_number, number)

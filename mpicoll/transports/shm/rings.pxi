@@ -83,7 +83,8 @@ cdef class Posted:
     cdef readonly Rings rings
     cdef readonly int kind, source
     cdef readonly double called, timeout
-    cdef readonly object given, entry
+    cdef readonly object given
+    cdef readonly Entry entry
     cdef public bint filled  # its Work has all that a task has
     cdef readonly int peer
     cdef readonly int64_t tag
@@ -318,7 +319,7 @@ cdef class Rings(Node):
         if not self._write(posted):
             return None
         self._links[posted.peer].sent += 1
-        return self._work(posted, timeout, now)
+        return self._work(posted, &a, timeout, now)
 
     cdef object recv(self, tensor, src, tag, timeout):
         cdef Given a
@@ -341,20 +342,21 @@ cdef class Rings(Node):
         if source >= 0:
             while turn < IN_TURN and posted.state == WAITING and self._deliver(source):
                 turn += 1
-        return self._work(posted, timeout, now)
+        return self._work(posted, &a, timeout, now)
 
-    cdef object _work(self, Posted posted, object timeout, double now):
+    cdef object _work(self, Posted posted, Given *shown, object timeout, double now):
         """Enter a message in the flight recorder, and return its Work."""
-        cdef int at = 0
-        cdef object place = self._placed(&at), called = now, work
+        cdef Entry entry = entry_of(0, posted.kind, shown, now)
+        cdef object work
         cdef bint done = posted.state == OVER
+        entry.count, entry.peer, entry.tag = posted.count, posted.peer, posted.tag
+        entry.code = self._placed(&entry.at)
+        if done:
+            entry.ended = monotonic()
         posted.called = now
         posted.timeout = self.limit if timeout is None else timeout
-        posted.entry = [
-            0, kinds[posted.kind], listed[posted.dtype], posted.count, posted.array.shape, None, -1, posted.peer,
-            posted.tag, called, monotonic() if done else None, None, place, at,
-        ]
-        self.append(posted.entry)
+        posted.entry = entry
+        self.append(entry)
         work = new_instance(message_class)
         give_slot(work, at_posted, posted)
         if not done:
@@ -789,7 +791,7 @@ cdef class Rings(Node):
         """Note the end of a message; the engine need not know of one that went the direct way."""
         if posted.light and not posted.adopted:
             posted.light = False
-            (<list>posted.entry)[10] = monotonic()
+            posted.entry.ended = monotonic()
             del light[posted]  # last: it may be all that has kept the Work
 
     cdef Kept *_find(self, int peer, int64_t tag) noexcept:
