@@ -12,7 +12,7 @@ import itertools
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -77,24 +77,29 @@ class DeviceBuffer(Buffer):
         name: the argument that errors speak of.
         device: the GPU's number, or UNKNOWN.
         stream: the stream that its content is ordered by.
-        ready: what a transport noted at the call, to come after that stream's work.
         keeper: what must live as long as the address is used, besides the owner.
     """
 
-    __slots__ = ("device", "keeper", "name", "ready", "stream")
+    __slots__ = ("device", "keeper", "name", "stream")
 
     def __init__(self, owner: object, name: str, said: Described) -> None:
-        super().__init__(owner, cast(Array, said.array), said.dtype, said.shape, said.writable)
+        array = said.array
+        self.owner = owner
+        self.array = array  # type: ignore[assignment]  # it slices as an array does
+        self.dtype = said.dtype
+        self.shape = said.shape
+        self.count = array.size
+        self.nbytes = array.size * array.dtype.itemsize
+        self.writable = said.writable
         self.name = name
         self.device: int = said.device
         self.stream = said.stream
-        self.ready: object = None
         self.keeper = said.keeper
 
     @property
     def address(self) -> int:
         """Where the memory begins."""
-        return cast(cuda_arrays.DeviceArray, self.array).address
+        return self.array.address  # type: ignore[attr-defined, no-any-return]
 
 
 def as_buffer(obj: object, name: str, *, write: bool) -> Buffer:

@@ -132,7 +132,7 @@ def _from_cupy(obj: Any, cupy: Any, name: str) -> Described:
 
 def _known(numpy_dtype: np.dtype[Any], name: str) -> DType:
     dtype = from_numpy(numpy_dtype, name)
-    if dtype.itemsize > _WIDEST:
+    if numpy_dtype.itemsize > _WIDEST:
         raise UnsupportedError(
             f"{name} has dtype {numpy_dtype!r}, of more than {_WIDEST} bytes, which can't be sent "
             f"from GPU memory: pass its bytes, {name}.view(np.uint8)"

@@ -179,6 +179,13 @@ class Arrival:
         """
         return False
 
+    def all_here(self, call: Call, seq: int) -> bool:
+        """Arrive; return whether all ranks have, in the same call, so that its data can move.
+
+        If not, nothing is lost: `meet` arrives once more.  Over MPI they never are.
+        """
+        return False
+
     def _exchange(self, record: Record, extent: int) -> Meets:
         """Publish this rank's record and wait for all; return what differs."""
         assert self.exchange is not None
@@ -311,6 +318,15 @@ class BoardArrival(Arrival):
         self.last = seq
         return True
 
+    def all_here(self, call: Call, seq: int) -> bool:
+        if seq <= self.last or call.count == UNEVEN:
+            return False
+        largest = self._memory.post(record_of(call, seq), call.extent)
+        if largest < 0 or self._memory.leavers(seq):
+            return False
+        self.last, call.largest, call.met = seq, largest, True
+        return True
+
     def meet(self, call: Call, seq: int) -> Meeting:
         inline = self._inline
         if inline is None or call.refused or not inline.give(call, seq):
@@ -383,6 +399,9 @@ class NodesArrival(BoardArrival):
         self._near_comm = near
         self.exchange = None if leaders is None else Exchange(leaders)
         self._everywhere = everywhere
+
+    def all_here(self, call: Call, seq: int) -> bool:
+        return False  # those of other nodes are not on the board
 
     def _exchange(self, record: Record, extent: int) -> Meets:
         highest, lowest, largest = yield from super()._exchange(record, extent)

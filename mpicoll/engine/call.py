@@ -132,6 +132,8 @@ class Call:
         captured: it is captured in a CUDA graph: it is enqueued, and the GPU passes it later.
         since, chain: what was not compared since the last call that was, in words and condensed;
             "" and 0 if nothing.
+        ready: what was noted at the call of the streams that its arrays are ordered by, which it
+            comes after.
         turn: its place among the calls that go to a GPU's queue, until it is there or has ended.
         enqueued: set when the rest is up to the GPU; the call's steps go on until that is done.
         outputs: the user's arrays that the result is in, as they were given.
@@ -157,6 +159,7 @@ class Call:
         "parts",
         "payload",
         "peer",
+        "ready",
         "recv",
         "reduction",
         "refused",
@@ -208,6 +211,7 @@ class Call:
         self.captured = False
         self.since = ""
         self.chain = 0
+        self.ready: tuple[object, ...] = ()
         self.turn: Any = None
         self.enqueued: Any = None
         self._spans: tuple[Spans, Spans] | None = None
@@ -230,9 +234,14 @@ class Call:
 
     def buffers(self) -> list[Buffer]:
         """Return all arrays of the call."""
-        sides = [self.send] if self.send is self.recv else [self.send, self.recv]
-        found = [buffer for blocks in sides if blocks is not None for buffer in blocks.buffers]
-        return found + [buffer for part in self.parts for buffer in part.buffers()]
+        send, recv = self.send, self.recv
+        if self.parts:
+            return [buffer for part in self.parts for buffer in part.buffers()]
+        if send is None:
+            return [] if recv is None else [*recv.buffers]
+        if recv is None or recv is send:
+            return [*send.buffers]
+        return [*send.buffers, *recv.buffers]
 
     def describe(self) -> str:
         """Say the call as a person would write it: ``allreduce(float32[4], op=SUM)``."""

@@ -376,6 +376,8 @@ class Engine(UnderWay):
             return self._entered(Claims(), self._claimants()).conflicting(*call.spans())
         self.take_on()
         few = len(self._unclaimed) <= FEW and not (self._struck or self._claims)
+        if few and not self._unclaimed:
+            return None
         if few and apart(call.spans(), [task.call.spans() for task in list(self._unclaimed)]):
             return None
         with self._lock:
@@ -548,7 +550,7 @@ class Engine(UnderWay):
         return list(dict.fromkeys([*self._active, *turn]))
 
     def _advance(self, state: GroupState) -> int:
-        found = IDLE
+        found, new = IDLE, None
         state.channel.drain()
         while state.queue:
             head = state.queue[0]
@@ -560,8 +562,11 @@ class Engine(UnderWay):
             head.queued = False
             state.enqueued.append(head)
             state.queue.popleft()
+            new = new or head
         while state.enqueued:
             oldest = state.enqueued[0]
+            if oldest is new:
+                break  # the GPU has hardly begun with it
             found = max(found, self._step(oldest))
             if not oldest.done:
                 break

@@ -199,7 +199,7 @@ class UnderWay:
             error.__traceback__ = None  # its frames hold the task, which a drop should free
         if task in self._unclaimed:
             del self._unclaimed[task]
-        elif self._active:  # else it was done at once, and has claimed nothing
+        elif self._active and not task.released:  # else it was done at once, or claims no more
             self._claims.discard(*task.call.spans(), task)
         if error is None:
             task.ended()

@@ -77,10 +77,11 @@ class Work(Task, Unique):
             if timeout is not None and not self.call.captured:
                 engine().wait(self, seconds(timeout, 0.0))
             elif not self.done:
-                engine().wait(self, on_host=False)
+                own = engine()
+                own.wait(self, on_host=False)
                 if not self.done:
                     self.call.enqueued.hold()
-                    engine().release(self)
+                    own.release(self)
                     return True
             return self._ended_well()
         except BaseException as error:

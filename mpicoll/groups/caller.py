@@ -201,7 +201,7 @@ class Caller:
     def _steps(self, work: Work, then: Callable[[Work], Steps] | None) -> Steps:
         """Arrive, then move the data, or take the steps of `then`."""
         call, transport = work.call, self.transport
-        if self.once is not None and then is None and self.once.goes_without(call):
+        if then is None and call.turn is not None and self._need_not_wait(call, work.seq):
             yield from transport.steps(call)
             return
         moved = yield from self._arrive(work)
@@ -209,6 +209,12 @@ class Caller:
             yield from then(work)
         elif not moved:
             yield from transport.steps(call)
+
+    def _need_not_wait(self, call: Call, seq: int) -> bool:
+        """Return whether a call of NCCL's needs no arrival, or all ranks are there already."""
+        if self.once is not None:
+            return self.once.goes_without(call)
+        return self.arrival.all_here(call, seq)
 
     def _arrive(self, work: Work) -> Meeting:
         """Meet the other ranks in a call, which is the first of its queue."""

@@ -108,13 +108,14 @@ class Communicator:
     """Keeps `mpicoll.transports.cuda.nccl.Nccl`.
 
     Attributes:
+        quiet: what `is_quiet` says.
         opened: while False, what was asked of it does not settle, as where a peer never connects.
     """
 
     def __init__(self, queue: Queue) -> None:
         self.q, self.comm, self.log = queue, queue.comm, queue.log
         self.error: Exception | None = None
-        self.opened = True
+        self.opened = self.quiet = True
         self.aborted = False
         self.calls: list[Call] = []  # that have not settled
         self.looks = 0
@@ -137,6 +138,9 @@ class Communicator:
         self.looks = 0
         self._add_all()
         return True
+
+    def is_quiet(self) -> bool:
+        return self.quiet
 
     def knows(self, like: Hashable) -> bool:
         return like in self.warm

@@ -22,7 +22,7 @@ from mpicoll.transports import select
 from mpicoll.transports.cuda.aware import AwareTransport
 from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import NUMPY, Kind, data, reduced
-from tests.contract.conftest import BACKENDS, _groups
+from tests.contract.conftest import BACKENDS, _groups, meet
 from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.staging import LOOKS, STREAM, ElsewhereKind, LateCopies, at
 
@@ -141,7 +141,7 @@ def test_a_rank_that_stops_in_the_middle(fresh, world):
     if world.rank == 0:
         fresh._caller.transport._move = lambda call: iter(())
         fresh.broadcast(ELSEWHERE.full(50, 0), 0).wait()
-        world.Barrier()
+        meet(world)
         for rank in range(1, world.size):  # or MPI could not be finalized
             fresh.comm.Send([b"", MPI.BYTE], rank, exchange_tag())
         return
@@ -152,4 +152,4 @@ def test_a_rank_that_stops_in_the_middle(fresh, world):
             fresh.barrier()
         assert not device_of(fresh).active_now
     finally:
-        world.Barrier()
+        meet(world)

@@ -18,7 +18,7 @@ import mpicoll as mc
 from mpicoll.errors import CollectiveTimeoutError, GroupBrokenError, UnsupportedError
 from mpicoll.transports.cuda.gpu import load_cupy
 from tests.contract.arrays import BFLOAT16, Array, Kind, Torch, data, reduced
-from tests.contract.conftest import _groups
+from tests.contract.conftest import _groups, meet
 from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.test_dtypes import (  # noqa: F401
     test_every_pair_is_right_or_refused,
@@ -293,18 +293,18 @@ def test_the_host_runs_ahead(world):
         pg = mc.new_group("nccl", timeout=20, device="cuda", checks="first")
     except UnsupportedError as error:
         pytest.skip(str(error))
-    cupy.cuda.Device(int(pg.device.partition(":")[2])).use()
-    arrays = [cupy.full(1000, pg.rank() + i, np.float32) for i in range(300)]
-    pg.allreduce(arrays[0]).wait()
-    if world.rank == 0:
-        for x in arrays[1:101]:
+    with pg:  # a rank that fails lets go of the GPU, and tells the others
+        cupy.cuda.Device(int(pg.device.partition(":")[2])).use()
+        arrays = [cupy.full(1000, pg.rank() + i, np.float32) for i in range(300)]
+        pg.allreduce(arrays[0]).wait()
+        if world.rank == 0:
+            for x in arrays[1:101]:
+                pg.allreduce(x).wait()
+        meet(world)
+        for x in arrays[1 if world.rank else 101 :]:
             pg.allreduce(x).wait()
-    world.Barrier()
-    for x in arrays[1 if world.rank else 101 :]:
-        pg.allreduce(x).wait()
-    n = pg.size()
-    assert all((x == n * (n - 1) // 2 + n * i).all() for i, x in enumerate(arrays))
-    pg.shutdown()
+        n = pg.size()
+        assert all((x == n * (n - 1) // 2 + n * i).all() for i, x in enumerate(arrays))
 
 
 def test_both_memories_in_turn(pg):

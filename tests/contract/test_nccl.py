@@ -9,8 +9,9 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mpi4py import MPI
 import mpicoll as mc
 from mpicoll import ReduceOp
 from mpicoll.engine import kinds
+from mpicoll.engine.arrival import BoardArrival
 from mpicoll.engine.background import Background, background
 from mpicoll.engine.call import Call
 from mpicoll.engine.once import Once
@@ -38,7 +40,7 @@ from mpicoll.transports import select
 from mpicoll.transports.cuda.nccl import NcclTransport, Turns
 from mpicoll.transports.tuning import Tuning
 from tests.contract.arrays import Kind, data, reduced
-from tests.contract.conftest import _groups
+from tests.contract.conftest import _groups, meet
 from tests.contract.on_gpus import *  # noqa: F403
 from tests.contract.replay import QUEUE, Communicator, Queue
 from tests.contract.staging import STREAM, Elsewhere, ElsewhereKind
@@ -191,6 +193,7 @@ def test_wait_with_a_timeout_blocks_and_aborts(fresh, world):
         fresh.allreduce(ELSEWHERE.full(5, 1)).wait(timeout=0.3)
     assert time.monotonic() - begin < 5 and caught.value.breaks_group
     assert ("abort",) in queue.log
+    meet(world)
     errors = world.allgather(type(caught.value).__name__)
     assert CollectiveTimeoutError.__name__ in errors
 
@@ -214,7 +217,7 @@ def test_an_error_of_nccl_is_a_transport_error(fresh, world):
     queue.open = False
     work = fresh.allreduce(ELSEWHERE.full(5, 1))
     work.wait()
-    world.Barrier()
+    meet(world)
     if world.rank == 0:
         fresh._caller.transport._nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
     with pytest.raises(MpicollError) as caught:
@@ -274,6 +277,7 @@ def test_all_ranks_make_the_same_calls_wherever_their_arrays_lie(fresh, world):
     into = ELSEWHERE.full(50, 0)
     fresh.reduce_scatter(into, blocks).synchronize()
     assert (into.values == n * me).all()
+    meet(world)
     said = world.allgather([entry for entry in queue.log if entry[0] in dir(Communicator)])
     assert said[0] and all(other == said[0] for other in said)
 
@@ -305,6 +309,24 @@ def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
         return (yield from meet(call, seq))
 
     pg._caller.arrival.meet = later
+
+
+def test_who_comes_last_goes_on_at_once(fresh, world):
+    """There is nobody to wait for, so it takes the short way."""
+    arrival, last = fresh._caller.arrival, world.size - 1
+    if type(arrival) is not BoardArrival or not last:
+        pytest.skip("needs two ranks on one node")
+    x = ELSEWHERE.full(5, 1)
+    fresh.allreduce(x).synchronize()
+    if world.rank == last:
+        meet(world)
+        arrival.meet = None
+        fresh.allreduce(x).synchronize()
+    else:
+        work = fresh.allreduce(x)
+        meet(world)
+        work.synchronize()
+    assert (x.values == world.size**2).all()
 
 
 def test_calls_of_two_groups_are_enqueued_in_the_order_of_the_program(two, world):
@@ -340,7 +362,7 @@ def test_a_call_that_never_comes_so_far_holds_up_no_other(two, world):
     waiting = other.allreduce(y)
     time.sleep(0.05)
     assert not waiting.is_completed()
-    world.Barrier()  # the abort of one rank is heard by the others
+    meet(world)  # the abort of one rank is heard by the others
     one.abort()
     waiting.synchronize()
     assert (y.values == world.size**2).all()
@@ -355,6 +377,7 @@ def test_where_a_peer_never_connects_the_deadline_holds_and_others_go_on(two, wo
         work.wait()
     assert time.monotonic() - begin < 5 and caught.value.breaks_group
     assert ("abort",) in queue_of(stuck).log
+    meet(world)
     errors = world.allgather(type(caught.value).__name__)
     assert CollectiveTimeoutError.__name__ in errors
     x = ELSEWHERE.full(5, 1)
@@ -451,6 +474,24 @@ def test_a_busy_group_keeps_no_other_from_its_deadline(own):
     assert isinstance(task.error, CollectiveTimeoutError)
 
 
+def test_a_call_that_was_enqueued_just_now_is_not_asked_for(own):
+    """The GPU has hardly begun with it, and each question is a call of CUDA."""
+    state, asked = GroupState("new", MPI.COMM_SELF, own.active), []
+
+    def steps(task: Task) -> Iterator[int]:
+        task.call.enqueued = task
+        yield PROGRESSED
+        asked.append(task.seq)
+
+    first, second = (task_in(state, n, 60) for n in (1, 2))
+    own.launch(first, steps(first))
+    assert not asked and not first.done
+    own.launch(second, steps(second))
+    assert asked == [1] and first.done and not second.done
+    own.test()
+    assert asked == [1, 2] and not own.busy
+
+
 def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
     state = GroupState("failing", MPI.COMM_SELF, own.active)
     state.channel.abort = lambda: 1 / 0
@@ -459,6 +500,25 @@ def test_an_abort_that_fails_leaves_no_call_without_an_end(own):
         own.launch(task, iter([IDLE] * 10**6))
     own.fail_all(state, TransportError("planted"))
     assert all(task.done and task.error is not None for task in tasks) and not own.busy
+
+
+def test_whatever_is_asked_of_cuda_can_be_freed_at_the_deadline(fresh):
+    """Each call of CUDA may block behind another thread's wait for the whole GPU."""
+    queue, seen = queue_of(fresh), []
+
+    def noted(name: str, call: Callable[[object], object], given: object) -> object:
+        seen.append((name, engine().inside is not None))
+        return call(given)
+
+    for name in ("mark", "queue_after", "is_done"):
+        setattr(queue, name, partial(noted, name, getattr(queue, name)))
+    x = ELSEWHERE.full(5, 1)
+    for _ in range(2):  # the first one connects
+        fresh.allreduce(x).synchronize()
+    at_the_call = [("mark", False)] * 2  # by the user's thread, which holds no lock then
+    asked = [entry for entry in seen if not entry[1]]
+    assert asked == at_the_call and {name for name, _ in seen} == {"mark", "queue_after", "is_done"}
+    assert engine().inside is None
 
 
 def test_only_the_oldest_call_on_the_stream_is_asked_for(fresh):
@@ -501,7 +561,7 @@ def test_a_call_that_was_compared_once_does_not_wait_for_the_peers(ahead, world)
     if world.rank == 0:
         for _ in range(10):
             assert ahead.allreduce(x).wait()  # though nobody else is there yet
-    world.Barrier()
+    meet(world)
     if world.rank != 0:
         for _ in range(10):
             ahead.allreduce(x).wait()
@@ -601,6 +661,23 @@ def test_the_deadline_names_what_the_peers_say_where_nothing_was_compared(ahead,
             ahead.allgather_object(3)
 
 
+def test_nobody_goes_ahead_of_the_peers_while_a_communicator_is_given_up(ahead):
+    """NCCL then waits for the whole GPU, and the host behind it for peers that may wait for it."""
+    comm = ahead._caller.transport._nccl
+    x = ELSEWHERE.full(5, 1)
+    ahead.allreduce(x).synchronize()
+    comm.quiet = False
+    work = ahead.allreduce(x)
+    time.sleep(0.05)
+    assert not work.is_completed() and queue_of(ahead).given == 1
+    comm.quiet = True
+    work.synchronize()
+    comm.quiet = False
+    y = ELSEWHERE.full(6, 1)
+    ahead.allreduce(y).synchronize()  # all ranks are known to come, so this one needs no such care
+    assert (y.values == ahead.size()).all()
+
+
 @pytest.mark.parametrize("tuning", [replace(select.tuning, nccl_ahead=4)], ids=["4"])
 def test_only_so_many_calls_are_ahead_of_the_gpu(ahead):
     """Else CUDA would block the host, where no deadline is kept."""
@@ -684,7 +761,7 @@ def test_many_calls_are_queued_before_the_first_is_done(fresh):
 
 def test_a_broken_group_lets_go_of_the_peers(fresh, world):
     fresh.allreduce(ELSEWHERE.full(5, 1)).synchronize()
-    world.Barrier()  # or who is slower would hear of the abort in its call
+    meet(world)  # or who is slower would hear of the abort in its call
     fresh.abort()
     assert queue_of(fresh).log[-1] == ("abort",)
 

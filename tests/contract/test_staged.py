@@ -109,6 +109,14 @@ def test_copies_come_after_what_the_arrays_streams_were_given(fresh):
     assert ("after", ("mark", 1)) in log[:first]
 
 
+def test_so_do_those_of_a_coalesced_call(fresh):
+    fresh.allreduce_coalesced([ELSEWHERE.full(n, 1) for n in (5, 6)]).wait()
+    log = fresh._caller.transport._copies.log
+    assert [entry[0] for entry in log].count("mark") == 1
+    first = next(i for i, entry in enumerate(log) if str(entry[0]).startswith("to_"))
+    assert ("after", ("mark", 1)) in log[:first]
+
+
 def test_reading_and_writing_are_left_out_where_nothing_is_read_or_written(fresh):
     log = fresh._caller.transport._copies.log
     fresh.broadcast(ELSEWHERE.full(5, 1), 0).wait()

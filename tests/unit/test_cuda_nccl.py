@@ -187,6 +187,30 @@ def test_an_abort_returns_at_once_and_happens_once(binding, made):
         made.settled()
 
 
+def test_it_is_quiet_again_when_all_aborts_are_over(binding, made):
+    other = join(Gpu(), 4, b"7" * 128, 2)
+    settle(other)
+    assert made.is_quiet()
+    binding.gate.clear()
+    made.abort()
+    assert not made.is_quiet() and not other.is_quiet()
+    binding.fails.add("comm_abort")
+    binding.gate.set()
+    wait_for_threads()
+    assert made.is_quiet() and other.is_quiet()
+
+
+def test_what_is_never_made_keeps_nobody(binding, made):
+    binding.gate.clear()
+    stuck = join(Gpu(), 4, b"7" * 128, 2)
+    stuck.abort()
+    time.sleep(0.01)
+    assert made.is_quiet()
+    binding.gate.set()
+    wait_for_threads()
+    assert made.is_quiet() and binding.calls[-1][0] == "comm_abort"
+
+
 def wait_for_threads() -> None:
     for thread in threading.enumerate():
         if thread.name == "mpicoll NCCL":

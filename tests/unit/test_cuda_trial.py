@@ -52,6 +52,39 @@ def test_a_real_trial_where_nothing_can_be_tried(monkeypatch):
     assert said and ("cupy" in said or "cuda" in said), said  # none is installed, or finds no GPU
 
 
+CUPY = """
+from numpy import arange, zeros
+
+class Device:
+    def __init__(self, number):
+        self.number = number
+
+    def use(self):
+        print("uses", self.number)
+
+    def synchronize(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        print("uses", 0)
+
+class cuda:
+    Device = Device
+"""
+
+
+def test_a_trial_makes_no_context_on_another_gpu(tmp_path):
+    """A device that is given back, as at the end of a with-block, would be GPU 0."""
+    (tmp_path / "cupy.py").write_text(CUPY)
+    environ = child_environment() | {"PYTHONPATH": str(tmp_path)}
+    program = [sys.executable, "-c", probe._PROGRAM, "3"]
+    said = subprocess.check_output(program, env=environ, text=True)
+    assert said.split() == ["uses", "3"]
+
+
 def test_a_trial_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(probe, "_PROGRAM", "import time; time.sleep(100)")
     monkeypatch.setattr(probe, "LIMIT", 0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from mpicoll.arrays.dtypes import BY_NAME, reduction
 from mpicoll.arrays.ops import BY_NAME as OPS
 from mpicoll.arrays.ops import ReduceOp
 from mpicoll.errors import UnsupportedError
+from mpicoll.runtime.settings import order_nccl_launches
 from mpicoll.transports.cuda.nccl import TYPES, Rule, rule
 from mpicoll.transports.select import no_nccl
 
@@ -67,6 +69,15 @@ def test_premul_sum_multiplies_first():
 def test_when_nccl_is_for_a_group(table, own, options, word):
     why = no_nccl(table, own, **{"shares": False, "threads": True} | options)
     assert bool(why) == bool(word) and re.search(word, why)
+
+
+def test_launches_keep_their_order_unless_somebody_wants_otherwise(monkeypatch):
+    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
+    order_nccl_launches()
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0")
+    order_nccl_launches()
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "0"
 
 
 def test_what_is_refused_everywhere_is_no_rule():

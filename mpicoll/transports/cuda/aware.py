@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Protocol
 
-from ...arrays.buffers import DeviceBuffer
 from ...arrays.device import DeviceArray
 from ...engine.call import Call
 from ...runtime.library import MPI, POLL, Steps, exchange_tag, until_all
@@ -72,9 +71,8 @@ class AwareTransport(StagedTransport):
                 thrown = error
 
     def _move(self, call: Call) -> Steps:
-        for buffer in call.buffers():
-            mark = cast(DeviceBuffer, buffer).ready
-            while mark is not None and not self._gpu.is_done(mark):
+        for mark in call.ready:
+            while not self._gpu.is_done(mark):
                 yield POLL
         for part in call.parts or (call,):
             if part.kind.from_root and not part.kind.parted:

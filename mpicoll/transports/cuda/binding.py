@@ -95,6 +95,9 @@ class _Aside(threading.Thread):
         self.over = True
 
 
+_given_up: set[Communicator] = set()  # those that NCCL is about to take back after an abort
+
+
 class Communicator:
     """Keeps `cuda.nccl.Nccl`: the addresses, counts and numbers are NCCL's own.
 
@@ -112,6 +115,10 @@ class Communicator:
 
     def _made(self, handle: Any) -> None:
         self._handle = handle
+
+    def is_quiet(self) -> bool:
+        """Return whether no communicator of this process is being given up."""
+        return not _given_up
 
     def knows(self, like: Hashable) -> bool:
         """Return whether such operations were performed before."""
@@ -202,15 +209,24 @@ class Communicator:
         if self._aborted or sys.is_finalizing() or not threading.main_thread().is_alive():
             return  # the end of the process sets the GPU free, and no thread can be started
         self._aborted = True
-        making = None if self._handle else self._aside
-        _Aside(self._gpu, partial(self._give_up, making))
+        if self._handle:
+            _given_up.add(self)
+        try:
+            _Aside(self._gpu, partial(self._give_up, None if self._handle else self._aside))
+        except RuntimeError:  # for want of threads
+            _given_up.discard(self)
+            raise
 
     def _give_up(self, making: _Aside | None) -> None:
         if making is not None:  # NCCL gives nothing to abort before it is made
             making.join()
         handle = self._handle or (making and making.value)
         if handle:
-            self._binding.comm_abort(handle)
+            _given_up.add(self)
+            try:
+                self._binding.comm_abort(handle)
+            finally:
+                _given_up.discard(self)
 
     # ---- what is put on a stream ----
 

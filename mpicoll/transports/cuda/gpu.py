@@ -84,14 +84,13 @@ def device_for(wanted: str, place: int, visible: int) -> int:
 class Mark:
     """What a stream was given by some moment: an event of CUDA, which serves again when dropped."""
 
-    __slots__ = ("_spare", "event", "ptr")
+    __slots__ = ("_event", "_spare", "ptr")
 
-    def __init__(self, event: Any, spare: list[Any]) -> None:
-        self.event, self.ptr = event, int(event.ptr)
-        self._spare = spare
+    def __init__(self, event: Any, ptr: int, spare: list[tuple[Any, int]]) -> None:
+        self._event, self.ptr, self._spare = event, ptr, spare
 
     def __del__(self) -> None:
-        self._spare.append(self.event)
+        self._spare.append((self._event, self.ptr))
 
 
 class Active:
@@ -99,21 +98,36 @@ class Active:
 
     By contexts, not by numbers of GPUs: to set the number of the GPU that was current before, as
     CuPy's `Device` does, makes a context on that one, which this rank may never use.
+
+    Args:
+        before: the one that is current, and is again afterwards.
     """
 
     __slots__ = ("_before", "_context", "_driver")
 
-    def __init__(self, driver: Any, context: int) -> None:
-        self._driver, self._context = driver, context
+    def __init__(self, driver: Any, context: int, before: int) -> None:
+        self._driver, self._context, self._before = driver, context, before
 
     def __enter__(self) -> None:
-        self._before = self._driver.ctxGetCurrent()
-        if self._before != self._context:
-            self._driver.ctxSetCurrent(self._context)
+        self._driver.ctxSetCurrent(self._context)
 
     def __exit__(self, *_: object) -> None:
-        if self._before != self._context:
-            self._driver.ctxSetCurrent(self._before)
+        self._driver.ctxSetCurrent(self._before)
+
+
+class _AsItIs:
+    """A with-block in the context that is current: the usual case."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_as_it_is = _AsItIs()
 
 
 class _Pages:
@@ -141,7 +155,7 @@ class Gpu:
     def __init__(self, cupy: Any, device: int) -> None:
         self.device = device
         self._cuda, self._runtime, self._driver = cupy.cuda, cupy.cuda.runtime, cupy.cuda.driver
-        self._spare: list[Any] = []  # events that no mark has at the moment
+        self._spare: list[tuple[Any, int]] = []  # events that no mark has, and their handles
         self._context = self._context_there()
         with self.active():
             # They don't wait for the default stream, nor that for them; one for each direction,
@@ -174,9 +188,12 @@ class Gpu:
             raise failed[0]
         return found[0]
 
-    def active(self) -> Active:
-        """Make it the current GPU in a with-block."""
-        return Active(self._driver, self._context)
+    def active(self) -> Active | _AsItIs:
+        """Make it the current GPU in a with-block, which begins at once."""
+        current = self._driver.ctxGetCurrent()
+        if current == self._context:
+            return _as_it_is
+        return Active(self._driver, self._context, current)
 
     def pinned(self, nbytes: int) -> Array:
         # Ordinary memory that is pinned afterwards: the peers' `process_vm_readv` reads that, but
@@ -206,11 +223,12 @@ class Gpu:
 
     def mark(self, stream: int) -> Mark:
         try:
-            event = self._spare.pop()
+            event, ptr = self._spare.pop()
         except IndexError:
             event = self._cuda.Event(disable_timing=True)
-        mark = Mark(event, self._spare)
-        self._runtime.eventRecord(mark.ptr, stream)
+            ptr = int(event.ptr)
+        mark = Mark(event, ptr, self._spare)
+        self._runtime.eventRecord(ptr, stream)
         return mark
 
     def after(self, mark: Any) -> None:
@@ -237,9 +255,11 @@ class Gpu:
     def is_done(self, mark: Any) -> bool:
         with self.active():  # in a thread without a context CUDA would make one, on GPU 0
             status = self._runtime.eventQuery(mark.ptr)
-        if status not in (0, _NOT_READY):  # CuPy's own Event.done would say False for ever
+        if not status:
+            return True
+        if status != _NOT_READY:  # CuPy's own Event.done would say False for ever
             raise self._runtime.CUDARuntimeError(status)
-        return bool(status == 0)
+        return False
 
     def identity(self) -> str:
         """Return what differs between any two GPUs, wherever they are, parts of one included."""

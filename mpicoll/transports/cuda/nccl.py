@@ -8,7 +8,6 @@ group need not wait for that.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
-from ...arrays.buffers import DeviceBuffer
+from ...arrays.buffers import Buffer
 from ...arrays.device import DeviceArray, stream_of
 from ...arrays.dtypes import DType
 from ...arrays.ops import ReduceOp
@@ -61,9 +60,20 @@ class Rule:
     factor: float | None = None
 
 
-@functools.lru_cache(maxsize=1000)
 def rule(dtype: DType, op: ReduceOp) -> Rule | None:
     """Return how NCCL reduces, or None: it can't, or not as promised.  Alike on all ranks."""
+    if op.factor is not None:  # factors come in any number, so such rules are not kept
+        return _rule(dtype, op)
+    key = dtype.code, op.code
+    if key not in _kept:
+        _kept[key] = _rule(dtype, op)
+    return _kept[key]
+
+
+_kept: dict[tuple[int, int], Rule | None] = {}
+
+
+def _rule(dtype: DType, op: ReduceOp) -> Rule | None:
     if dtype.name in _COMPLEX:
         return Rule(TYPES[_COMPLEX[dtype.name]], SUM, 2) if op.name == "SUM" else None
     if dtype.name not in TYPES:
@@ -105,6 +115,13 @@ class Nccl(Protocol):
 
     def settled(self) -> bool:
         """Return whether what was asked of it is done; until then it may be asked nothing else."""
+
+    def is_quiet(self) -> bool:
+        """Return whether none of this process is being given up, for which NCCL waits for the GPU.
+
+        For all of it: no kernel may be there that a peer has yet to meet, or the host is stuck in
+        its next call of CUDA, behind that wait.
+        """
 
     def perform(self, operations: Sequence[Operation], like: Hashable) -> bool:
         """Put operations on the stream, as one; return whether that is done, or goes on aside.
@@ -178,18 +195,21 @@ class Turns:
 class Enqueued:
     """A call that is on the group's stream."""
 
-    def __init__(self, gpu: Queue, mark: object, owners: list[object]) -> None:
-        self._gpu, self._mark, self._owners = gpu, mark, owners
+    __slots__ = ("_buffers", "_gpu", "_mark", "waited")
+
+    def __init__(self, gpu: Queue, mark: object, buffers: list[Buffer]) -> None:
+        self._gpu, self._mark, self._buffers = gpu, mark, buffers
         self.waited = False
 
     def hold(self) -> None:
         """Let the streams that order the user's arrays by now wait for the call."""
         self.waited = True
-        if len(self._owners) == 1:
-            self._gpu.hold(self._mark, [stream_of(self._owners[0])])
+        if len(self._buffers) == 1:
+            self._gpu.hold(self._mark, (stream_of(self._buffers[0].owner),))
             return
         streams, libraries = set(), set()
-        for owner in self._owners:
+        for buffer in self._buffers:
+            owner = buffer.owner
             library = type(owner).__module__.partition(".")[0]
             if library in _ONE_STREAM and library in libraries:
                 continue
@@ -220,6 +240,7 @@ class NcclTransport(StagedTransport):
     ) -> None:
         super().__init__(host, gpu, tuning)
         self._gpu, self._nccl, self._turns = gpu, nccl, turns
+        self._engine = engine()
         self._ahead, self._most = 0, tuning.nccl_ahead  # calls that are on the stream, and may be
         self._made: dict[Kind, Callable[[Call, list[DeviceArray]], list[Operation]]] = {
             kinds.ALLREDUCE: self._allreduce,
@@ -263,81 +284,98 @@ class NcclTransport(StagedTransport):
     def abort(self) -> None:
         self._nccl.abort()
 
+    def is_ready(self, call: Call) -> bool:
+        """Return whether a call that the ranks have met in, or need not, goes to NCCL at once.
+
+        After those before it; not too far ahead of the GPU; and not ahead of the peers while one of
+        NCCL's communicators is given up.
+        """
+        return (
+            self._ahead < self._most
+            and self._turns.has_come(call.turn)
+            and (call.met or self._nccl.is_quiet())
+        )
+
     def _enqueue(self, call: Call) -> Steps:
-        gpu, buffers = self._gpu, cast(list[DeviceBuffer], call.buffers())
-        while not self._turns.has_come(call.turn) or self._ahead >= self._most:
+        gpu, nccl, own = self._gpu, self._nccl, self._engine
+        while not self.is_ready(call):
             yield IDLE
-        operations, like = self._operations(call.parts or (call,))
-        if call.captured and not self._nccl.knows(like):
+        operations, like = self._operations(call)
+        if call.captured and not nccl.knows(like):
             raise UnsupportedError(
                 f"{call.describe()} can't be captured before it was made once, as NCCL connects "
                 "the ranks then: make it outside of the graph first, and synchronize()"
             )
         try:
-            engine().inside = self.abort
+            own.inside = self.abort
             with gpu.active():
-                for mark in {id(b.ready): b.ready for b in buffers if b.ready is not None}.values():
+                for mark in call.ready:
                     gpu.queue_after(mark)
-                done = self._nccl.perform(operations, like)
+                done = nccl.perform(operations, like)
                 mark = gpu.mark(gpu.queue) if done else None
-            engine().inside = None
+            own.inside = None
             if mark is None:
-                while not self._nccl.settled():
+                while not nccl.settled():
                     yield IDLE
+                own.inside = self.abort
                 with gpu.active():
                     mark = gpu.mark(gpu.queue)
+                own.inside = None
             call.turn.over = True
-            call.enqueued = Enqueued(gpu, mark, [buffer.owner for buffer in buffers])
+            call.enqueued = Enqueued(gpu, mark, call.buffers())
             self._ahead += 1
             yield PROGRESSED  # the engine sees that it is enqueued
-            # The GPU passes what is captured when the graph is launched, of which we learn nothing.
-            while not (call.enqueued.waited if call.captured else gpu.is_done(mark)):
-                self._nccl.settled()  # or raise
-                yield IDLE
-            self._nccl.settled()  # the GPU passes the calls of a communicator that was aborted, too
+            over = False
+            while not over:
+                own.inside = self.abort  # the question, too, may block: behind a wait for the GPU
+                # What is captured it passes when the graph is launched, of which we learn nothing.
+                over = call.enqueued.waited if call.captured else gpu.is_done(mark)
+                nccl.settled()  # or raise: what was aborted is passed, too
+                own.inside = None
+                if not over:
+                    yield IDLE
             self._ahead -= 1
         except BaseException:  # given up, or an error
-            engine().inside = None
+            own.inside = None
             self.abort()
             raise
 
     # ---- which calls of NCCL make up a collective: one method per kind ----
 
-    def _operations(self, parts: tuple[Call, ...]) -> tuple[list[Operation], Hashable]:
+    def _operations(self, call: Call) -> tuple[list[Operation], Hashable]:
         """Return NCCL's calls, and what makes others alike: NCCL chooses its ways by the size.
 
         The kind decides which calls these are: all ranks must make the same ones.
         """
-        operations: list[Operation] = []
-        like = []
-        for call in parts:
-            operations += self._made[call.kind](call, device_blocks(call.send))
-            op = None if call.op is None else call.op.name
-            size: Hashable = call.extent.bit_length()
-            if call.kind.pairwise:  # NCCL connects each pair by itself
-                blocks = device_blocks(call.send) + device_blocks(call.recv)
-                size = tuple(block.size.bit_length() for block in blocks)
-            like.append((call.kind, call.dtype, op, call.root, size))
-        return operations, like[0] if len(like) == 1 else tuple(like)
+        if call.parts:
+            made, like = zip(*map(self._operations, call.parts), strict=True)
+            return [operation for some in made for operation in some], like
+        op = None if call.op is None else call.op.name
+        size: Hashable = call.extent.bit_length()
+        if call.kind.pairwise:  # NCCL connects each pair by itself
+            blocks = device_blocks(call.send) + device_blocks(call.recv)
+            size = tuple(block.size.bit_length() for block in blocks)
+        operations = self._made[call.kind](call, device_blocks(call.send))
+        return operations, (call.kind, call.dtype, op, call.root, size)
 
     def _allreduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         into = device_blocks(call.recv)[0]
         return self._reduced(
-            self._nccl.all_reduce, _rule(call), sources[0].address, into.address, into.size
+            self._nccl.all_reduce, _of(call), sources[0].address, into.address, into.size
         )
 
     def _reduce(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         into = device_blocks(call.recv)[0].address if self.rank == call.root else 0
-        return self._reduce_to(call.root, sources[0], into, _rule(call))
+        return self._reduce_to(call.root, sources[0], into, _of(call))
 
     def _reduce_scatter_single(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         into = device_blocks(call.recv)[0]
         return self._reduced(
-            self._nccl.reduce_scatter, _rule(call), sources[0].address, into.address, into.size
+            self._nccl.reduce_scatter, _of(call), sources[0].address, into.address, into.size
         )
 
     def _reduce_scatter(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
-        r, into = _rule(call), device_blocks(call.recv)[0].address
+        r, into = _of(call), device_blocks(call.recv)[0].address
         operations = []
         for root, source in enumerate(sources):
             operations += self._reduce_to(root, source, into if root == self.rank else 0, r)
@@ -353,13 +391,15 @@ class NcclTransport(StagedTransport):
         if not size:
             return []
 
-        def operation() -> None:
-            op = r.op if r.factor is None else self._nccl.premul_sum(r.kind, r.factor)
-            call(src, dst, size * r.each, r.kind, op, *root, self._gpu.queue)
-            if r.factor is not None:
-                self._nccl.drop(op)
+        if r.factor is None:
+            return [partial(call, src, dst, size * r.each, r.kind, r.op, *root, self._gpu.queue)]
 
-        return [operation]
+        def premultiplied(factor: float) -> None:
+            op = self._nccl.premul_sum(r.kind, factor)
+            call(src, dst, size, r.kind, op, *root, self._gpu.queue)
+            self._nccl.drop(op)
+
+        return [partial(premultiplied, r.factor)]
 
     def _broadcast(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         return self._give(sources[0], sources[0], call.root)
@@ -368,11 +408,8 @@ class NcclTransport(StagedTransport):
         mine, into = sources[0], device_blocks(call.recv)[0]
         if not mine.nbytes:
             return []
-        return [
-            lambda: self._nccl.all_gather(
-                mine.address, into.address, mine.nbytes, BYTES, self._gpu.queue
-            )
-        ]
+        where = mine.address, into.address, mine.nbytes
+        return [partial(self._nccl.all_gather, *where, BYTES, self._gpu.queue)]
 
     def _allgather(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         operations = []
@@ -383,11 +420,8 @@ class NcclTransport(StagedTransport):
     def _give(self, source: DeviceArray, into: DeviceArray, root: int) -> list[Operation]:
         if not into.nbytes:
             return []
-        return [
-            lambda: self._nccl.broadcast(
-                source.address, into.address, into.nbytes, BYTES, root, self._gpu.queue
-            )
-        ]
+        where = source.address, into.address, into.nbytes
+        return [partial(self._nccl.broadcast, *where, BYTES, root, self._gpu.queue)]
 
     def _gather(self, call: Call, sources: list[DeviceArray]) -> list[Operation]:
         return self._exchange({call.root: sources[0]}, dict(enumerate(device_blocks(call.recv))))
@@ -414,7 +448,7 @@ class NcclTransport(StagedTransport):
         ]
 
 
-def _rule(call: Call) -> Rule:
+def _of(call: Call) -> Rule:
     assert call.dtype is not None and call.op is not None
     found = rule(call.dtype, call.op)
     assert found is not None

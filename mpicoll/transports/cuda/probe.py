@@ -23,14 +23,15 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may well die, and its core would be huge
 import cupy
 from mpi4py import MPI
-with cupy.cuda.Device(int(sys.argv[1])) as device:
-    for count in (1, 1 << 10, 1 << 18):
-        sent, received = cupy.arange(count) + 1.5, cupy.zeros(count)
-        device.synchronize()
-        requests = [MPI.COMM_SELF.Irecv(received, 0), MPI.COMM_SELF.Isend(sent, 0)]
-        MPI.Request.Waitall(requests)
-        if not (received == sent).all():
-            sys.exit("the MPI library moved something else than what lies in GPU memory")
+device = cupy.cuda.Device(int(sys.argv[1]))
+device.use()  # no with-block, at whose end there would be a context on GPU 0, too
+for count in (1, 1 << 10, 1 << 18):
+    sent, received = cupy.arange(count) + 1.5, cupy.zeros(count)
+    device.synchronize()
+    requests = [MPI.COMM_SELF.Irecv(received, 0), MPI.COMM_SELF.Isend(sent, 0)]
+    MPI.Request.Waitall(requests)
+    if not (received == sent).all():
+        sys.exit("the MPI library moved something else than what lies in GPU memory")
 """
 
 

@@ -108,29 +108,32 @@ class StagedTransport(Transport):
             UnsupportedError: its stream captures a CUDA graph, and the host takes part in the call.
         """
         with self._copies.active():
-            self._note_streams(call)
+            call.ready = self._marks(call)
+        for part in call.parts:
+            part.ready = call.ready
         call.digest ^= ON_GPU  # peers must not give host arrays to this call
 
-    def _note_streams(self, call: Call) -> None:
-        marks: dict[int, object] = {}
+    def _marks(self, call: Call) -> tuple[object, ...]:
+        copies, marks = self._copies, {}
         for buffer in call.buffers():
             assert isinstance(buffer, DeviceBuffer)
             if not buffer.nbytes:
                 continue
             at = buffer.device
             if at == UNKNOWN:
-                at = self._copies.device_of(buffer.address)
-            if at != self._copies.device:
+                at = copies.device_of(buffer.address)
+            if at != copies.device:
                 raise InvalidCallError(
                     f"{buffer.name} lies on GPU {at}, but this rank's part of the group is on GPU "
-                    f"{self._copies.device}: copy it there, or make the group with "
+                    f"{copies.device}: copy it there, or make the group with "
                     f'new_group(device="cuda:{at}") on this rank'
                 )
-            if buffer.stream not in marks:
-                if self._copies.is_capturing(buffer.stream):
+            stream = buffer.stream
+            if stream not in marks:
+                if copies.is_capturing(stream):
                     call.captured = self._can_be_captured(call)
-                marks[buffer.stream] = self._copies.mark(buffer.stream)
-            buffer.ready = marks[buffer.stream]
+                marks[stream] = copies.mark(stream)
+        return tuple(marks.values())
 
     def _can_be_captured(self, call: Call) -> bool:
         raise UnsupportedError(
@@ -259,10 +262,8 @@ class StagedTransport(Transport):
 
     def _order(self, call: Call) -> None:
         """Let the copies come after the work that was queued at the call on the arrays' streams."""
-        for buffer in call.buffers():
-            mark = cast(DeviceBuffer, buffer).ready
-            if mark is not None:
-                self._copies.after(mark)
+        for mark in call.ready:
+            self._copies.after(mark)
 
     def _load(self, blocks: Blocks | None, k: int, room: int) -> list[Done]:
         if blocks is None:
@@ -390,7 +391,11 @@ def _in_runs(pieces: Iterator[DeviceArray]) -> Iterator[DeviceArray]:
 
 def device_blocks(blocks: Blocks | None) -> list[DeviceArray]:
     """Return the blocks of a call's part, which lie in GPU memory."""
-    return [] if blocks is None else [_block(blocks, i) for i in range(len(blocks.counts))]
+    if blocks is None:
+        return []
+    if len(blocks.counts) == 1:
+        return [blocks.flat()]  # type: ignore[list-item]
+    return [_block(blocks, i) for i in range(len(blocks.counts))]
 
 
 def _block(blocks: Blocks, i: int) -> DeviceArray:
