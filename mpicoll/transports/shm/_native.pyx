@@ -32,6 +32,7 @@ cdef extern from "kernels.h" nogil:
     int fold(const plan *p, char *out, const char *first, size_t stride, int arrays, size_t n, int ranks, int encoded, int own)
     int64_t load_acquire(const int64_t *word)
     void store_release(int64_t *word, int64_t value)
+    void stream(char *into, const char *source, size_t n)
     void relax()
     double monotonic()
     int sched_yield()

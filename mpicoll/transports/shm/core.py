@@ -175,7 +175,7 @@ def make(
     made: Core = _native.Core(
         *_where(memory),
         most=tuning.inline,
-        read_above=tuning.read_above,
+        at_once=tuning.at_once,
         numbering=numbering,
         group_state=group_state,
         arrival=arrival,

@@ -4,12 +4,16 @@
 # place c, and raises its flag; and it reads the pieces of round c from the places of those that give it
 # something, and raises its second flag.  A place is written again when all that read it have done so.
 # Pieces are small, so they stay in the caches between the cores, and writing, reading and waiting overlap.
+# What a rank keeps of its own it copies piece by piece, too: the piece it has just written is in its cache,
+# and while nothing has come it need not wait.
 #
 # Only this code goes so: where a rank of the group is not compiled, none of them does.
 
 cdef enum:
     PLACE = 32768  # bytes of a place, where there are few ranks
     LEAST = 8192  # bytes of a piece, where what is given has a block for each rank
+    LARGE = 1 << 20  # bytes of a move above which both are twice as large: fewer turns of flags
+    STREAMED = 12 << 20  # bytes of a move above which what comes is written past the caches
     TURN_BYTES = 1 << 23  # bytes after which others have their turn
     ROUNDS = 24  # bits of a flag that count rounds
     ENDED = (1 << ROUNDS) - 1  # the last round of all primitives
@@ -29,8 +33,8 @@ cdef class Moves(Node):
     cdef char *_readers  # whether a rank reads what this one gives
     cdef list _arrays
     cdef int64_t _number
-    cdef bint _parted, _left
-    cdef Py_ssize_t _place, _depth, _room, _written, _writes, _read, _reads
+    cdef bint _parted, _left, _streams
+    cdef Py_ssize_t _place, _depth, _room, _written, _writes, _read, _reads, _kept, _keeps
     cdef int _next  # of the ranks that are read from in this round, the next
 
     def __init__(self, memory, layout, crowded, slot_memory):
@@ -45,14 +49,16 @@ cdef class Moves(Node):
         free(self._takes)
         free(self._readers)
 
-    def begin(self, int64_t flag, list gives, list takes, bint parted, int only):
+    def begin(self, int64_t flag, list gives, list takes, bint parted, int only, Py_ssize_t nbytes):
         """Note what this rank gives and takes.
 
         Args:
             flag: of the primitive, without rounds.
             gives: arrays of bytes: none, one for all, or (`parted`) one for each rank.
-            takes: one for each rank; None: nothing comes from there.
+            takes: one for each rank; None: nothing comes from there.  What a rank gives itself
+                comes to it as well, unless it is there already.
             only: the rank that gets it all, or -1: all do.
+            nbytes: of the call's largest array, alike on all ranks.
         """
         cdef int rank
         cdef cnp.ndarray array
@@ -64,7 +70,7 @@ cdef class Moves(Node):
             if takes[rank] is not None:
                 array = takes[rank]
                 self._get(rank, <char *>cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
-        self._prepare(flag, parted, only)
+        self._prepare(flag, parted, only, nbytes)
 
     def goes_on(self):
         """Return whether the core has left a move under way: it is not to be begun once more."""
@@ -84,24 +90,27 @@ cdef class Moves(Node):
     cdef inline void _get(self, int rank, char *data, Py_ssize_t nbytes) noexcept:
         self._takes[rank].data, self._takes[rank].nbytes = data, nbytes
 
-    cdef void _prepare(self, int64_t flag, bint parted, int only) noexcept:
+    cdef void _prepare(self, int64_t flag, bint parted, int only, Py_ssize_t nbytes) noexcept:
         """Make ready to move what was noted."""
         cdef int rank
-        self._number, self._parted = flag, parted
-        self._place = PLACE
+        cdef int times = 2 if nbytes > LARGE else 1
+        self._number, self._parted, self._streams = flag, parted, nbytes > STREAMED
+        self._place = times * PLACE
         if parted:
-            while self._place < LEAST * self._size and self._place < self._slot:
+            while self._place < times * LEAST * self._size and self._place < self._slot:
                 self._place *= 2
         self._depth = 2 * self._slot // self._place
         self._room = self._place // self._size // 64 * 64 if parted else self._place
-        self._written = self._writes = self._read = self._reads = 0
+        self._written = self._writes = self._read = self._reads = self._kept = self._keeps = 0
         self._next = 1
-        self._gives[self._rank].nbytes = self._takes[self._rank].nbytes = 0
+        if self._gives[self._rank].data != self._takes[self._rank].data:
+            self._keeps = self._rounds(min(self._gives[self._rank].nbytes, self._takes[self._rank].nbytes))
         for rank in range(self._size):
             self._readers[rank] = rank != self._rank and (only < 0 or only == rank)
             if self._readers[rank]:
                 self._writes = max(self._writes, self._rounds(self._gives[rank].nbytes))
-            self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
+            if rank != self._rank:
+                self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
         self._tell_read()
 
     cdef inline Py_ssize_t _rounds(self, Py_ssize_t nbytes) noexcept:
@@ -150,13 +159,33 @@ cdef class Moves(Node):
                 if load_acquire(self._word(rank)) < self._number + self._read + 1:
                     return moved
                 place = self._at(rank, self._read) + (self._rank * self._room if self._parted else 0)
-                memcpy(block.data + start, place, min(self._room, block.nbytes - start))
+                self._copy(block.data + start, place, min(self._room, block.nbytes - start))
                 moved = True
             self._next += 1
         self._next = 1
         self._read += 1
         self._tell_read()
         return True
+
+    cdef void _keep(self) noexcept nogil:
+        """Copy the next piece of what this rank gives itself."""
+        cdef Py_ssize_t start = self._kept * self._room
+        cdef Block *given = &self._gives[self._rank]
+        self._copy(self._takes[self._rank].data + start, given.data + start, min(self._room, given.nbytes - start))
+        self._kept += 1
+
+    cdef inline void _copy(self, char *into, const char *source, Py_ssize_t nbytes) noexcept nogil:
+        if self._streams:
+            stream(into, source, nbytes)
+        else:
+            memcpy(into, source, nbytes)
+
+    cdef inline bint _is_over(self) noexcept nogil:
+        return self._written >= self._writes and self._read >= self._reads and self._kept >= self._keeps
+
+    cdef inline Py_ssize_t _done(self) noexcept nogil:
+        """The rounds that are behind it, of all that it does."""
+        return self._written + self._read + self._kept
 
     cdef inline void _tell_read(self) noexcept nogil:
         """Raise the second flag: at the end of the reading for good, whatever is still to be written."""
@@ -169,29 +198,32 @@ cdef class Moves(Node):
 
         It waits for them for a moment only, and others have their turn where it is long.
         """
-        cdef Py_ssize_t begin = self._written + self._read
+        cdef Py_ssize_t begin = self._done()
         cdef bint over
         if not self._mapped:
             return -1
         with nogil:
             over = self._go()
         if not over:
-            return self._written + self._read > begin
+            return self._done() > begin
         self._arrays = None
         return -1
 
     cdef bint _go(self) noexcept nogil:
         """Go on as far as the peers let it; return whether it is over."""
-        cdef Py_ssize_t end = self._written + self._read + TURN_BYTES // self._place
+        cdef Py_ssize_t end = self._done() + TURN_BYTES // self._place
         cdef double until = 0
         cdef int looks = 0
         cdef bint moved
-        while (self._written < self._writes or self._read < self._reads) and self._written + self._read < end:
+        while not self._is_over() and self._done() < end:
             moved = False
             if self._written < self._writes and self._may_write():
                 self._write()
                 moved = True
             if self._read < self._reads and self._take():
+                moved = True
+            if self._kept < self._keeps and (self._kept < self._written or not moved):
+                self._keep()
                 moved = True
             if moved:
                 looks, until = 0, 0
@@ -205,7 +237,7 @@ cdef class Moves(Node):
                 break
             elif self._crowded:
                 sched_yield()
-        if self._written < self._writes or self._read < self._reads:
+        if not self._is_over():
             return False
         self._clear()
         return True
