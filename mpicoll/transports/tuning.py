@@ -34,7 +34,7 @@ class Tuning:
     mpi_elements: int = 2**30
     packed: int = 4096
     inline: int = 256 * 1024
-    at_once: int = 4 * 2**20
+    at_once: int = 64 * 2**20
     nodes_from: int = 2**20
     nodes_piece: int = 512 * 1024
     staged_piece: int = 2 * 2**20

@@ -37,6 +37,7 @@ class Moves(Node):
         takes: Sequence[Array | None],
         parted: bool,
         only: int,
+        even: bool,
         nbytes: int,
     ) -> None: ...
     def goes_on(self) -> bool: ...

@@ -6,6 +6,7 @@ chunks.pxi the large reductions, moves.pxi what only moves.  Where there is no c
 does the same.  Messages and moves go this way only where all ranks of the group are compiled.
 """
 
+from os import strerror
 from pickle import dumps
 from sys import modules
 
@@ -36,6 +37,25 @@ cdef extern from "kernels.h" nogil:
     void relax()
     double monotonic()
     int sched_yield()
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE 1
+    #include <errno.h>
+    #include <sys/uio.h>
+
+    #if defined(__linux__)
+    /* Read another process's memory; return how much was read, or minus the error's number. */
+    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) {
+        struct iovec mine = {into, n}, theirs = {(void *)(uintptr_t)address, n};
+        Py_ssize_t done = process_vm_readv((pid_t)process, &mine, 1, &theirs, 1, 0);
+        return done > 0 ? done : done == 0 ? -EFAULT : -(Py_ssize_t)errno;
+    }
+    #else
+    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) { return -ENOSYS; }
+    #endif
+    """
+    Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) nogil
 
 cdef extern from *:
     """

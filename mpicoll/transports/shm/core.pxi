@@ -242,7 +242,7 @@ cdef class Core(Node):
                 self.moves._give(rank, a.data, a.nbytes)
             if not gives:
                 self.moves._get(root, a.data, a.nbytes)
-            if not self._moved(False, -1, a.nbytes):
+            if not self._moved(False, -1, False, a.nbytes):
                 return None
         elif not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
@@ -278,7 +278,7 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * a.nbytes, a.nbytes)
             else:
                 memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, -1, out.nbytes):
+        if moves and not self._moved(False, -1, True, out.nbytes):
             return None
         return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
 
@@ -314,7 +314,7 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * nbytes, nbytes)
             else:
                 memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
-        if moves and not self._moved(True, -1, a.nbytes):
+        if moves and not self._moved(True, -1, True, a.nbytes):
             return None
         return self._done(
             seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
@@ -354,7 +354,7 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, a.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, -1, a.nbytes * self._size):
+        if moves and not self._moved(False, -1, True, a.nbytes * self._size):
             return None
         return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
 
@@ -391,7 +391,7 @@ cdef class Core(Node):
                     self.moves._get(rank, parts[rank].data, a.nbytes)
             elif lands:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, root, a.nbytes * self._size):
+        if moves and not self._moved(False, root, False, a.nbytes * self._size):
             return None
         return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
             (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
@@ -431,7 +431,7 @@ cdef class Core(Node):
             for rank in range(self._size if gives else 0):
                 self.moves._give(rank, parts[rank].data, out.nbytes)
             self.moves._get(root, out.data, out.nbytes)
-            if not self._moved(True, -1, out.nbytes * self._size):
+            if not self._moved(True, -1, True, out.nbytes * self._size):
                 return None
         return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
             (output, list(inputs) if gives else [], root), (output,))
@@ -473,7 +473,7 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, first.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
-        if moves and not self._moved(True, -1, first.nbytes * self._size):
+        if moves and not self._moved(True, -1, True, first.nbytes * self._size):
             return None
         return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
 
@@ -582,17 +582,20 @@ cdef class Core(Node):
         moves[0] = not self._fits(nbytes, False)
         return not moves[0] or (self.moves is not None and nbytes <= self._at_once)
 
-    cdef bint _moved(self, bint parted, int only, Py_ssize_t nbytes):
+    cdef bint _moved(self, bint parted, int only, bint even, Py_ssize_t nbytes):
         """Move what was noted, and return whether that is over: else it goes on the general way.
 
         Uses of the slots are numbered in the transport, by which the general way knows this one, too.
         """
         cdef int64_t number = <int64_t>self._numbering.epoch + 1
+        cdef Py_ssize_t before = 0
         self._numbering.epoch = number
-        self.moves._prepare(number << ROUNDS, parted, only, nbytes)
-        self.moves._left = not self.moves._go()
-        if self.moves._left:
-            return False
+        self.moves._prepare(number << ROUNDS, parted, only, even, nbytes)
+        while not self.moves._go():
+            if self.moves._error or self.moves._done() == before:
+                self.moves._left = True
+                return False
+            before = self.moves._done()
         store_release(self._word(self._rank), (number << ROUNDS) + ENDED)
         return True
 

@@ -55,7 +55,9 @@ def through_slots(method: Method) -> Method:
             self._slots = yield from self._memory.add_slots(self._comm)
             if self._slots:
                 self._chunks = core.chunks(self._memory)
-                self._moves = core.moves(self._memory) if self._all_compiled else None
+                self._moves = None
+                if self._all_compiled:
+                    self._moves = core.moves(self._memory, self._processes)
             if self._core is not None:
                 self._core.moves = self._moves
         yield from method(self, call) if self._slots else getattr(self._mpi, method.__name__)(call)
@@ -89,6 +91,8 @@ class ShmTransport(SendsMessages):
         self._arrays = SharedArrays()
         self._slots: bool | None = None  # whether there are; None: they were not needed yet
         self._all_compiled = rings is not None
+        # Whose memory this rank may read, and they its own.
+        self._processes = rings.processes if rings is not None and rings.reads else None
         self._chunks: core.Chunks | None = None
         self._moves: core.Moves | None = None
         self._core: core.Core | None = None
@@ -466,7 +470,8 @@ class ShmTransport(SendsMessages):
         if not moves.goes_on():  # with what the core has begun
             yield from self._begin()
             only, nbytes = root if kind.to_root else -1, call.largest * _itemsize(call)
-            moves.begin(self._flag(0), gives, takes, kind.parted, only, nbytes)
+            even = kind.parted or not (kind.from_root or kind.to_root)
+            moves.begin(self._flag(0), gives, takes, kind.parted, only, even, nbytes)
         while (found := moves.advance()) >= 0:
             yield PROGRESSED if found else IDLE
         self._announce(_END)
