@@ -133,7 +133,7 @@ cdef class Moves(Node):
                 self._reads = max(self._reads, self._rounds(self._takes[rank].nbytes))
         self._pulled = self._at_source = self._error = 0
         self._pulls = even and nbytes > ONE_COPY and self._processes is not NULL
-        self._streams = self._pulls or nbytes > STREAMED
+        self._streams = nbytes > STREAMED and not self._pulls  # whose other half the system writes, not so
         if self._pulls:
             self._writes, self._reads = 0, 1 if self._reads else 0
             for rank in range(self._size):
