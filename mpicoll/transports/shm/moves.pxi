@@ -217,7 +217,8 @@ cdef class Moves(Node):
                     min(<Py_ssize_t>PULLED, block.nbytes - self._at_source),
                 )
                 if found < 0:
-                    self._error = <int>-found
+                    if found != -ESRCH:  # it is gone: who waits for it will hear that it died
+                        self._error = <int>-found
                     return False
                 self._at_source += found
                 self._pulled += found
