@@ -242,7 +242,7 @@ cdef class Core(Node):
                 self.moves._give(rank, a.data, a.nbytes)
             if not gives:
                 self.moves._get(root, a.data, a.nbytes)
-            if not self._moved(False, -1, False, a.nbytes):
+            if not self._moved(False, -1, False, a.nbytes, array):
                 return None
         elif not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
@@ -278,7 +278,7 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * a.nbytes, a.nbytes)
             else:
                 memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, -1, True, out.nbytes):
+        if moves and not self._moved(False, -1, True, out.nbytes, (into, source)):
             return None
         return self._done(seq, ALL_GATHER_SINGLE, source, a.dtype, a.count, None, -1, now, (output, input), (output,))
 
@@ -314,7 +314,7 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * nbytes, nbytes)
             else:
                 memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
-        if moves and not self._moved(True, -1, True, a.nbytes):
+        if moves and not self._moved(True, -1, True, a.nbytes, (into, source)):
             return None
         return self._done(
             seq, ALL_TO_ALL_SINGLE, source, a.dtype, a.count // self._size, None, -1, now, (output, input, None, None),
@@ -354,7 +354,7 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, a.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, -1, True, a.nbytes * self._size):
+        if moves and not self._moved(False, -1, True, a.nbytes * self._size, (into, source)):
             return None
         return self._done(seq, ALLGATHER, source, a.dtype, a.count, None, -1, now, (list(outputs), input), tuple(outputs))
 
@@ -391,7 +391,7 @@ cdef class Core(Node):
                     self.moves._get(rank, parts[rank].data, a.nbytes)
             elif lands:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, root, False, a.nbytes * self._size):
+        if moves and not self._moved(False, root, False, a.nbytes * self._size, source):
             return None
         return self._done(seq, GATHER, source, a.dtype, a.count, None, root, now,
             (list(outputs) if lands else [], input, root), tuple(outputs) if lands else ())
@@ -400,7 +400,7 @@ cdef class Core(Node):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
-        cdef list sources
+        cdef list sources = None
         cdef int64_t seq
         cdef int rank
         cdef bint gives, moves
@@ -431,7 +431,7 @@ cdef class Core(Node):
             for rank in range(self._size if gives else 0):
                 self.moves._give(rank, parts[rank].data, out.nbytes)
             self.moves._get(root, out.data, out.nbytes)
-            if not self._moved(True, -1, True, out.nbytes * self._size):
+            if not self._moved(True, -1, True, out.nbytes * self._size, (into, sources)):
                 return None
         return self._done(seq, SCATTER, into, out.dtype, out.count, None, root, now,
             (output, list(inputs) if gives else [], root), (output,))
@@ -473,7 +473,7 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, first.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
-        if moves and not self._moved(True, -1, True, first.nbytes * self._size):
+        if moves and not self._moved(True, -1, True, first.nbytes * self._size, (into, sources)):
             return None
         return self._done(seq, ALLTOALL, sources[0], first.dtype, first.count, None, -1, now, (list(outputs), list(inputs)), tuple(outputs))
 
@@ -582,8 +582,10 @@ cdef class Core(Node):
         moves[0] = not self._fits(nbytes, False)
         return not moves[0] or (self.moves is not None and nbytes <= self._at_once)
 
-    cdef bint _moved(self, bint parted, int only, bint even, Py_ssize_t nbytes):
+    cdef bint _moved(self, bint parted, int only, bint even, Py_ssize_t nbytes, object arrays):
         """Move what was noted, and return whether that is over: else it goes on the general way.
+
+        Until then the arrays are kept, whatever strikes: peers may read them.
 
         Uses of the slots are numbered in the transport, by which the general way knows this one, too.
         """
@@ -593,7 +595,7 @@ cdef class Core(Node):
         self.moves._prepare(number << ROUNDS, parted, only, even, nbytes)
         while not self.moves._go():
             if self.moves._error or self.moves._done() == before:
-                self.moves._left = True
+                self.moves._left, self.moves._arrays = True, arrays
                 return False
             before = self.moves._done()
         store_release(self._word(self._rank), (number << ROUNDS) + ENDED)

@@ -38,7 +38,7 @@ cdef class Moves(Node):
     cdef Block *_gives  # one, or one for each rank
     cdef Block *_takes  # one from each rank
     cdef char *_readers  # whether a rank reads what this one gives
-    cdef list _arrays
+    cdef object _arrays  # which are kept until it is over
     cdef int64_t _number
     cdef int64_t *_processes  # the system's numbers of all ranks; NULL: their memory can't be read
     cdef int _error  # of the system, in reading it
