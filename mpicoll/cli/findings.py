@@ -281,11 +281,11 @@ def memory_of_others(job: Job) -> Iterator[Finding]:
         yield Finding(
             topic,
             WARNING,
-            f"not permitted ({in_ranges(refused)}): large moves take two copies",
+            f"not permitted ({in_ranges(refused)}): large exchanges take two copies",
             "sysctl kernel.yama.ptrace_scope=0, and docker run --cap-add=SYS_PTRACE",
         )
     elif tried:
-        yield Finding(topic, OK, "permitted: large moves inside a node take one copy")
+        yield Finding(topic, OK, "permitted: large exchanges inside a node take one copy")
 
 
 def compiled_core(job: Job) -> Iterator[Finding]:

@@ -20,8 +20,8 @@ class Tuning:
             header; a larger one is two.
         inline: bytes of one rank that travel beside its record, if there is room for them; where
             arrays are reduced, four times as many.
-        read_above: where a call that only moves is larger, each rank of a node reads straight from
-            the arrays of its peers.
+        at_once: where a call that only moves is larger, it does not go by the compiled core, which
+            holds the interpreter's lock throughout.
         nodes_from: where a call is smaller, MPI over the whole group is as fast as or faster than
             going inside the nodes first.
         nodes_piece: what of one stripe is between the nodes at a time.
@@ -34,7 +34,7 @@ class Tuning:
     mpi_elements: int = 2**30
     packed: int = 4096
     inline: int = 256 * 1024
-    read_above: int = 4 * 2**20
+    at_once: int = 64 * 2**20
     nodes_from: int = 2**20
     nodes_piece: int = 512 * 1024
     staged_piece: int = 2 * 2**20

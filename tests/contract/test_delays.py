@@ -16,20 +16,16 @@ def tuning(way):
     """Have a call of any size go this way."""
     if way == "inline":
         return select.tuning
-    limit = 0 if way in ("read", "MPI") else select.tuning.read_above
-    return replace(select.tuning, inline=-1, read_above=limit)
+    return replace(select.tuning, inline=-1)
 
 
-@pytest.mark.parametrize("way", ["inline", "slots", "read", "MPI"])
+@pytest.mark.parametrize("way", ["inline", "slots"])
 @pytest.mark.parametrize("count", [5, 20_000, 200_000])
-def test_every_collective_with_delays_in_every_step(fresh, count, way, monkeypatch):
+def test_every_collective_with_delays_in_every_step(fresh, count, way):
     fresh._core = None  # in C nothing can be delayed
     memory, dice = fresh._caller.resources.shared, random.Random(1000 * count + fresh.rank())
     if memory is None:
         pytest.skip("the group doesn't go through shared memory")
-    if way == "MPI":  # as where the system doesn't permit reading
-        inside = getattr(fresh._caller.transport, "_near", fresh._caller.transport)
-        monkeypatch.setattr(inside, "_reads", False)
     announce, reached = memory.announce, memory.reached
 
     def dawdle():

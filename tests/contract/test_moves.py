@@ -7,15 +7,16 @@ import time
 import numpy as np
 import pytest
 
+import mpicoll
 from mpicoll.runtime.memory import SLOT
-from mpicoll.transports.shm import core
+from mpicoll.transports.shm import cma, core
 
 pytestmark = [
     pytest.mark.mpi,
     pytest.mark.skipif(not core.available(), reason="there is no compiled core here"),
 ]
 
-PLACE = 32 * 1024  # as in moves.pxi
+PLACE, STREAMED = 32 * 1024, 12 * 2**20  # as in moves.pxi
 SIZES = (0, 1, PLACE - 1, PLACE, PLACE + 1, 16 * PLACE, 17 * PLACE + 5, 3_000_001)
 
 
@@ -102,3 +103,52 @@ def test_one_after_the_other_in_one_call(moving):
             assert moving.broadcast_object(objects[me], root) == objects[root]
         assert moving.allgather_object(objects[me]) == objects
         assert moving.scatter_object(objects if me == 0 else None, 0) == objects[me]
+
+
+@pytest.fixture(params=["may read", "may not read"])
+def large(request, monkeypatch):
+    """A group whose ranks may read one another's memory, or may not; and bytes of a large block."""
+    if request.param == "may not read":
+        monkeypatch.setattr(cma, "can_read", lambda *_: False)
+    with mpicoll.new_group() as group:
+        yield group, STREAMED // group.size() + 77
+
+
+def test_large_blocks(large):
+    group, size = large
+    n, me = group.size(), group.rank()
+    room = np.zeros(n * size + 1, np.uint8)
+    whole = room[1:]  # not aligned to a cache line
+    gives = np.concatenate([block(me, r, size) for r in range(n)])
+    group.all_to_all_single(whole, gives).wait()
+    assert np.array_equal(whole, np.concatenate([block(r, me, size) for r in range(n)]))
+    whole[...] = 0
+    group.all_gather_single(whole, block(me, 0, size)).wait()
+    everything = np.concatenate([block(r, 0, size) for r in range(n)])
+    assert np.array_equal(whole, everything)
+    whole[me * size :][:size] += 1  # in place, and only the others' come once more
+    group.all_gather_single(whole, whole[me * size :][:size]).wait()
+    assert np.array_equal(whole, everything + np.uint8(1))
+    root = n - 1
+    outputs = [np.zeros(size, np.uint8) for _ in range(n)] if me == root else []
+    group.gather(outputs, block(me, 0, size), root).wait()
+    assert not outputs or np.array_equal(np.concatenate(outputs), everything)
+    group.scatter(room[3:][:size], [o + np.uint8(3) for o in outputs], root).wait()
+    assert np.array_equal(room[3:][:size], block(me, 0, size) + np.uint8(3))
+    whole[...] = everything if me == root else 0
+    group.broadcast(whole, root).wait()
+    assert np.array_equal(whole, everything)
+
+
+def test_what_peers_read_lasts_until_they_have(large):
+    """A rank goes on when the others have read its block, and not before."""
+    group, size = large
+    n, me = group.size(), group.rank()
+    mine, whole = np.full(size, me, np.uint8), np.zeros(n * size, np.uint8)
+    work = group.all_gather_single(whole, mine) if me else None
+    if me == 0:
+        time.sleep(0.05)  # longer than the core waits: the rest goes the general way
+        work = group.all_gather_single(whole, mine)
+    work.wait()
+    mine[...] = 255
+    assert np.array_equal(whole, np.repeat(np.arange(n, dtype=np.uint8), size))

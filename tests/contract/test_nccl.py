@@ -302,13 +302,14 @@ def two() -> Iterator[tuple[mc.ProcessGroup, mc.ProcessGroup]]:
 
 def held_up(pg: mc.ProcessGroup, seconds: float) -> None:
     """Let the next arrivals in a group take longer."""
-    meet = pg._caller.arrival.meet
+    arrival = pg._caller.arrival
+    meet = arrival.meet
 
     def later(call, seq):
         yield from pause(seconds)
         return (yield from meet(call, seq))
 
-    pg._caller.arrival.meet = later
+    arrival.meet, arrival.all_here = later, lambda call, seq: False
 
 
 def test_who_comes_last_goes_on_at_once(fresh, world):

@@ -7,6 +7,7 @@ does the same.  Messages and moves go this way only where all ranks of the group
 """
 
 from functools import update_wrapper
+from os import strerror
 from pickle import dumps
 from sys import modules
 
@@ -17,6 +18,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
+from libc.errno cimport ESRCH
 from libc.stdint cimport int16_t, int32_t, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
@@ -33,9 +35,29 @@ cdef extern from "kernels.h" nogil:
     int fold(const plan *p, char *out, const char *first, size_t stride, int arrays, size_t n, int ranks, int encoded, int own)
     int64_t load_acquire(const int64_t *word)
     void store_release(int64_t *word, int64_t value)
+    void stream(char *into, const char *source, size_t n)
     void relax()
     double monotonic()
     int sched_yield()
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE 1
+    #include <errno.h>
+    #include <sys/uio.h>
+
+    #if defined(__linux__)
+    /* Read another process's memory; return how much was read, or minus the error's number. */
+    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) {
+        struct iovec mine = {into, n}, theirs = {(void *)(uintptr_t)address, n};
+        Py_ssize_t done = process_vm_readv((pid_t)process, &mine, 1, &theirs, 1, 0);
+        return done > 0 ? done : done == 0 ? -EFAULT : -(Py_ssize_t)errno;
+    }
+    #else
+    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) { return -ENOSYS; }
+    #endif
+    """
+    Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) nogil
 
 cdef extern from *:
     """

@@ -16,7 +16,7 @@ cdef class Core(Node):
     """What carries out the small calls of one group.
 
     Args:
-        most: bytes that travel beside a record, at most; read_above: that go through the slots.
+        most: bytes that travel beside a record, at most; at_once: that go through the slots.
         group_state, arrival, ring, numbering: what is looked at and kept up to date.
 
     Attributes:
@@ -24,7 +24,7 @@ cdef class Core(Node):
     """
 
     cdef public Moves moves
-    cdef Py_ssize_t _most, _most_reduced, _read_above
+    cdef Py_ssize_t _most, _most_reduced, _at_once
     cdef object _group_state, _arrival, _append, _numbering
     cdef int64_t _counted, _counts
     cdef int64_t _next, _owed, _owed_kind, _last, _kind
@@ -35,10 +35,10 @@ cdef class Core(Node):
     def __dealloc__(self):
         free(self._spare)
 
-    def __init__(self, memory, layout, crowded, *, most, read_above, group_state, arrival, ring, numbering):
+    def __init__(self, memory, layout, crowded, *, most, at_once, group_state, arrival, ring, numbering):
         self._most, self._most_reduced = min(most, self._payload), min(4 * most, self._payload)
         self._group_state, self._arrival, self._append = group_state, arrival, ring.append
-        self._read_above, self._numbering = read_above, numbering
+        self._at_once, self._numbering = at_once, numbering
         self._counted = -1
 
     def checked(self, kind, arguments):
@@ -233,7 +233,7 @@ cdef class Core(Node):
                 self.moves._give(rank, a.data, a.nbytes)
             if not gives:
                 self.moves._get(root, a.data, a.nbytes)
-            if not self._moved(False, -1):
+            if not self._moved(False, -1, False, a.nbytes, array):
                 return None
         elif not gives:
             memcpy(a.data, self._room(root, seq), a.nbytes)
@@ -267,10 +267,8 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * a.nbytes, a.nbytes)
             else:
                 memcpy(out.data + rank * a.nbytes, self._room(rank, seq), a.nbytes)
-        if moves and not self._moved(False, -1):
+        if moves and not self._moved(False, -1, True, out.nbytes, (into, source)):
             return None
-        if moves and a.data != out.data + self._rank * a.nbytes:
-            memcpy(out.data + self._rank * a.nbytes, a.data, a.nbytes)
         return self._done((self, ALL_GATHER_SINGLE, output, input))
 
     cdef object all_to_all_single(self, output, input, output_sizes, input_sizes, timeout):
@@ -303,10 +301,8 @@ cdef class Core(Node):
                 self.moves._get(rank, out.data + rank * nbytes, nbytes)
             else:
                 memcpy(out.data + rank * nbytes, self._room(rank, seq) + self._rank * nbytes, nbytes)
-        if moves:
-            if not self._moved(True, -1):
-                return None
-            memcpy(out.data + self._rank * nbytes, a.data + self._rank * nbytes, nbytes)
+        if moves and not self._moved(True, -1, True, a.nbytes, (into, source)):
+            return None
         return self._done((self, ALL_TO_ALL_SINGLE, output, input, None, None))
 
     cdef object allgather(self, outputs, input, timeout):
@@ -340,17 +336,15 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, a.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves:
-            if not self._moved(False, -1):
-                return None
-            memcpy(parts[self._rank].data, a.data, a.nbytes)
+        if moves and not self._moved(False, -1, True, a.nbytes * self._size, (into, source)):
+            return None
         return self._done((self, ALLGATHER, list(outputs), input))
 
     cdef object gather(self, outputs, input, root, timeout):
         cdef Given a
         cdef Given[16] parts
         cdef object source = self._view(input, False, &a)
-        cdef list into
+        cdef list into = None
         cdef int64_t seq
         cdef int rank
         cdef bint lands, moves
@@ -377,18 +371,15 @@ cdef class Core(Node):
                     self.moves._get(rank, parts[rank].data, a.nbytes)
             elif lands:
                 memcpy(parts[rank].data, self._room(rank, seq), a.nbytes)
-        if moves:
-            if not self._moved(False, root):
-                return None
-            if lands:
-                memcpy(parts[self._rank].data, a.data, a.nbytes)
+        if moves and not self._moved(False, root, False, a.nbytes * self._size, (into, source)):
+            return None
         return self._done((self, GATHER, list(outputs) if lands else [], input, root))
 
     cdef object scatter(self, output, inputs, root, timeout):
         cdef Given out
         cdef Given[16] parts
         cdef object into = self._view(output, True, &out)
-        cdef list sources
+        cdef list sources = None
         cdef int64_t seq
         cdef int rank
         cdef bint gives, moves
@@ -416,12 +407,9 @@ cdef class Core(Node):
         else:
             for rank in range(self._size if gives else 0):
                 self.moves._give(rank, parts[rank].data, out.nbytes)
-            if not gives:
-                self.moves._get(root, out.data, out.nbytes)
-            if not self._moved(True, -1):
+            self.moves._get(root, out.data, out.nbytes)
+            if not self._moved(True, -1, True, out.nbytes * self._size, (into, sources)):
                 return None
-            if gives:
-                memcpy(out.data, parts[self._rank].data, out.nbytes)
         return self._done((self, SCATTER, output, list(inputs) if gives else [], root))
 
     cdef object alltoall(self, outputs, inputs, timeout):
@@ -459,10 +447,8 @@ cdef class Core(Node):
                 self.moves._get(rank, parts[rank].data, first.nbytes)
             else:
                 memcpy(parts[rank].data, self._room(rank, seq) + self._rank * first.nbytes, first.nbytes)
-        if moves:
-            if not self._moved(True, -1):
-                return None
-            memcpy(parts[self._rank].data, ins[self._rank].data, first.nbytes)
+        if moves and not self._moved(True, -1, True, first.nbytes * self._size, (into, sources)):
+            return None
         return self._done((self, ALLTOALL, list(outputs), list(inputs)))
 
     def objects(self, int kind, object obj, object root, object timeout):
@@ -566,19 +552,24 @@ cdef class Core(Node):
     cdef inline bint _goes(self, Py_ssize_t nbytes, bint *moves):
         """Return whether a call that only moves so much goes this way, and whether through the slots."""
         moves[0] = not self._fits(nbytes, False)
-        return not moves[0] or (self.moves is not None and nbytes <= self._read_above)
+        return not moves[0] or (self.moves is not None and nbytes <= self._at_once)
 
-    cdef bint _moved(self, bint parted, int only):
+    cdef bint _moved(self, bint parted, int only, bint even, Py_ssize_t nbytes, object arrays):
         """Move what was noted, and return whether that is over: else it goes on the general way.
+
+        Until then the arrays are kept, whatever strikes: peers may read them.
 
         Uses of the slots are numbered in the transport, by which the general way knows this one, too.
         """
         cdef int64_t number = <int64_t>self._numbering.epoch + 1
+        cdef Py_ssize_t before = 0
         self._numbering.epoch = number
-        self.moves._prepare(number << ROUNDS, parted, only)
-        self.moves._left = not self.moves._go()
-        if self.moves._left:
-            return False
+        self.moves._prepare(number << ROUNDS, parted, only, even, nbytes)
+        while not self.moves._go():
+            if self.moves._error or self.moves._done() == before:
+                self.moves._left, self.moves._arrays = True, arrays
+                return False
+            before = self.moves._done()
         store_release(self._word(self._rank), (number << ROUNDS) + ENDED)
         return True
 

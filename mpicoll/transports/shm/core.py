@@ -149,9 +149,13 @@ def chunks(memory: NodeMemory) -> Chunks | None:
     return made
 
 
-def moves(memory: NodeMemory) -> Moves:
-    """Return what moves a group's data on one node in compiled code, which is there."""
-    made: Moves = _native.Moves(*_where(memory), memory.slots_mapping)
+def moves(memory: NodeMemory, processes: Sequence[int] | None) -> Moves:
+    """Return what moves a group's data on one node in compiled code, which is there.
+
+    Args:
+        processes: the ranks', if they may read one another's memory.
+    """
+    made: Moves = _native.Moves(*_where(memory), memory.slots_mapping, processes=processes)
     return made
 
 
@@ -186,7 +190,7 @@ def make(
     made: Core = _native.Core(
         *_where(memory),
         most=tuning.inline,
-        read_above=tuning.read_above,
+        at_once=tuning.at_once,
         numbering=numbering,
         group_state=group_state,
         arrival=arrival,

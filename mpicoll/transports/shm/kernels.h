@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONED __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
@@ -26,6 +29,27 @@ static inline void relax(void) {
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
+}
+
+/* Copy past the caches: of what is larger than they are nothing would be left in them, and lines that
+   are written whole need not be fetched first. */
+static inline void stream(char *into, const char *source, size_t n) {
+#if defined(__x86_64__)
+    size_t head = -(uintptr_t)into & 63;
+    if (head > n) head = n;
+    memcpy(into, source, head);
+    for (into += head, source += head, n -= head; n >= 64; into += 64, source += 64, n -= 64) {
+        const __m128i *from = (const __m128i *)source;
+        __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+        __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
+        _mm_stream_si128((__m128i *)into, a);
+        _mm_stream_si128((__m128i *)into + 1, b);
+        _mm_stream_si128((__m128i *)into + 2, c);
+        _mm_stream_si128((__m128i *)into + 3, d);
+    }
+    _mm_sfence(); /* before any flag that says so */
+#endif
+    memcpy(into, source, n);
 }
 
 static inline double monotonic(void) {

@@ -15,23 +15,8 @@
 
 cdef extern from *:
     """
-    #define _GNU_SOURCE 1
-    #include <errno.h>
-    #include <sys/uio.h>
-
-    #if defined(__linux__)
-    /* Read another process's memory; return how much was read, or minus the error's number. */
-    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) {
-        struct iovec mine = {into, n}, theirs = {(void *)(uintptr_t)address, n};
-        Py_ssize_t done = process_vm_readv((pid_t)process, &mine, 1, &theirs, 1, 0);
-        return done > 0 ? done : done == 0 ? -EFAULT : -(Py_ssize_t)errno;
-    }
-    #else
-    static Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) { return -ENOSYS; }
-    #endif
     static void prefetch_to_write(const void *line) { __builtin_prefetch(line, 1); }
     """
-    Py_ssize_t read_memory(int64_t process, char *into, uint64_t address, size_t n) nogil
     void prefetch_to_write(const void *line) nogil
     int PyDict_Next(dict d, Py_ssize_t *at, PyObject **key, PyObject **value)
 

@@ -1,9 +1,8 @@
 """Collectives through the node's shared memory: copy a chunk in, raise a flag, read the others'.
 
 What reduces is reduced from the slots, in rank order, so that all ranks and all runs get the same
-bits.  What only moves goes through the slots while it is small; larger, one copy straight from the
-peer's array beats two.  The slots are made in the first such call; where there is no room for them,
-MPI carries out all of them.
+bits.  What only moves goes through smaller places in the slots, where all ranks are compiled.  The
+slots are made in the first such call; where there is no room for them, MPI carries out all of them.
 
 A flag counts the rounds of one primitive; `epoch` numbers the primitives, alike on all ranks.
 Slots alternate: round c writes where round c - 2 was, which all have read once they have announced
@@ -13,8 +12,7 @@ round c - 1.  Arrival separates the calls; inside a call a primitive waits for t
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +29,7 @@ from ..kernels import combine, decode, encode, encode_and_fold, fold, late, redu
 from ..messages import SendsMessages
 from ..mpi import MpiTransport
 from ..tuning import Tuning
-from . import cma, core
+from . import core
 from .inline import SHARED_WORK
 from .rings import RingMemory, RingMessages
 from .symmetric import SharedArrays
@@ -43,8 +41,6 @@ Array = np.ndarray[Any, Any]
 Finds = Generator[int, None, "list[Array] | None"]
 
 Method = Callable[["ShmTransport", Call], Steps]
-
-READ = 2**26  # bytes of one such read: others get their turn in between
 
 _ROUNDS = 24  # bits of a flag that count rounds
 _END = (1 << _ROUNDS) - 1
@@ -59,7 +55,9 @@ def through_slots(method: Method) -> Method:
             self._slots = self.size > 1 and (yield from self._memory.add_slots(self._comm))
             if self._slots:
                 self._chunks = core.chunks(self._memory)
-                self._moves = core.moves(self._memory) if self._all_compiled else None
+                self._moves = None
+                if self._all_compiled:
+                    self._moves = core.moves(self._memory, self._processes)
             if self._core is not None:
                 self._core.moves = self._moves
         yield from method(self, call) if self._slots else getattr(self._mpi, method.__name__)(call)
@@ -84,18 +82,17 @@ class ShmTransport(SendsMessages):
             messages = RingMessages(comm, tuning, rings)
         self._mpi = MpiTransport(comm, tuning, messages)
         self.messages = self._mpi.messages
-        self._tuning, self._read_above = tuning, tuning.read_above
+        self._tuning = tuning
         self._memory = memory
         self.rank, self.size = memory.rank, memory.size
         self.epoch = 0
         self._apart = True  # an arrival lies between the last primitive and the next
-        # Whether all may read their peers' memory, and whose it is; None: it is not known yet.
-        self._reads = None if rings is None else rings.reads
-        self._processes: Sequence[int] = () if rings is None else rings.processes
         self._comm = comm
         self._arrays = SharedArrays()
         self._slots: bool | None = None  # whether there are; None: they were not needed yet
         self._all_compiled = rings is not None
+        # Whose memory this rank may read, and they its own.
+        self._processes = rings.processes if rings is not None and rings.reads else None
         self._chunks: core.Chunks | None = None
         self._moves: core.Moves | None = None
         self._core: core.Core | None = None
@@ -330,9 +327,6 @@ class ShmTransport(SendsMessages):
     def broadcast(self, call: Call) -> Steps:
         blocks = call.send if call.send is not None else call.recv
         assert blocks is not None
-        if blocks.nbytes > self._read_above:
-            yield from self._move_large(call, self._mpi.broadcast)
-            return
         if self._moves is not None:
             yield from self._move(call)
             return
@@ -353,9 +347,6 @@ class ShmTransport(SendsMessages):
     @through_slots
     def allgather(self, call: Call) -> Steps:
         assert call.send is not None and call.recv is not None
-        if self._large(call):
-            yield from self._move_large(call, self._mpi.allgather)
-            return
         if self._moves is not None:
             yield from self._move(call)
             return
@@ -376,9 +367,6 @@ class ShmTransport(SendsMessages):
 
     @through_slots
     def gather(self, call: Call) -> Steps:
-        if self._large(call):
-            yield from self._move_large(call, self._mpi.gather)
-            return
         if self._moves is not None:
             yield from self._move(call)
             return
@@ -407,9 +395,6 @@ class ShmTransport(SendsMessages):
 
     @through_slots
     def scatter(self, call: Call) -> Steps:
-        if self._large(call):
-            yield from self._move_large(call, self._mpi.scatter)
-            return
         if self._moves is not None:
             yield from self._move(call)
             return
@@ -440,9 +425,6 @@ class ShmTransport(SendsMessages):
 
     @through_slots
     def alltoall(self, call: Call) -> Steps:
-        if self._large(call):
-            yield from self._move_large(call, self._mpi.alltoall)
-            return
         if self._moves is not None:
             yield from self._move(call)
             return
@@ -479,83 +461,20 @@ class ShmTransport(SendsMessages):
         takes: list[Array | None] = [None] * self.size  # by the rank that gives it
         if from_other:
             takes[root] = into[0]
-        elif into and not kind.from_root:
-            takes = [*into]
+        elif into:
+            takes = [*into] if not kind.from_root else takes
+            if call.in_place:
+                takes[own] = None
+            elif kind.parted and kind.from_root:
+                takes[own] = into[0]
         if not moves.goes_on():  # with what the core has begun
             yield from self._begin()
-            moves.begin(self._flag(0), gives, takes, kind.parted, root if kind.to_root else -1)
+            only, nbytes = root if kind.to_root else -1, call.largest * _itemsize(call)
+            even = kind.parted or not (kind.from_root or kind.to_root)
+            moves.begin(self._flag(0), gives, takes, kind.parted, only, even, nbytes)
         while (found := moves.advance()) >= 0:
             yield PROGRESSED if found else IDLE
         self._announce(_END)
-        if gives and into and not call.in_place and (kind.parted or not kind.from_root):
-            into[0 if kind.from_root else own][...] = gives[own if kind.parted else 0]
-
-    # ---- large moves: each rank reads what it gets from the arrays of the others ----
-
-    def _move_large(self, call: Call, by_mpi: Callable[[Call], Steps]) -> Steps:
-        yield from self._begin()
-        if self._reads is None:
-            yield from self._try_reading()
-            yield from self._begin()
-        if self._reads:
-            yield from self._read(call)
-        else:
-            self._announce(_END)
-            yield from by_mpi(call)
-
-    def _try_reading(self) -> Steps:
-        """Find out, with all others, whether each may read its neighbour's memory."""
-        slots = self._memory.slots(0, np.dtype(np.int64))
-        secret = np.frombuffer(os.urandom(8), dtype=np.int64)
-        mine = slots[self.rank]
-        mine[:3] = os.getpid(), secret.ctypes.data, secret[0]
-        self._announce(1)
-        yield from self._all_seen(1)
-        process, address, word = slots[(self.rank + 1) % self.size][:3].tolist()
-        mine[3] = cma.can_read(process, address, word)
-        self._announce(2)
-        yield from self._all_seen(2)
-        self._reads = all(slot[3] for slot in slots)
-        self._processes = [int(slot[0]) for slot in slots]
-        self._announce(_END)
-
-    def _read(self, call: Call) -> Steps:
-        memory, own, recv = self._memory, self.rank, call.recv
-        slots = memory.slots(1, np.dtype(np.int64))
-        blocks = [] if call.send is None else _octets(call.send)
-        slots[own][: len(blocks)] = [block.ctypes.data for block in blocks]
-        self._announce(1)
-        if recv is not None:
-            yield from self._read_blocks(call, recv, blocks, slots)
-        self._announce(_END)
-        yield from memory.all_seen(self._flag(_END))  # until then the peers read our array
-
-    def _read_blocks(
-        self, call: Call, recv: Blocks, gives: list[Array], slots: list[Array]
-    ) -> Steps:
-        # One source, or all, each rank beginning with its neighbour, so that they don't meet.
-        one, parted = call.kind.from_root, call.kind.parted
-        sources = [call.root] if one else [(self.rank + i) % self.size for i in range(self.size)]
-        for r in sources:
-            into = recv.block(0 if one else r).view(np.uint8)
-            if not into.size or (r == self.rank and one and not parted):
-                continue
-            if r == self.rank:
-                if call.in_place:
-                    continue
-                into[...] = gives[r if len(gives) > 1 else 0]
-                continue
-            yield from self._seen(r, 1)
-            address = int(slots[r][self.rank if parted else 0])
-            for start, end in spans(into.size, READ):
-                cma.read(self._processes[r], address + start, into[start:end])
-                yield PROGRESSED
-
-    def _large(self, call: Call) -> bool:
-        """Decide alike on all ranks: `largest` is the same everywhere since arrival."""
-        blocks = call.send if call.send is not None else call.recv
-        assert blocks is not None
-        return call.largest * blocks.dtype.itemsize > self._read_above
 
 
 def _left_over(count: int, compiled: Callable[[int], int] | None) -> Iterator[int]:
@@ -571,6 +490,12 @@ def _left_over(count: int, compiled: Callable[[int], int] | None) -> Iterator[in
 
 def _rounds(count: int, room: int) -> int:
     return -(-count // room)
+
+
+def _itemsize(call: Call) -> int:
+    blocks = call.send if call.send is not None else call.recv
+    assert blocks is not None
+    return blocks.dtype.itemsize
 
 
 def _octets(blocks: Blocks) -> list[Array]:
