@@ -87,6 +87,7 @@ def test_new_group_from_a_communicator(world):
     pg.shutdown()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_a_groups_own_communicator_makes_others_in_its_turn(pg):
     """Whatever is under way in the group, and though its ranks are not equally far."""
     arrays = [data(pg.rank(), 100_000, seed=i) for i in range(4)]

@@ -435,6 +435,7 @@ def test_a_call_takes_up_what_a_strided_result_of_an_earlier_one_is(me, n):
     assert (row[:, :2] == n * n).all() and (row[:, 2:] == 1).all()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_what_no_result_can_be_copied_to_is_refused_at_the_call(me, n):
     x = torch.zeros(1).expand(4) if me == 0 else torch.zeros(4)
     with pytest.raises(RuntimeError, match="strides"):
