@@ -254,7 +254,12 @@ class _Ending:
                     state, GroupBrokenError("the program ended before the call was done")
                 )
             leave_trace()  # with the ends of what nobody waited for
-            unasked += [(x.error, x.place()) for x in works if x.error and not x.fetched]
+            # (Of what was given up with its group, nobody has been told the cause, either.)
+            unasked += [
+                (work.error, work.place())
+                for work in works
+                if work.error is not None and (work.failure is None or not work.fetched)
+            ]
             _warn(unasked)
             engine().let_go(works)  # so that what was dropped is seen to be
         settled = self._take_leave(lambda: False, start)

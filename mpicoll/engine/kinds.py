@@ -18,6 +18,7 @@ class Kind:
         code: its number in the records of arrival.  It never changes.
         queued: it takes a number, and its turn in the queue of its group; messages don't.
         receives: it takes a message, and can be cancelled as long as none has begun to come.
+        ends: it is a group's last: once the ranks have met in it, one may be gone, and all is well.
         recovers: it goes on in spite of the peers' failures, of which it makes the best.
         alike: the records of all ranks say the same, or the program is wrong.  No other rank's
             record is needed to carry it out, so it may go without arrival under checks="first".
@@ -40,6 +41,7 @@ class Kind:
     code: int
     queued: bool = True
     receives: bool = False
+    ends: bool = False
     recovers: bool = False
     alike: bool = False
     pairwise: bool = False
@@ -103,7 +105,7 @@ LOCAL_GROUP = Kind("local_group", 25)
 CROSS_NODE_GROUP = Kind("cross_node_group", 26)
 MERGE_REMOTE_GROUP = Kind("merge_remote_group", 27, counted="size")
 NEW_GROUP = Kind("new_group", 28, shown=True)
-SHUTDOWN = Kind("shutdown", 29)
+SHUTDOWN = Kind("shutdown", 29, ends=True)
 SEND = Kind("send", 30, queued=False)
 RECV = Kind("recv", 31, queued=False, receives=True)
 EMPTY = Kind("empty", 32)

@@ -73,6 +73,7 @@ LOOKS = 8  # at the message that is waited for, in one pass
 FEW = 8  # tasks whose memory is compared one by one: entering it in an index would take longer
 QUIET = 0.02  # seconds in which nothing must have moved before a deadline counts
 IDLE_GROUPS = 32  # groups without a call under way that are listened to in one pass
+PARTING = 2.0  # seconds in which what a rank sent in a group's last call comes, if it is gone
 MESSAGES = 64  # of a group's sends and receives that are stepped in one pass
 
 T = TypeVar("T")
@@ -636,6 +637,10 @@ class Engine(UnderWay):
             self._end(head, RemoteRankError(f"rank {rank} {notice.text}", rank=rank))
             return True
         for rank, how in state.peers.dead.items():
+            if head.call.kind.ends and head.call.met:
+                state.parting = min(state.parting, monotonic() + PARTING)
+                if monotonic() < state.parting:
+                    return False
             self._end(head, died(rank, how))
             return True
         return False

@@ -264,6 +264,7 @@ class GroupState:
         self.due = math.inf  # when a deadline is to be looked at
         self.moved = 0.0  # when a pass last moved something
         self.warn_at = 0.0  # when to look whether something has waited for long
+        self.parting = math.inf  # until when who is gone may have done its part of the last call
         self.broken: BaseException | None = None
         self.closed = ""
         self.said = False  # the peers have been told that it is broken

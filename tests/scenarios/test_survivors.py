@@ -52,6 +52,30 @@ def test_a_death_is_noticed_while_waiting_and_by_who_comes_later(job, backend):
 
 
 @only_mpich
+def test_who_is_gone_behind_its_part_of_shutdown_has_not_died(job):
+    """MPI_Finalize need not keep it, and it has given all that the others want."""
+    script = """
+from mpicoll.runtime import agreement
+from mpicoll.runtime.library import IDLE
+pg = mc.new_group(timeout=20)
+exchanged = agreement.exchanged
+def slow(*arguments):
+    steps = exchanged(*arguments)
+    yield next(steps)
+    end = time.monotonic() + (0 if RANK else 0.5)
+    while time.monotonic() < end:
+        yield IDLE
+    return (yield from steps)
+agreement.exchanged = slow
+pg.shutdown()
+report(fine=True)
+os._exit(0)
+"""
+    ended = job(2, script, options=["-disable-auto-cleanup"])
+    assert ended["fine"] == [True, True], ended.output
+
+
+@only_mpich
 def test_a_death_is_noticed_across_pid_namespaces(job):
     """Containers: a rank's pid means nothing to the others, but its lock does."""
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
