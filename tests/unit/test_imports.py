@@ -177,6 +177,7 @@ before = set(sys.modules)
 import mpicoll
 print(sorted(set(sys.modules) - before))
 import numpy
+import pathlib  # which brings ipaddress, from Python 3.11.4 on
 before = set(sys.modules)
 mpicoll.new_group
 print(sorted(set(sys.modules) - before))
