@@ -153,8 +153,8 @@ def direct(cls):
         raise TypeError("a group's core must be a slot")
     for name, kind in ASKED.items():
         method = Method(vars(cls)[name], kind)
-        make_callable(<PyObject *>Method, <char *>&method._called - <char *><void *>method)
         setattr(cls, name, method)
+    make_callable(<PyObject *>Method, <char *>&method._called - <char *><void *>method)
 
 
 ask_first = ask
